@@ -1,0 +1,47 @@
+"""Preference losses for language-model alignment: SPO, DPO and the squared loss.
+
+SPO is Stable Preference Optimization (Y. Tan, "A Stable and Principled Loss Function for Direct
+Language Model Alignment", 12 August 2025): l = -x * e^(-x), x = beta * h. It is not Smart
+Predict-then-Optimize, Soft Preference Optimization or SPPO, which share the letters.
+"""
+
+from spoloss.gradients import (
+    dpo_grad,
+    dpo_prob_grad,
+    pair_grad,
+    spo_grad,
+    spo_prob_grad,
+    squared_grad,
+)
+from spoloss.losses import DPO, SPO, MarginLoss, Squared
+from spoloss.metrics import preference_metrics
+from spoloss.pairs import (
+    dpo_loss,
+    implicit_rewards,
+    log_ratio_margin,
+    pair_loss,
+    spo_loss,
+    squared_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPO",
+    "SPO",
+    "MarginLoss",
+    "Squared",
+    "dpo_grad",
+    "dpo_loss",
+    "dpo_prob_grad",
+    "implicit_rewards",
+    "log_ratio_margin",
+    "pair_grad",
+    "pair_loss",
+    "preference_metrics",
+    "spo_grad",
+    "spo_loss",
+    "spo_prob_grad",
+    "squared_grad",
+    "squared_loss",
+]
