@@ -48,28 +48,31 @@ def cast(xp: Any, array: Any, dtype: Any) -> Any:
     return array.to(dtype) if xp.__name__ == "torch" else xp.astype(array, dtype)
 
 
-def conform(arrays: Mapping[str, Any], or_numbers: Mapping[str, Any]) -> tuple[Any, ...]:
+def conform(arguments: Mapping[str, Any], *, or_number: tuple[str, ...] = ()) -> tuple[Any, ...]:
     """All arguments in order, as arrays of one library, one shape and one dtype of >= 32 bits.
 
     Args:
-      arrays: name -> array; the first one decides library and shape.
-      or_numbers: name -> array or Python number; a number is passed through.
+      arguments: name -> array; the first one decides library and shape.
+      or_number: names of those that may also be a Python number, which passes through.
 
     Raises:
       TypeError: an array is of another library, or not real floating.
       ValueError: the shapes differ.
     """
-    given = {**arrays, **or_numbers}
-    named = {n: a for n, a in given.items() if n in arrays or not is_number(a)}
-    leader = next(iter(named))
-    xp = namespace(named[leader], leader)
-    for name, array in named.items():
-        _check_kind(xp, name, array, leader)
-    if any(array.shape != named[leader].shape for array in named.values()):
-        shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in named.items())
-        raise ValueError(f"expected one shape for all, got {shapes}")
-    dtype = _compute_dtype(xp, [array.dtype for array in named.values()])
-    return tuple(cast(xp, a, dtype) if n in named else float(a) for n, a in given.items())
+    leader_name, leader = next(iter(arguments.items()))
+    xp = namespace(leader, leader_name)
+    _check_kind(xp, leader_name, leader, leader_name)
+    dtype = _compute_dtype(xp, leader.dtype)
+    numbers = {name for name in or_number if is_number(arguments[name])}
+    for name, value in arguments.items():
+        # What is like the leader needs no further look: this runs in every step of a training.
+        if name in numbers or (type(value) is type(leader) and value.dtype == leader.dtype):
+            continue
+        _check_kind(xp, name, value, leader_name)
+        dtype = _compute_dtype(xp, dtype, value.dtype)
+    arrays = {n: v for n, v in arguments.items() if n not in numbers} if numbers else arguments
+    _check_shapes(arrays, leader.shape)
+    return tuple(float(v) if n in numbers else cast(xp, v, dtype) for n, v in arguments.items())
 
 
 def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
@@ -122,16 +125,15 @@ def reduce(values: Any, reduction: str) -> Any:
     """Reduce over all elements: their mean, their sum, or ("none") nothing."""
     if reduction == "none":
         return values
-    # sum / B and not mean: its backward expands a scalar where mean's writes an array of B.
-    total = namespace(values).sum(values)
-    return total * reduction_scale(values, reduction) if reduction == "mean" else total
+    xp = namespace(values)
+    return xp.mean(values) if reduction == "mean" else xp.sum(values)
 
 
 def at_least(xp: Any, x: Any, floor: float) -> Any:
     """max(x, floor), with gradient 0 below `floor` and nan kept."""
     if xp.__name__ == "torch":
         # The same function as clip, whose backward (a compare and a where) takes five times longer.
-        return xp.nn.functional.threshold(x, floor, floor)
+        return xp.threshold(x, floor, floor)
     return xp.clip(x, floor, None)
 
 
@@ -181,10 +183,14 @@ def _is_real(xp: Any, array: Any) -> bool:
     return bool(xp.isdtype(array.dtype, "real floating"))
 
 
-def _compute_dtype(xp: Any, dtypes: list[Any]) -> Any:
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        if dtype != widest:
-            promote = xp.promote_types if xp.__name__ == "torch" else xp.result_type
-            widest = promote(widest, dtype)
-    return widest if xp.finfo(widest).bits >= 32 else xp.float32
+def _check_shapes(arrays: Mapping[str, Any], shape: Any) -> None:
+    for array in arrays.values():
+        if array.shape != shape:
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
+            raise ValueError(f"expected one shape for all, got {shapes}")
+
+
+def _compute_dtype(xp: Any, dtype: Any, other: Any = None) -> Any:
+    if other is not None and other != dtype:
+        dtype = (xp.promote_types if xp.__name__ == "torch" else xp.result_type)(dtype, other)
+    return dtype if xp.finfo(dtype).bits >= 32 else xp.float32

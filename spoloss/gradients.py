@@ -253,5 +253,5 @@ def _prob_grad(loss: SPO | DPO, pc: Any, pr: Any, rc: Any, rr: Any, beta: Any) -
     margin = log_ratio_margin(pc, pr, rc, rr)
     sign, log_abs = loss.log_slope(margin, per_pair("beta", beta, margin))
     # d(log pi)/d(pi) = 1 / pi is a subtraction of logs.
-    pc, pr = conform({"policy_chosen_logps": pc, "policy_rejected_logps": pr}, or_numbers={})
+    pc, pr = conform({"policy_chosen_logps": pc, "policy_rejected_logps": pr})
     return PairProbGrad(SignedLog(sign, log_abs - pc), SignedLog(-sign, log_abs - pr))

@@ -285,11 +285,10 @@ def log_ratios(
         {
             "policy_chosen_logps": policy_chosen_logps,
             "policy_rejected_logps": policy_rejected_logps,
-        },
-        or_numbers={
             "reference_chosen_logps": reference_chosen_logps,
             "reference_rejected_logps": reference_rejected_logps,
         },
+        or_number=("reference_chosen_logps", "reference_rejected_logps"),
     )
     return pc - rc, pr - rr
 

@@ -24,7 +24,9 @@ FLOORS = (
     "spoloss.gradients",
     "spoloss.metrics",
     "spoloss",
+    "spoloss.torch._head",
     "spoloss.torch.logps",
+    "spoloss.torch.fused",
     "spoloss.torch.modules",
     "spoloss.torch",
 )

@@ -5,7 +5,24 @@ try:
 except ImportError as error:
     raise ImportError('spoloss.torch needs PyTorch: pip install "spoloss[torch]"') from error
 
-from spoloss.torch.logps import sequence_logps
+from spoloss.torch.fused import (
+    LinearPairLoss,
+    linear_dpo_loss,
+    linear_pair_loss,
+    linear_spo_loss,
+)
+from spoloss.torch.logps import linear_logps, sequence_logps
 from spoloss.torch.modules import DPOLoss, PreferenceOutput, SPOLoss, SquaredLoss
 
-__all__ = ["DPOLoss", "PreferenceOutput", "SPOLoss", "SquaredLoss", "sequence_logps"]
+__all__ = [
+    "DPOLoss",
+    "LinearPairLoss",
+    "PreferenceOutput",
+    "SPOLoss",
+    "SquaredLoss",
+    "linear_dpo_loss",
+    "linear_logps",
+    "linear_pair_loss",
+    "linear_spo_loss",
+    "sequence_logps",
+]

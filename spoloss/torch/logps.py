@@ -8,6 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spoloss.torch._head import (
+    Head,
+    HeadGrad,
+    HeadOptions,
+    Rows,
+    check_labels,
+    head_options,
+    once,
+    select_rows,
+    shifted,
+)
+
 TILE_BYTES = 64 * 2**20
 """Memory of one tile of float32 (or float64) log-probabilities; a tile holds whole rows of V."""
 
@@ -44,31 +56,102 @@ def sequence_logps(
       ValueError: a shape does not fit.
     """
     _check_logits(logits, labels)
-    if shift:
-        # The labels move and not the logits: a slice of [B, T, V] could not be flattened for free.
-        nothing = torch.full_like(labels[:, :1], ignore_index)
-        labels = torch.cat([labels[:, 1:], nothing], dim=1)
-    counts = labels != ignore_index
-    targets = torch.where(counts, labels, 0).long()
+    targets, counts = shifted(labels, ignore_index, shift=shift)
     token_logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         logits.flatten(0, 1), targets.flatten(), counts.flatten()
     )
-    total = token_logps.view(labels.shape).sum(dim=1)
-    return total / counts.sum(dim=1).clamp(min=1) if average else total
+    return sum_tokens(token_logps.view(labels.shape), counts.sum(dim=1), average=average)
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    average: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """`sequence_logps` from hidden states, without ever holding the logits.
+
+        logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature
+
+    The head works on tiles of `chunk_size` tokens, forwards and (again) backwards; tokens whose
+    label is ignored are never worked on. Under `no_grad` it is the cheap way to a reference's
+    log-probabilities; with a gradient it is the way to any loss. For a loss of the margin
+    `linear_pair_loss` does the same in one pass.
+
+    Args:
+      hidden: last hidden states, shape [B, T, D], real floating.
+      weight: the head's weight, shape [V, D], in the dtype of `hidden`. Take it inside the wrapped
+        module's forward under DDP and FSDP, or its gradient is never synchronised. A LoRA adapter
+        on the head is not in it.
+      labels: token ids, shape [B, T], integer. Those equal to `ignore_index` (prompt, padding) do
+        not count; others outside [0, V) are an indexing error.
+      bias: the head's bias, shape [V].
+      ignore_index: the label to leave out.
+      shift: position t predicts label t + 1, as Transformers lays them out. False: the caller has
+        shifted already, and position t predicts label t.
+      average: divide each sum by the number of labels that count.
+      softcap: the model's final logit soft-capping (Gemma), > 0; None is no capping.
+      logit_scale: factor of the logits (Cohere; for Granite 1 / logits_scaling).
+      temperature: divisor of the logits, > 0.
+      chunk_size: tokens of a tile. None takes what fits 48 MiB of logits in float32 (on CUDA
+        512 MiB), but at least 256. A softcap needs a second tile.
+      per_token: return every token's log-probability, and not their sums.
+
+    Returns:
+      Log-probabilities in nats, shape [B], at least float32; a row without a label that counts is
+      0. With `per_token` shape [B, T], where position t is that of the label which it predicts, and
+      0 where that is ignored. Differentiable once.
+
+    Raises:
+      TypeError: a dtype does not fit, or the weight is a sharded DTensor.
+      ValueError: a shape, device or number does not fit, or `average` comes with `per_token`.
+    """
+    if average and per_token:
+        raise ValueError("average divides a sequence's sum: it does not go with per_token")
+    options = head_options(
+        {"hidden": hidden},
+        {"labels": labels},
+        weight,
+        bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+    (rows,) = select_rows(labels, ignore_index=ignore_index, shift=shift)
+    token_logps = linear_token_logps(hidden, weight, bias, rows, options)
+    return token_logps if per_token else sum_tokens(token_logps, rows.lengths, average=average)
+
+
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, options: HeadOptions
+) -> Tensor:
+    """`linear_logps(per_token=True)` after its checks."""
+    logps: Tensor = _LinearLogps.apply(hidden, weight, bias, rows, options)  # type: ignore[no-untyped-call]
+    return logps
+
+
+def sum_tokens(token_logps: Tensor, lengths: Tensor, *, average: bool) -> Tensor:
+    """[B, T] -> [B]: sums, or averages in which a sequence without a token is 0."""
+    total = token_logps.sum(dim=1)
+    return total / lengths.clamp(min=1) if average else total
 
 
 def _check_logits(logits: Tensor, labels: Tensor) -> None:
     if not logits.is_floating_point():
         raise TypeError(f"logits must be real floating, got {logits.dtype}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integer, got {labels.dtype}")
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape [B, T, V], got {tuple(logits.shape)}")
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"labels must have the logits' shape [B, T] = {tuple(logits.shape[:2])}, "
-            f"got {tuple(labels.shape)}"
-        )
+    check_labels("labels", labels, "logits", logits)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -115,3 +198,51 @@ def _tiles(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, max(n, 1), height):
         rows = slice(start, start + height)
         yield rows, logits[rows].to(dtype)
+
+
+class _LinearLogps(torch.autograd.Function):
+    """Hidden states [B, T, D] -> log-probabilities of the rows' targets, [B, T]; tile by tile."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, options: HeadOptions
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = Head(weight, bias, options)
+            flat = hidden.reshape(-1, hidden.shape[2])
+            logps = torch.zeros(len(flat), dtype=head.dtype, device=hidden.device)
+            tile = head.buffer(rows.ends[-1])
+            for part in rows.slices(0, len(rows.ends) - 1, head.rows):
+                states = rows.take(flat, part, head.weight.dtype)
+                values = head.logps(states, rows.targets[part], tile)
+                logps[rows.index[part]] = rows.mask(values, part)
+            return logps.view(hidden.shape[:2])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        hidden, weight, bias, ctx.rows, ctx.options = inputs
+        ctx.save_for_backward(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            head, rows, upstream = Head(weight, bias, ctx.options), ctx.rows, grad.flatten()
+            flat = hidden.reshape(-1, hidden.shape[2])
+            grad_hidden = torch.zeros_like(flat) if need_hidden else None
+            total = HeadGrad(head, weight=need_weight, bias=need_bias)
+            tile = head.buffer(rows.ends[-1])
+            for part in rows.slices(0, len(rows.ends) - 1, head.rows):
+                states = rows.take(flat, part, head.weight.dtype)
+                _, direction = head.direction(states, rows.targets[part], tile)
+                factor = rows.mask(upstream[rows.index[part]] * -head.gain, part)
+                if grad_hidden is not None:
+                    back = head.back(direction) * factor[:, None]
+                    grad_hidden[rows.index[part]] = back.to(hidden.dtype)
+                total.add(direction, states, factor)
+            grads = (
+                None if grad_hidden is None else grad_hidden.view(hidden.shape),
+                *total.like(weight, bias),
+            )
+        return *once(grads, hidden, weight, bias), None, None

@@ -1,0 +1,358 @@
+"""The language-model head by tiles: rows of hidden states -> log-probabilities and gradients.
+
+A tile is [n, V]: n tokens against the whole vocabulary. It exists once, is filled, turned in place
+into softmax - onehot, multiplied into the gradients, and filled again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TILE_BYTES = 48 * 2**20
+_TILE_BYTES_CUDA = 512 * 2**20
+_LEAST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a model does between h W^T + b and the softmax, and how it is worked on here.
+
+        logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
+
+    `dtype` is autocast's, or None where autocast is off.
+    """
+
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    chunk_size: int | None
+    dtype: torch.dtype | None
+
+
+def head_options(
+    hidden: dict[str, Tensor],
+    labels: dict[str, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    chunk_size: int | None,
+) -> HeadOptions:
+    """The options of a call, after a check of its tensors (name -> tensor) and numbers.
+
+    Raises:
+      TypeError: a dtype does not fit, or the weight is a sharded DTensor.
+      ValueError: a shape or a number does not fit.
+    """
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            "weight is a sharded DTensor: call this inside the forward of the FSDP module that "
+            "owns the head, where it is whole and its gradient is averaged over the ranks"
+        )
+    device = weight.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    _check_weight(weight, bias)
+    for (name, states), (label_name, ids) in zip(hidden.items(), labels.items(), strict=True):
+        _check_hidden(name, states, weight, same_dtype=autocast is None)
+        check_labels(label_name, ids, name, states)
+    positive = {"temperature": temperature, "softcap": 1.0 if softcap is None else softcap}
+    for name, value in positive.items():
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
+    return HeadOptions(softcap, logit_scale, temperature, chunk_size, autocast)
+
+
+def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be real floating, got {weight.dtype}")
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape [V, D], got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must have shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}"
+        )
+
+
+def _check_hidden(name: str, hidden: Tensor, weight: Tensor, *, same_dtype: bool) -> None:
+    if not hidden.is_floating_point() or (same_dtype and hidden.dtype != weight.dtype):
+        raise TypeError(f"{name} must have the weight's dtype {weight.dtype}, got {hidden.dtype}")
+    if hidden.ndim != 3 or hidden.shape[2] != weight.shape[1]:
+        raise ValueError(
+            f"{name} must have shape [B, T, D] with the weight's D = {weight.shape[1]}, "
+            f"got {tuple(hidden.shape)}"
+        )
+    if hidden.device != weight.device:
+        raise ValueError(f"{name} must be on the weight's {weight.device}, got {hidden.device}")
+
+
+def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
+    """Refuse labels that are not integers of shape [B, T], as the first two axes of `states`.
+
+    Raises:
+      TypeError: the labels are not integer.
+      ValueError: the shape or the device does not fit.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{name} must be integer, got {labels.dtype}")
+    if labels.shape != states.shape[:2]:
+        raise ValueError(
+            f"{name} must have the shape [B, T] = {tuple(states.shape[:2])} of {other}, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.device != states.device:
+        raise ValueError(f"{name} must be on the {states.device} of {other}, got {labels.device}")
+
+
+class Head:
+    """weight [V, D] and bias [V], with the options of the model."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> None:
+        self.weight = weight if options.dtype is None else weight.to(options.dtype)
+        self.bias = bias
+        self.softcap = options.softcap
+        self.logit_scale = options.logit_scale
+        self.temperature = options.temperature
+        self.chunk_size = options.chunk_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, log-probabilities and sums: at least float32."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def gain(self) -> float:
+        """Derivative of the logits by h W^T + b, without the factor of softcap."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a tile: chunk_size, or what fits 48 MiB (CUDA: 512 MiB) but at least 256."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        budget = _TILE_BYTES_CUDA if self.weight.is_cuda else _TILE_BYTES
+        return max(_LEAST_ROWS, budget // (self.weight.shape[0] * self.dtype.itemsize))
+
+    def buffer(self, rows: int) -> Tensor:
+        """An empty tile."""
+        return self.weight.new_empty(min(rows, self.rows), self.weight.shape[0], dtype=self.dtype)
+
+    def direction(self, hidden: Tensor, targets: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of n targets, and -(their derivative) by h W^T + b, over gain.
+
+        Args:
+          hidden: [n, D].
+          targets: [n], in [0, V).
+          tile: at least [n, V]; overwritten and returned as the derivative, softmax - onehot.
+        """
+        logits, bend = self._logits(hidden, tile[: len(hidden)])
+        logps = _log_softmax_(logits).gather(1, targets[:, None])
+        direction = logits.exp_()
+        direction.scatter_add_(1, targets[:, None], -torch.ones_like(logps))
+        if bend is not None:
+            direction.mul_(bend)
+        return logps.squeeze(1), direction
+
+    def logps(self, hidden: Tensor, targets: Tensor, tile: Tensor) -> Tensor:
+        """The log-probabilities alone, [n]."""
+        logits, _ = self._logits(hidden, tile[: len(hidden)])
+        return _log_softmax_(logits).gather(1, targets[:, None]).squeeze(1)
+
+    def back(self, direction: Tensor) -> Tensor:
+        """The derivative by the hidden rows, direction @ weight: [n, D], in at least float32."""
+        return _product(direction.to(self.weight.dtype), self.weight, self.dtype)
+
+    def _logits(self, hidden: Tensor, tile: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits [n, V] in `tile`, and softcap's derivative 1 - tanh^2 where there is one."""
+        logits = _product(hidden, self.weight.t(), self.dtype, out=tile)
+        if self.bias is not None:
+            logits.add_(self.bias)
+        if self.softcap is None:
+            return (logits if self.gain == 1.0 else logits.mul_(self.gain)), None
+        logits.mul_(self.logit_scale / self.softcap).tanh_()
+        bend = 1.0 - logits * logits
+        return logits.mul_(self.softcap / self.temperature), bend
+
+
+class HeadGrad:
+    """The gradient of a head, gathered over tiles in at least float32."""
+
+    def __init__(self, head: Head, *, weight: bool, bias: bool) -> None:
+        self.weight = torch.zeros_like(head.weight, dtype=head.dtype) if weight else None
+        self.bias = (
+            torch.zeros_like(head.bias, dtype=head.dtype)
+            if bias and head.bias is not None
+            else None
+        )
+
+    def add(self, direction: Tensor, hidden: Tensor, factor: Tensor) -> None:
+        """Add a tile's: (factor of each row * direction)^T @ hidden."""
+        if self.weight is not None:
+            # The factor goes where the array is small: on n x D, not on n x V.
+            _accumulate(self.weight, direction, hidden * factor[:, None].to(hidden.dtype))
+        if self.bias is not None:
+            self.bias.addmv_(direction.t(), factor)
+
+    def add_scaled(self, other: HeadGrad, factor: Tensor) -> None:
+        """Add another gradient times a 0-d factor, without a temporary of its size."""
+        if self.weight is not None and other.weight is not None:
+            self.weight.addcmul_(other.weight, factor)
+        if self.bias is not None and other.bias is not None:
+            self.bias.addcmul_(other.bias, factor)
+
+    def like(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The two gradients, in the dtypes of what they are gradients of."""
+        return (
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )
+
+    def clear(self) -> None:
+        """Back to zero."""
+        for grad in (self.weight, self.bias):
+            if grad is not None:
+                grad.zero_()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of [B, T] that take part, flattened, in order of their sequence.
+
+    Attributes:
+      targets: [n] the label of each.
+      index: [n] its row among B * T.
+      sequence: [n] the sequence that it belongs to.
+      counts: [n] whether it counts or only keeps the shapes static; None where all count.
+      ends: B + 1 numbers from 0: where each sequence's rows end among the n.
+      lengths: [B] how many tokens count.
+    """
+
+    targets: Tensor
+    index: Tensor
+    sequence: Tensor
+    counts: Tensor | None
+    ends: list[int]
+    lengths: Tensor
+
+    def take(self, hidden: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The rows of `hidden` [B * T, D] that a slice of the n names."""
+        taken = hidden[self.index[rows]].to(dtype)
+        # A row that does not count may hold nan, and 0 * nan is not 0.
+        return taken if self.counts is None else torch.where(self.counts[rows, None], taken, 0.0)
+
+    def mask(self, values: Tensor, rows: slice) -> Tensor:
+        """`values` [n], 0 where the row does not count."""
+        return values if self.counts is None else torch.where(self.counts[rows], values, 0.0)
+
+    def slices(self, first: int, last: int, height: int) -> Iterator[slice]:
+        """The rows of sequences first to last - 1 in slices of at most `height`."""
+        for start in range(self.ends[first], self.ends[last], height):
+            yield slice(start, min(start + height, self.ends[last]))
+
+
+def shifted(labels: Tensor, ignore_index: int, *, shift: bool) -> tuple[Tensor, Tensor]:
+    """Targets [B, T], 0 where nothing is to be predicted, and where something is.
+
+    The labels move and not the logits or hidden states, whose slice can't be flattened for free.
+    """
+    if shift:
+        nothing = torch.full_like(labels[:, :1], ignore_index)
+        labels = torch.cat([labels[:, 1:], nothing], dim=1)
+    counts = labels != ignore_index
+    return torch.where(counts, labels, 0).long(), counts
+
+
+def select_rows(*labels: Tensor, ignore_index: int, shift: bool) -> list[Rows]:
+    """The rows to work on for each of some labels [B, T].
+
+    Rows that do not count are dropped: they cost nothing. That needs their number on the host, the
+    one wait for the device in a call; a compiler can't wait, so it keeps all rows and masks.
+    """
+    sides = [shifted(side, ignore_index, shift=shift) for side in labels]
+    if torch.compiler.is_compiling():
+        return [_all_rows(*side) for side in sides]
+    on_host = torch.cat([counts.flatten() for _, counts in sides]).cpu()
+    kept = torch.split(on_host, [counts.numel() for _, counts in sides])
+    return [_some_rows(side[0], mine) for side, mine in zip(sides, kept, strict=True)]
+
+
+def _all_rows(targets: Tensor, counts: Tensor) -> Rows:
+    b, t = targets.shape
+    index = torch.arange(b * t, device=targets.device)
+    ends = [i * t for i in range(b + 1)]
+    return Rows(targets.flatten(), index, index // max(t, 1), counts.flatten(), ends, counts.sum(1))
+
+
+def _some_rows(targets: Tensor, counts_on_host: Tensor) -> Rows:
+    b, t = targets.shape
+    lengths = counts_on_host.view(b, t).sum(1)
+    index = counts_on_host.nonzero().squeeze(1).to(targets.device, non_blocking=True)
+    ends = [0, *lengths.cumsum(0).tolist()]
+    lengths = lengths.to(targets.device, non_blocking=True)
+    return Rows(targets.flatten()[index], index, index // max(t, 1), None, ends, lengths)
+
+
+class Refuse(torch.autograd.Function):
+    """A gradient as it is, whose own derivative is an error instead of a silent zero."""
+
+    @staticmethod
+    def forward(grad: Tensor, *_inputs: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:  # noqa: ARG004
+        raise RuntimeError(
+            "the fused head has no second derivative: its gradients are made once, by tiles. "
+            "Use sequence_logps on the logits, which is differentiable twice"
+        )
+
+
+def once(grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`grads` as a backward returns them, refusing a second derivative by `inputs`."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grads
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    return tuple(
+        None if grad is None else Refuse.apply(grad, *wanted)  # type: ignore[no-untyped-call]
+        for grad in grads
+    )
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """A matrix product in `dtype`: not rounded to half precision first where CUDA can do so."""
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=None if torch.compiler.is_compiling() else out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _accumulate(total: Tensor, direction: Tensor, hidden: Tensor) -> None:
+    """Add direction^T @ hidden, never rounded to half precision on the way."""
+    if hidden.dtype != total.dtype and total.is_cuda:
+        half = direction.to(hidden.dtype)
+        torch.addmm(total, half.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(direction.t(), hidden.to(total.dtype))
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """In place: on the CPU a second tile would cost as much in page faults as it does in memory."""
+    if torch.compiler.is_compiling():
+        return logits.copy_(logits.log_softmax(dim=1))
+    return torch.log_softmax(logits, dim=1, out=logits)

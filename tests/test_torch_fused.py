@@ -1,0 +1,528 @@
+"""The fused head against logits -> sequence_logps -> pair_loss, in loss and in every gradient."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from test_torch_logps import LargestTensor
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from spoloss import DPO, SPO, Squared, pair_loss, spo_loss
+from spoloss.torch import (
+    linear_dpo_loss,
+    linear_logps,
+    linear_pair_loss,
+    linear_spo_loss,
+    sequence_logps,
+)
+
+P, T, OTHER_T, D, V = 5, 7, 6, 4, 13
+INPUTS = ("chosen_hidden", "rejected_hidden", "weight", "bias")
+ALL = (True, True, True, True)
+
+
+@dataclass
+class Case:
+    """Five ragged pairs: a prompt, padding, and a chosen answer without any token."""
+
+    need: tuple[bool, ...] = ALL
+    dtype: torch.dtype = torch.float64
+    tensors: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        label = lambda *shape: torch.randint(0, V, shape, generator=generator)  # noqa: E731
+        shapes = ((P, T, D), (P, OTHER_T, D), (V, D), (V,))
+        self.tensors = {
+            name: normal(*shape).to(self.dtype).requires_grad_(need)
+            for name, shape, need in zip(INPUTS, shapes, self.need, strict=True)
+        }
+        chosen, rejected = label(P, T), label(P, OTHER_T)
+        chosen[0, :3], rejected[1, 4:], chosen[2] = -100, -100, -100
+        self.labels = (chosen, rejected)
+        self.reference = (-5 * normal(P).abs(), -5 * normal(P).abs())
+        self.beta = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.5], dtype=torch.float64)
+        self.weights = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+
+    def fused(self, loss: Any, **options: Any) -> Any:
+        chosen, rejected, weight, bias = self.tensors.values()
+        call = {"beta": self.beta, "weights": self.weights, "bias": bias, **options}
+        return linear_pair_loss(
+            loss, chosen, rejected, weight, *self.labels, *self.reference, **call
+        )
+
+    def unfused(
+        self,
+        loss: Any,
+        *,
+        reduction: str = "mean",
+        nll_weight: float = 0.0,
+        average: bool = False,
+        shift: bool = True,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        with_bias: bool = True,
+    ) -> Tensor:
+        chosen, rejected, weight, bias = self.tensors.values()
+
+        def logits(hidden: Tensor) -> Tensor:
+            z = (hidden @ weight.t() + (bias if with_bias else 0.0)) * logit_scale
+            z = z if softcap is None else softcap * torch.tanh(z / softcap)
+            return z / temperature
+
+        options = {"average": average, "shift": shift}
+        value = pair_loss(
+            loss,
+            sequence_logps(logits(chosen), self.labels[0], **options),
+            sequence_logps(logits(rejected), self.labels[1], **options),
+            *self.reference,
+            beta=self.beta,
+            weights=self.weights,
+            reduction=reduction,
+        )
+        nll = -sequence_logps(logits(chosen), self.labels[0], average=True, shift=shift)
+        nll = nll * self.weights
+        return value + nll_weight * {"mean": nll.mean(), "sum": nll.sum(), "none": nll}[reduction]
+
+    def grads(self, loss: Tensor) -> list[Tensor]:
+        upstream = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0], dtype=loss.dtype)[: loss.numel()]
+        wanted = [tensor for tensor in self.tensors.values() if tensor.requires_grad]
+        scalar = (loss.flatten() * 1.5 * upstream).sum()
+        return [
+            torch.zeros_like(tensor) if grad is None else grad
+            for tensor, grad in zip(
+                wanted, torch.autograd.grad(scalar, wanted, allow_unused=True), strict=True
+            )
+        ]
+
+
+def check_fused(case: Case, loss: Any, fused: Callable[..., Any], **options: Any) -> None:
+    """Loss and gradients to 1e-10 of the path through the logits."""
+    plain = {k: v for k, v in options.items() if k not in ("chunk_size", "bias")}
+    got = fused(loss, **options).loss
+    want = case.unfused(loss, with_bias="bias" not in options, **plain)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(case.grads(got), case.grads(want), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-11)
+
+
+LOSSES = [SPO(), SPO(linear_below=-1.0), DPO(label_smoothing=0.1), Squared()]
+CHUNKS = [1, 3, 20, None, 10_000]  # 20 holds one pair and some two: both engines in one call
+NEEDS = [n for n in itertools.product((True, False), repeat=4) if any(n)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"average": True, "nll_weight": 0.7},
+    {"shift": False, "softcap": 3.0, "logit_scale": 0.5, "temperature": 2.0},
+    {"reduction": "sum", "bias": None, "nll_weight": 0.3, "temperature": 0.7},
+    {"reduction": "none", "average": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_fused_is_unfused(loss: Any, chunk_size: int | None, options: dict[str, Any]) -> None:
+    case = Case()
+    check_fused(case, loss, case.fused, chunk_size=chunk_size, **options)
+
+
+@pytest.mark.parametrize("need", NEEDS, ids=str)
+@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_subset_of_gradients(
+    need: tuple[bool, ...], chunk_size: int | None, reduction: str
+) -> None:
+    case = Case(need)
+    options = {"chunk_size": chunk_size, "reduction": reduction, "nll_weight": 0.4}
+    check_fused(case, SPO(), case.fused, **options)
+
+
+def wrong_slope(case: Case) -> Callable[..., Any]:
+    class Half(SPO):
+        def slope(self, margin: Any, beta: Any) -> Any:
+            return 0.5 * super().slope(margin, beta)
+
+    return lambda loss, **options: case.fused(Half() if isinstance(loss, SPO) else loss, **options)
+
+
+def no_prompt_mask(case: Case) -> Callable[..., Any]:
+    case.labels = tuple(labels.clamp(min=0) for labels in case.labels)  # type: ignore[assignment]
+    got = case.fused(SPO())
+    case.labels = Case().labels
+    return lambda *_, **__: got
+
+
+def swapped(case: Case) -> Callable[..., Any]:
+    def fused(loss: Any, **options: Any) -> Any:
+        case.reference = case.reference[::-1]
+        out = case.fused(loss, **options)
+        case.reference = case.reference[::-1]
+        return out
+
+    return fused
+
+
+@pytest.mark.parametrize("wrong", [wrong_slope, no_prompt_mask, swapped])
+def test_the_check_catches_wrong_fusions(wrong: Callable[[Case], Callable[..., Any]]) -> None:
+    case = Case()
+    with pytest.raises(AssertionError):
+        check_fused(case, SPO(), wrong(case))
+
+
+def test_spellings() -> None:
+    case = Case()
+    chosen, rejected, weight, bias = case.tensors.values()
+    inputs = (chosen, rejected, weight, *case.labels, *case.reference)
+    gap = torch.tensor([0.5, 1.0, 2.0, 1.0, 3.0], dtype=torch.float64)
+    options = {"bias": bias, "weights": case.weights, "chunk_size": 3}
+    spo = linear_spo_loss(*inputs, beta=0.2, reward_gap=gap, linear_below=-1.0, **options)
+    want = case.fused(SPO(-1.0), beta=0.2 / gap, chunk_size=3)
+    torch.testing.assert_close(tuple(spo), tuple(want))
+    dpo = linear_dpo_loss(*inputs, beta=0.2, label_smoothing=0.1, **options)
+    torch.testing.assert_close(tuple(dpo), tuple(case.fused(DPO(0.1), beta=0.2, chunk_size=3)))
+    logps = sequence_logps(chosen @ weight.t() + bias, case.labels[0])
+    torch.testing.assert_close(spo.chosen_logps, logps.detach())
+    assert not spo.chosen_logps.requires_grad
+    with pytest.raises(TypeError, match="unexpected keyword argument 'softcapp'"):
+        linear_spo_loss(*inputs, softcapp=3.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str)
+def test_linear_logps(chunk_size: int | None, options: dict[str, Any]) -> None:
+    case = Case()
+    hidden, _, weight, bias = case.tensors.values()
+    z = (hidden @ weight.t() + bias) * options.get("logit_scale", 1.0)
+    z = 2.0 * torch.tanh(z / 2.0) if options else z
+    for average in (False, True):
+        got = linear_logps(
+            hidden,
+            weight,
+            case.labels[0],
+            bias=bias,
+            average=average,
+            chunk_size=chunk_size,
+            **options,
+        )
+        want = sequence_logps(z, case.labels[0], average=average)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        inputs, upstream = (hidden, weight, bias), torch.arange(1.0, P + 1, dtype=torch.float64)
+        got_grads = torch.autograd.grad(got, inputs, upstream)
+        want_grads = torch.autograd.grad(want, inputs, upstream, retain_graph=True)
+        torch.testing.assert_close(got_grads, want_grads, rtol=1e-10, atol=1e-12)
+    tokens = linear_logps(
+        hidden, weight, case.labels[0], bias=bias, per_token=True, chunk_size=chunk_size, **options
+    )
+    assert tokens.shape == (P, T)
+    torch.testing.assert_close(tokens.sum(1), sequence_logps(z, case.labels[0]))
+    assert (tokens[0, :2] == 0).all()
+    assert (tokens[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_half_precision_is_no_worse_than_the_naive_path(
+    dtype: torch.dtype, chunk_size: int | None
+) -> None:
+    """Three ways: float64, the path through half-precision logits, and ours."""
+    truth = Case()
+    for name, tensor in Case(dtype=dtype).tensors.items():
+        truth.tensors[name] = tensor.detach().double().requires_grad_()
+    naive, ours = Case(dtype=dtype), Case(dtype=dtype)
+    exact = truth.unfused(SPO())
+    by_logits = naive.unfused(SPO())
+    fused = ours.fused(SPO(), chunk_size=chunk_size).loss
+    pairs = [(exact, by_logits, fused)]
+    pairs += list(zip(truth.grads(exact), naive.grads(by_logits), ours.grads(fused), strict=True))
+    for want, theirs, mine in pairs:
+        size = want.abs().max()
+        naive_error = (theirs.double() - want).abs().max() / size
+        error = (mine.double() - want).abs().max() / size
+        assert error <= naive_error + torch.finfo(dtype).eps
+
+
+class Upstream:
+    """A small network before the head, so that gradients flow on."""
+
+    def __init__(self) -> None:
+        case = Case()
+        self.case = case
+        self.first = torch.randn(
+            D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+        )
+
+    def loss(self, first: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        chosen, rejected = (self.case.tensors[name].detach() for name in INPUTS[:2])
+        return linear_spo_loss(
+            torch.tanh(chosen @ first),
+            torch.tanh(rejected @ first),
+            weight,
+            *self.case.labels,
+            *self.case.reference,
+            **options,
+        ).loss
+
+    def plain(self, first: Tensor, weight: Tensor) -> Tensor:
+        chosen, rejected = (self.case.tensors[name].detach() for name in INPUTS[:2])
+        logps = [
+            sequence_logps(torch.tanh(hidden @ first) @ weight.t(), labels)
+            for hidden, labels in zip((chosen, rejected), self.case.labels, strict=True)
+        ]
+        return spo_loss(*logps, *self.case.reference)
+
+
+@pytest.fixture
+def upstream() -> Upstream:
+    return Upstream()
+
+
+def leaves(upstream: Upstream) -> tuple[Tensor, Tensor]:
+    weight = upstream.case.tensors["weight"].detach().clone()
+    return upstream.first.clone().requires_grad_(), weight.requires_grad_()
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_torch_func_grad(upstream: Upstream, chunk_size: int | None) -> None:
+    first, weight = (leaf.detach() for leaf in leaves(upstream))
+    got = torch.func.grad(upstream.loss, argnums=(0, 1))(first, weight, chunk_size=chunk_size)
+    torch.testing.assert_close(got, torch.func.grad(upstream.plain, argnums=(0, 1))(first, weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_into_one_graph(upstream: Upstream, chunk_size: int | None, backend: str) -> None:
+    # The filter: Dynamo instantiates any autograd.Function and so warns of itself (torch 2.13).
+    torch.compiler.reset()
+    inputs = leaves(upstream)
+    compiled = torch.compile(upstream.loss, fullgraph=True, backend=backend)
+    got, want = compiled(*inputs, chunk_size=chunk_size), upstream.plain(*inputs)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs))
+
+
+def test_autocast_makes_half_precision_products_and_full_gradients(upstream: Upstream) -> None:
+    inputs = [leaf.detach().float().requires_grad_() for leaf in leaves(upstream)]
+    for name in INPUTS[:2]:
+        upstream.case.tensors[name] = upstream.case.tensors[name].detach().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = upstream.loss(*inputs)
+    assert loss.dtype == torch.float64  # that of the references
+    grads = torch.autograd.grad(loss, inputs)
+    assert [grad.dtype for grad in grads] == [torch.float32] * 2
+    exact = torch.autograd.grad(upstream.loss(*inputs), inputs)
+    for grad, want in zip(grads, exact, strict=True):
+        error = (grad - want).abs().max() / want.abs().max()
+        assert 1e-5 < error < 0.05  # bfloat16 was used, and used well
+
+
+def test_checkpointing_around_it(upstream: Upstream) -> None:
+    inputs = leaves(upstream)
+    want = torch.autograd.grad(upstream.plain(*inputs), inputs)
+    for use_reentrant in (False, True):
+        loss = checkpoint(upstream.loss, *inputs, use_reentrant=use_reentrant)
+        loss.backward()
+        torch.testing.assert_close(tuple(leaf.grad for leaf in inputs), want)
+        for leaf in inputs:
+            leaf.grad = None
+
+
+def test_backward_twice(upstream: Upstream) -> None:
+    inputs = leaves(upstream)
+    want = torch.autograd.grad(upstream.plain(*inputs), inputs)
+    loss = upstream.loss(*inputs)
+    for times in (1, 2, 3):
+        (loss * 2.0).backward(retain_graph=True)
+        for leaf, grad in zip(inputs, want, strict=True):
+            torch.testing.assert_close(leaf.grad, 2.0 * times * grad)
+        inputs[1].grad.mul_(1.0)  # what clipping does: in place, on what backward returned
+    loss.backward()
+    for leaf, grad in zip(inputs, want, strict=True):
+        torch.testing.assert_close(leaf.grad, 7.0 * grad)
+
+
+def test_a_gradient_changed_in_place_does_not_reach_back(upstream: Upstream) -> None:
+    inputs = leaves(upstream)
+    loss = upstream.loss(*inputs)
+    (first,) = torch.autograd.grad(loss, inputs[1], retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, inputs[1])
+    torch.testing.assert_close(second, kept)
+
+
+def test_second_derivative_is_refused(upstream: Upstream) -> None:
+    inputs = leaves(upstream)
+    tokens = linear_logps(
+        upstream.case.tensors["chosen_hidden"], inputs[1], upstream.case.labels[0]
+    )
+    for value in (upstream.loss(*inputs), upstream.loss(*inputs) ** 2, tokens.sum()):
+        (grad,) = torch.autograd.grad(value, inputs[1], create_graph=True)
+        with pytest.raises(RuntimeError, match="the fused head has no second derivative"):
+            (grad.sum() + inputs[0].sum()).backward()
+
+
+def test_without_a_gradient_there_is_no_graph() -> None:
+    case = Case()
+    with torch.no_grad():
+        out = case.fused(SPO())
+    assert not out.loss.requires_grad
+    frozen = Case((False,) * 4).fused(SPO())
+    assert frozen.loss.grad_fn is None
+    torch.testing.assert_close(out.loss, case.unfused(SPO()).detach())
+
+
+def test_pairs_without_any_token() -> None:
+    case = Case()
+    case.labels = tuple(torch.full_like(labels, -100) for labels in case.labels)  # type: ignore[assignment]
+    out = case.fused(SPO(), nll_weight=1.0, average=True)
+    assert (out.chosen_logps == 0).all()
+    assert torch.isfinite(out.loss)
+    assert all((grad == 0).all() for grad in case.grads(out.loss))
+
+
+def test_ignored_rows_may_hold_anything() -> None:
+    case, dirty = Case(), Case()
+    with torch.no_grad():
+        dirty.tensors["chosen_hidden"][2] = torch.nan
+        dirty.tensors["rejected_hidden"][1, 4:] = torch.inf
+    want, got = case.fused(SPO()).loss, dirty.fused(SPO()).loss
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(dirty.grads(got), case.grads(want))
+
+
+def test_interleaved_views() -> None:
+    both = torch.randn(2 * P, T, D, dtype=torch.float64, requires_grad=True)
+    case = Case()
+    weight, (chosen, _) = case.tensors["weight"], case.labels
+    out = linear_spo_loss(both[::2], both[1::2], weight, chosen, chosen, *case.reference)
+    logps = sequence_logps(both @ weight.t(), chosen.repeat_interleave(2, dim=0))
+    want = spo_loss(logps[::2], logps[1::2], *case.reference)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, both), torch.autograd.grad(want, both))
+
+
+def largest(pairs: int, tokens: int, *, frozen: bool, chunk_size: int = 16) -> int:
+    """Bytes of the largest float32 tensor that a forward and backward make."""
+    width, vocabulary = 8, 64
+    hidden = torch.randn(2, pairs, tokens, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=not frozen)
+    labels = torch.randint(0, vocabulary, (2, pairs, tokens))
+    with LargestTensor(torch.float32) as watch:
+        linear_spo_loss(*hidden, weight, *labels, 0.0, 0.0, chunk_size=chunk_size).loss.backward()
+    return watch.bytes
+
+
+def test_no_tensor_grows_with_tokens_times_vocabulary() -> None:
+    tile, head = 16 * 64 * 4, 64 * 8 * 4
+    hidden = lambda pairs, tokens: 2 * pairs * tokens * 8 * 4  # noqa: E731
+    for pairs, tokens in ((2, 8), (16, 8), (1, 128), (4, 128)):
+        # A log-probability as long as the tokens would be seen too: V is 8 D here.
+        bound = max(tile, head, hidden(pairs, tokens))
+        assert largest(pairs, tokens, frozen=False) == bound
+        assert largest(pairs, tokens, frozen=True) == max(tile, hidden(pairs, tokens))
+
+
+def test_a_frozen_head_makes_nothing_of_its_size() -> None:
+    wide, tokens = 4096, 16
+    hidden = torch.randn(2, 1, tokens, wide, requires_grad=True)
+    weight, labels = torch.randn(32, wide), torch.randint(0, 32, (2, 1, tokens))
+    for chunk_size in (4, 64):
+        with LargestTensor(torch.float32) as watch:
+            out = linear_spo_loss(*hidden, weight, *labels, 0.0, 0.0, chunk_size=chunk_size)
+            inside = watch.bytes
+            out.loss.backward()
+        # The hidden gradients of both sides; the weight would be as large as one and a half.
+        assert inside <= 2 * tokens * wide * 4
+        assert weight.numel() * 4 == 2 * tokens * wide * 4
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"weight": torch.zeros(V, D, 1)}, ValueError, r"weight must have shape \[V, D\], got"),
+    ({"weight": torch.zeros(V, D + 1)}, ValueError, r"chosen_hidden must have shape \[B, T, D\]"),
+    ({"weight": torch.zeros(V, D).long()}, TypeError, "weight must be real floating, got"),
+    ({"weight": torch.zeros(V, D).half()}, TypeError, "chosen_hidden must have the weight's dty"),
+    ({"chosen_hidden": torch.zeros(P, D)}, ValueError, r"chosen_hidden must have shape \[B, T"),
+    ({"rejected_hidden": torch.zeros(P + 1, OTHER_T, D)}, ValueError, "rejected_labels must have"),
+    ({"chosen_labels": torch.zeros(P, T)}, TypeError, "chosen_labels must be integer, got"),
+    ({"chosen_labels": torch.zeros(P, 2).long()}, ValueError, "chosen_labels must have the shape"),
+    (
+        {"bias": torch.zeros(V + 1)},
+        ValueError,
+        r"bias must have shape \[V\] = \(13,\), got \(14,\)",
+    ),
+    ({"reference_chosen_logps": torch.zeros(P + 1)}, ValueError, "expected one shape for all"),
+    ({"reference_chosen_logps": [0.0] * P}, TypeError, "reference_chosen_logps must be a PyTorch"),
+    ({"weights": torch.zeros(P, 1)}, ValueError, "weights must be a number or have"),
+    ({"beta": 0.0}, ValueError, "beta must be positive"),
+    ({"beta": torch.ones(P, requires_grad=True)}, ValueError, "beta must not require a gradient"),
+    ({"nll_weight": -1.0}, ValueError, "nll_weight must be finite and not negative"),
+    ({"softcap": 0.0}, ValueError, "softcap must be positive and finite"),
+    ({"temperature": -1.0}, ValueError, "temperature must be positive and finite"),
+    ({"logit_scale": float("inf")}, ValueError, "logit_scale must be finite"),
+    ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of tokens, got 0"),
+    ({"chunk_size": 1.5}, ValueError, "chunk_size must be a positive number of tokens"),
+    ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+    ({"loss": "spo"}, TypeError, "loss must be an object with value and slope"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    call: dict[str, Any] = {
+        "loss": SPO(),
+        "chosen_hidden": torch.zeros(P, T, D),
+        "rejected_hidden": torch.zeros(P, OTHER_T, D),
+        "weight": torch.zeros(V, D),
+        "chosen_labels": torch.zeros(P, T).long(),
+        "rejected_labels": torch.zeros(P, OTHER_T).long(),
+        "reference_chosen_logps": torch.zeros(P),
+        "reference_rejected_logps": 0.0,
+        "beta": 0.1,
+    }
+    linear_pair_loss(**call)
+    with pytest.raises(error, match=message):
+        linear_pair_loss(**{**call, **change})
+
+
+def test_numbers_of_pairs_that_differ() -> None:
+    with pytest.raises(ValueError, match="must hold the same number of pairs, got 5 and 4"):
+        linear_spo_loss(
+            torch.zeros(P, T, D),
+            torch.zeros(P - 1, T, D),
+            torch.zeros(V, D),
+            torch.zeros(P, T).long(),
+            torch.zeros(P - 1, T).long(),
+            0.0,
+            0.0,
+        )
+
+
+def test_a_sharded_weight_is_refused() -> None:
+    class Sharded(torch.Tensor):
+        """Stands for a DTensor, which is told by this method."""
+
+        def full_tensor(self) -> Tensor:
+            raise AssertionError("gathered without being asked")
+
+    weight = torch.zeros(V, D).as_subclass(Sharded)
+    with pytest.raises(TypeError, match="call this inside the forward of the FSDP module"):
+        linear_logps(torch.zeros(P, T, D), weight, torch.zeros(P, T).long())
+
+
+def test_average_and_per_token_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="does not go with per_token"):
+        linear_logps(
+            torch.zeros(P, T, D),
+            torch.zeros(V, D),
+            torch.zeros(P, T).long(),
+            average=True,
+            per_token=True,
+        )
