@@ -6,8 +6,10 @@ into softmax - onehot, multiplied into the gradients, and filled again.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 _TILE_BYTES = 48 * 2**20
-_TILE_BYTES_CUDA = 512 * 2**20
+_TILE_BYTES_CUDA = 2**30
 _LEAST_ROWS = 256
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Head:
 
     @property
     def rows(self) -> int:
-        """Tokens of a tile: chunk_size, or what fits 48 MiB (CUDA: 512 MiB) but at least 256."""
+        """Tokens of a tile: chunk_size, or what fits 48 MiB (CUDA: 1 GiB) but at least 256."""
         if self.chunk_size is not None:
             return self.chunk_size
         budget = _TILE_BYTES_CUDA if self.weight.is_cuda else _TILE_BYTES
@@ -154,20 +157,28 @@ class Head:
         Args:
           hidden: [n, D].
           targets: [n], in [0, V).
-          tile: at least [n, V]; overwritten and returned as the derivative, softmax - onehot.
+          tile: at least [n, V]; overwritten.
+
+        Returns:
+          Log-probabilities [n], and softmax - onehot [n, V] (times softcap's derivative).
         """
         logits, bend = self._logits(hidden, tile[: len(hidden)])
-        logps = _log_softmax_(logits).gather(1, targets[:, None])
-        direction = logits.exp_()
-        direction.scatter_add_(1, targets[:, None], -torch.ones_like(logps))
-        if bend is not None:
-            direction.mul_(bend)
-        return logps.squeeze(1), direction
+        if torch.compiler.is_compiling():
+            logps, direction = softmax_minus_onehot(logits, targets, logits.dtype)
+        elif logits.is_cuda and _HAS_TRITON:
+            logps, direction = _compiled()(logits, targets, self.weight.dtype)
+        else:
+            logps, direction = softmax_minus_onehot_(logits, targets)
+        return logps, direction if bend is None else direction.mul_(bend)
 
     def logps(self, hidden: Tensor, targets: Tensor, tile: Tensor) -> Tensor:
         """The log-probabilities alone, [n]."""
         logits, _ = self._logits(hidden, tile[: len(hidden)])
-        return _log_softmax_(logits).gather(1, targets[:, None]).squeeze(1)
+        if torch.compiler.is_compiling():
+            logits = logits.log_softmax(dim=1)
+        else:
+            torch.log_softmax(logits, dim=1, out=logits)
+        return logits.gather(1, targets[:, None]).squeeze(1)
 
     def back(self, direction: Tensor) -> Tensor:
         """The derivative by the hidden rows, direction @ weight: [n, D], in at least float32."""
@@ -202,7 +213,7 @@ class HeadGrad:
             # The factor goes where the array is small: on n x D, not on n x V.
             _accumulate(self.weight, direction, hidden * factor[:, None].to(hidden.dtype))
         if self.bias is not None:
-            self.bias.addmv_(direction.t(), factor)
+            _accumulate(self.bias[:, None], direction, factor[:, None].to(direction.dtype))
 
     def add_scaled(self, other: HeadGrad, factor: Tensor) -> None:
         """Add another gradient times a 0-d factor, without a temporary of its size."""
@@ -345,14 +356,30 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
 def _accumulate(total: Tensor, direction: Tensor, hidden: Tensor) -> None:
     """Add direction^T @ hidden, never rounded to half precision on the way."""
     if hidden.dtype != total.dtype and total.is_cuda:
-        half = direction.to(hidden.dtype)
-        torch.addmm(total, half.t(), hidden, out_dtype=total.dtype, out=total)
+        rows = direction.to(hidden.dtype).t()
+        torch.addmm(total, rows, hidden, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(direction.t(), hidden.to(total.dtype))
 
 
-def _log_softmax_(logits: Tensor) -> Tensor:
-    """In place: on the CPU a second tile would cost as much in page faults as it does in memory."""
-    if torch.compiler.is_compiling():
-        return logits.copy_(logits.log_softmax(dim=1))
-    return torch.log_softmax(logits, dim=1, out=logits)
+def softmax_minus_onehot(
+    logits: Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n] and softmax - onehot [n, V] in `dtype`, for a compiler to fuse."""
+    logps = logits.log_softmax(dim=1)
+    onehot = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    chosen = logps.gather(1, targets[:, None]).squeeze(1)
+    return chosen, (logps.exp() - onehot.to(logps.dtype)).to(dtype)
+
+
+def softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in place: on the CPU a second tile would cost as much time as it does memory."""
+    torch.log_softmax(logits, dim=1, out=logits)
+    logps = logits.gather(1, targets[:, None])
+    logits.exp_().scatter_add_(1, targets[:, None], -torch.ones_like(logps))
+    return logps.squeeze(1), logits
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]:
+    return torch.compile(softmax_minus_onehot, dynamic=True)

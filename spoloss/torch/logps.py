@@ -103,7 +103,7 @@ def linear_logps(
       logit_scale: factor of the logits (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
       chunk_size: tokens of a tile. None takes what fits 48 MiB of logits in float32 (on CUDA
-        512 MiB), but at least 256. A softcap needs a second tile.
+        1 GiB), but at least 256. A softcap needs a second tile.
       per_token: return every token's log-probability, and not their sums.
 
     Returns:
