@@ -61,17 +61,19 @@ def conform(arguments: Mapping[str, Any], *, or_number: tuple[str, ...] = ()) ->
     """
     leader_name, leader = next(iter(arguments.items()))
     xp = namespace(leader, leader_name)
-    _check_kind(xp, leader_name, leader, leader_name)
+    _check_real(xp, leader_name, leader)
     dtype = _compute_dtype(xp, leader.dtype)
+    values = tuple(arguments.values())
+    if dtype == leader.dtype and _all_alike(leader, values):
+        return values  # the usual case, in every step of a training
     numbers = {name for name in or_number if is_number(arguments[name])}
-    for name, value in arguments.items():
-        # What is like the leader needs no further look: this runs in every step of a training.
-        if name in numbers or (type(value) is type(leader) and value.dtype == leader.dtype):
-            continue
-        _check_kind(xp, name, value, leader_name)
-        dtype = _compute_dtype(xp, dtype, value.dtype)
-    arrays = {n: v for n, v in arguments.items() if n not in numbers} if numbers else arguments
-    _check_shapes(arrays, leader.shape)
+    arrays = {name: value for name, value in arguments.items() if name not in numbers}
+    for name, array in arrays.items():
+        _check_kind(xp, name, array, leader_name)
+        dtype = _compute_dtype(xp, dtype, array.dtype)
+    if any(array.shape != leader.shape for array in arrays.values()):
+        shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
+        raise ValueError(f"expected one shape for all, got {shapes}")
     return tuple(float(v) if n in numbers else cast(xp, v, dtype) for n, v in arguments.items())
 
 
@@ -168,26 +170,27 @@ def quiet(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _all_alike(leader: Any, values: tuple[Any, ...]) -> bool:
+    kind, dtype, shape = type(leader), leader.dtype, leader.shape
+    for value in values:
+        if type(value) is not kind or value.dtype != dtype or value.shape != shape:
+            return False
+    return True
+
+
 def _check_kind(xp: Any, name: str, array: Any, leader: str) -> None:
     if namespace(array, name) is not xp:
         raise TypeError(
             f"{name} must be of the same library as {leader}, {xp.__name__}; "
             f"got {namespace(array, name).__name__}"
         )
-    real = array.is_floating_point() if xp.__name__ == "torch" else _is_real(xp, array)
-    if not real:
+    _check_real(xp, name, array)
+
+
+def _check_real(xp: Any, name: str, array: Any) -> None:
+    is_torch = xp.__name__ == "torch"
+    if not (array.is_floating_point() if is_torch else xp.isdtype(array.dtype, "real floating")):
         raise TypeError(f"{name} must be real floating, got {array.dtype}")
-
-
-def _is_real(xp: Any, array: Any) -> bool:
-    return bool(xp.isdtype(array.dtype, "real floating"))
-
-
-def _check_shapes(arrays: Mapping[str, Any], shape: Any) -> None:
-    for array in arrays.values():
-        if array.shape != shape:
-            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
-            raise ValueError(f"expected one shape for all, got {shapes}")
 
 
 def _compute_dtype(xp: Any, dtype: Any, other: Any = None) -> Any:

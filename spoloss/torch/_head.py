@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TILE_BYTES = 48 * 2**20
+_TILE_BYTES = 32 * 2**20
+# A pair that fits a tile needs no scratch of the weight's size, so a trained head's tile is larger.
+_TILE_BYTES_TRAINED = 64 * 2**20
 _TILE_BYTES_CUDA = 2**30
 _LEAST_ROWS = 256
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -28,13 +30,13 @@ class HeadOptions:
 
         logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
 
-    `dtype` is autocast's, or None where autocast is off.
+    `rows` is the height of a tile; `dtype` is autocast's, or None where autocast is off.
     """
 
     softcap: float | None
     logit_scale: float
     temperature: float
-    chunk_size: int | None
+    rows: int
     dtype: torch.dtype | None
 
 
@@ -74,7 +76,16 @@ def head_options(
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
-    return HeadOptions(softcap, logit_scale, temperature, chunk_size, autocast)
+    rows = chunk_size or _default_rows(weight)
+    return HeadOptions(softcap, logit_scale, temperature, rows, autocast)
+
+
+def _default_rows(weight: Tensor) -> int:
+    budget = _TILE_BYTES_TRAINED if weight.requires_grad else _TILE_BYTES
+    if weight.is_cuda:
+        budget = _TILE_BYTES_CUDA
+    row = weight.shape[0] * torch.promote_types(weight.dtype, torch.float32).itemsize
+    return max(_LEAST_ROWS, budget // max(row, 1))
 
 
 def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
@@ -127,7 +138,7 @@ class Head:
         self.softcap = options.softcap
         self.logit_scale = options.logit_scale
         self.temperature = options.temperature
-        self.chunk_size = options.chunk_size
+        self.rows = options.rows
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,14 +149,6 @@ class Head:
     def gain(self) -> float:
         """Derivative of the logits by h W^T + b, without the factor of softcap."""
         return self.logit_scale / self.temperature
-
-    @property
-    def rows(self) -> int:
-        """Tokens of a tile: chunk_size, or what fits 48 MiB (CUDA: 1 GiB) but at least 256."""
-        if self.chunk_size is not None:
-            return self.chunk_size
-        budget = _TILE_BYTES_CUDA if self.weight.is_cuda else _TILE_BYTES
-        return max(_LEAST_ROWS, budget // (self.weight.shape[0] * self.dtype.itemsize))
 
     def buffer(self, rows: int) -> Tensor:
         """An empty tile."""
