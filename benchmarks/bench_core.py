@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,16 +84,20 @@ def loss_rows(rounds: int) -> list[Row]:
     for size, calls in ((64, 500), (65_536, 60)):
         torch.manual_seed(0)
         logps = [torch.randn(size) * 5.0 - 50.0 for _ in range(4)]
-        policy = [logp.requires_grad_() for logp in logps[:2]]
+        logps = [logp.requires_grad_(i < 2) for i, logp in enumerate(logps)]
         for name, loss, by_hand in (
             ("SPO", spo_loss, spo_by_hand),
             ("DPO", dpo_loss, dpo_by_hand),
         ):
-            forward = [lambda f=f: f(*logps) for f in (loss, by_hand)]
-            both = [lambda f=f: torch.autograd.grad(f(*logps), policy) for f in (loss, by_hand)]
+            forward = [partial(f, *logps) for f in (loss, by_hand)]
+            both = [partial(_with_backward, f, logps) for f in (loss, by_hand)]
             rows.append(compare(f"{name} forward, B = {size}, µs", *forward, rounds, calls))
             rows.append(compare(f"{name} forward + backward, B = {size}, µs", *both, rounds, calls))
     return rows
+
+
+def _with_backward(loss: Callable[..., Tensor], logps: list[Tensor]) -> None:
+    torch.autograd.grad(loss(*logps), logps[:2])
 
 
 def import_row(rounds: int) -> Row:
