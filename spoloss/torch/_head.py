@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TILE_BYTES = 32 * 2**20
+_TILE_BYTES = 48 * 2**20
 # A pair that fits a tile needs no scratch of the weight's size, so a trained head's tile is larger.
 _TILE_BYTES_TRAINED = 64 * 2**20
 _TILE_BYTES_CUDA = 2**30
@@ -270,9 +270,11 @@ class Rows:
         return values if self.counts is None else torch.where(self.counts[rows], values, 0.0)
 
     def slices(self, first: int, last: int, height: int) -> Iterator[slice]:
-        """The rows of sequences first to last - 1 in slices of at most `height`."""
-        for start in range(self.ends[first], self.ends[last], height):
-            yield slice(start, min(start + height, self.ends[last]))
+        """The rows of sequences first to last - 1, in slices of one size of at most `height`."""
+        count = self.ends[last] - self.ends[first]
+        even = math.ceil(count / max(1, math.ceil(count / height)))
+        for start in range(self.ends[first], self.ends[last], max(1, even)):
+            yield slice(start, min(start + even, self.ends[last]))
 
 
 def shifted(labels: Tensor, ignore_index: int, *, shift: bool) -> tuple[Tensor, Tensor]:

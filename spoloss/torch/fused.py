@@ -423,12 +423,16 @@ class _Sweep:
         self.tile = head.buffer(self._count(0, self.pairs))
 
     def run(self) -> None:
-        """Walk the pairs, as many at a time as fit a tile."""
+        """Walk all pairs, by the way that suits each."""
+        if not any(self.needed.values()):
+            # A frozen head needs no slope before its products: tiles fill up across pairs.
+            self._walk(0, self.pairs, None)
+            return
         scratch = None
         for first, last in self._groups():
             if self._count(first, last) > self.head.rows:
                 scratch = scratch or HeadGrad(self.head, **self.needed)
-                self._long(first, scratch)
+                self._walk(first, last, scratch)
             elif self._count(first, last) > 0:
                 self._short(first, last)
 
@@ -464,28 +468,34 @@ class _Sweep:
         self._write_hidden(direction, factor, list(enumerate(parts)))
         self.grad_head.add(direction, states, factor)
 
-    def _long(self, pair: int, scratch: HeadGrad) -> None:
-        """A pair longer than a tile: products with slope 1, scaled once the slope is known."""
-        self_only = slice(pair, pair + 1)
-        scratch.clear()
+    def _walk(self, first: int, last: int, scratch: HeadGrad | None) -> None:
+        """Products with slope 1, scaled once the slopes are known.
+
+        Hidden gradients are scaled row by row, so any pairs may go together; the scratch takes the
+        weight gradient of one pair that is longer than a tile.
+        """
+        pairs = slice(first, last)
         for side, sign in ((0, -1.0), (1, 1.0)):
             rows = self.sides[side]
-            share = self.terms.token_share(rows.lengths, self_only, self.head.dtype)
-            for part in rows.slices(pair, pair + 1, self.head.rows):
+            share = sign * self.terms.token_share(rows.lengths, pairs, self.head.dtype)
+            for part in rows.slices(first, last, self.head.rows):
                 states = self._take(side, part)
                 logps, direction = self.head.direction(states, rows.targets[part], self.tile)
                 self._note(side, part, logps)
                 unit = rows.mask(torch.full_like(logps, self.head.gain), part)
                 self._write_hidden(direction, unit, [(side, part)])
-                scratch.add(direction, states, unit * (sign * share))
-            if side == 0 and self.terms.nll_weight != 0.0:
+                if scratch is not None:
+                    scratch.add(direction, states, unit * share)
+            if side == 0 and scratch is not None and self.terms.nll_weight != 0.0:
                 # At this moment the scratch holds the chosen side alone, all that the NLL is of.
-                nll = self.terms.nll_slopes(rows.lengths, self_only) / share
+                nll = self.terms.nll_slopes(rows.lengths, pairs) / -share
                 self.grad_head.add_scaled(scratch, nll[0].to(self.head.dtype))
-        self._sum(self_only)
-        self.grad_head.add_scaled(scratch, self._slopes(self_only)[0])
-        for side, factor in enumerate(self._factors(self_only)):
-            self._scale_hidden(side, pair, factor / self.head.gain)
+        self._sum(pairs)
+        if scratch is not None:
+            self.grad_head.add_scaled(scratch, self._slopes(pairs)[0])
+            scratch.clear()
+        for side, factor in enumerate(self._factors(pairs)):
+            self._scale_hidden(side, first, last, factor / self.head.gain)
 
     def _factors(self, pairs: slice) -> list[Tensor]:
         """By side, what a token's direction counts for: minus the loss's derivative by it."""
@@ -529,11 +539,13 @@ class _Sweep:
                 back = self.head.back(direction[here]) if whole is None else whole[here]
                 grad[self.sides[side].index[part]] = (back * factor[here, None]).to(grad.dtype)
 
-    def _scale_hidden(self, side: int, pair: int, factor: Tensor) -> None:
+    def _scale_hidden(self, side: int, first: int, last: int, factor: Tensor) -> None:
         grad, rows = self.grad_hidden[side], self.sides[side]
-        if grad is not None:
-            index = rows.index[rows.ends[pair] : rows.ends[pair + 1]]
-            grad[index] = (grad[index] * factor).to(grad.dtype)
+        if grad is None:
+            return
+        for part in rows.slices(first, last, self.head.rows):
+            index, of_row = rows.index[part], factor[rows.sequence[part] - first]
+            grad[index] = (grad[index] * of_row[:, None]).to(grad.dtype)
 
 
 def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def linear_logps(
       softcap: the model's final logit soft-capping (Gemma), > 0; None is no capping.
       logit_scale: factor of the logits (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
-      chunk_size: tokens of a tile. None takes what fits 32 MiB of logits in float32 (64 MiB if
+      chunk_size: tokens of a tile. None takes what fits 48 MiB of logits in float32 (64 MiB if
         the weight requires a gradient, 1 GiB on CUDA), but at least 256. A softcap needs a second
         tile.
       per_token: return every token's log-probability, and not their sums.
