@@ -64,7 +64,7 @@ def conform(arguments: Mapping[str, Any], *, or_number: tuple[str, ...] = ()) ->
     _check_real(xp, leader_name, leader)
     dtype = _compute_dtype(xp, leader.dtype)
     values = tuple(arguments.values())
-    if dtype == leader.dtype and _all_alike(leader, values):
+    if dtype == leader.dtype and _all_alike(values):
         return values  # the usual case, in every step of a training
     numbers = {name for name in or_number if is_number(arguments[name])}
     arrays = {name: value for name, value in arguments.items() if name not in numbers}
@@ -170,9 +170,10 @@ def quiet(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _all_alike(leader: Any, values: tuple[Any, ...]) -> bool:
+def _all_alike(values: tuple[Any, ...]) -> bool:
+    leader, *others = values
     kind, dtype, shape = type(leader), leader.dtype, leader.shape
-    for value in values:
+    for value in others:
         if type(value) is not kind or value.dtype != dtype or value.shape != shape:
             return False
     return True

@@ -184,6 +184,34 @@ def test_diverged_run_stops_and_keeps_its_rows(finished, tmp_path) -> None:
     assert not (tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.parametrize("loss", ["spo", "dpo", "squared"])
+def test_fused_is_the_same_run(finished, tmp_path, monkeypatch, capsys, loss) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(finished.output / "model"), "--loss", loss]
+    flags = ["--sft-steps", "2", "--steps", "3", "--lr", "1e-4", "--max-length", "40"]
+    for extra in ([], ["--fused"]):
+        assert train.main([*model, *flags, "--batch-size", "8", *extra]) == 0
+    by_logits, by_tiles = (rows_of(tmp_path / "runs" / f"{loss}-{n}" / "steps.csv") for n in (1, 2))
+    for plain, fused in zip(by_logits, by_tiles, strict=True):
+        assert float(fused["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-4, abs=1e-4)
+        assert float(fused["grad_norm"]) == pytest.approx(float(plain["grad_norm"]), rel=1e-3)
+    printed = capsys.readouterr().out
+    assert "Peak memory by logits: " in printed
+    assert "Peak memory with the fused head: " in printed
+
+
+def test_fused_refuses_a_head_with_more_to_it(finished) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(finished.output / "model")
+    text = train.Text(ids=[5, 6, 7], labels=[-100, 6, 7])
+    pairs = [train.TokenPair(text, text, truncated=False)]
+    train.check_head(model, pairs)
+    model.lm_head.bias = torch.nn.Parameter(torch.arange(model.config.vocab_size) / 100.0)
+    with pytest.raises(train.InputError, match="expected a head that is hidden @ weight"):
+        train.check_head(model, pairs)
+
+
 def test_spo_is_advised_to_take_the_tangent(finished) -> None:
     from transformers import AutoModelForCausalLM
 

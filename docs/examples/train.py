@@ -2,6 +2,7 @@
 
     python train.py                                    # the pairs beside this file, half a minute
     python train.py --pairs mine.jsonl --model Qwen/Qwen2.5-0.5B --loss spo --beta 0.1
+    python train.py --fused                            # the same numbers without holding logits
 
 The pairs are JSON lines, plain or .gz, each with the strings `prompt`, `chosen` and `rejected`. A
 `split` of "train" or "test" on every line is honoured; without it a tenth of the prompts is held
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spoloss.torch import LinearPairLoss
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "spo": spo_loss,
@@ -98,6 +101,7 @@ class Options:
     loss: str
     beta: float
     linear_below: float | None
+    fused: bool
     sft_steps: int
     sft_lr: float
     steps: int
@@ -179,6 +183,8 @@ def run(train_pairs: list[Pair], held_out_pairs: list[Pair], options: Options) -
     print(f"{len(train)} pairs to train on, {len(held_out)} held out; {truncated} truncated")
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens; writes to {output}")
 
+    if options.fused:
+        check_head(model, train[: options.batch_size])
     if options.sft_steps > 0:
         train_on_chosen(model, train, options, output)
     train = add_reference(train, model, options)
@@ -186,6 +192,7 @@ def run(train_pairs: list[Pair], held_out_pairs: list[Pair], options: Options) -
     before, after = train_on_pairs(model, train, held_out, options, output)
 
     print_table(before, after, len(held_out))
+    print(f"Peak memory {'with the fused head' if options.fused else 'by logits'}: {peak_memory()}")
     draw_curves(output, options)
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
@@ -202,28 +209,47 @@ def train_on_pairs(
     output: Path,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Trains the policy on preferences; returns the held-out metrics before and after."""
-    loss_function = choose_loss(options)
+    loss_of = loss_by_tiles if options.fused else loss_by_logits
     updater = Updater(policy, "preference", options)
-    before = after = evaluate(policy, held_out, loss_function, options)
+    before = after = evaluate(policy, held_out, options)
     append_row(output / "held_out.csv", HELD_OUT_COLUMNS, {"step": 0, **before})
     start = f"starts at {before['loss']:.3f}, where policy and reference agree"
     print(f"The {options.loss} loss {start}; {GOOD_LOSS[options.loss]}.")
     progress = tqdm(draw_batches(train, options.steps, options), "preference")
     for step, pairs in enumerate(progress, start=1):
-        # The heart of it: a loop of your own needs these six lines.
-        policy_chosen, policy_rejected = pair_logps(policy, pairs)
-        logps = (policy_chosen, policy_rejected, *reference_logps(pairs, policy.device))
-        loss = loss_function(*logps)
+        # The heart of it: a loop of your own needs these lines and those of `loss_by_logits`.
+        loss, logps = loss_of(policy, pairs, options)
         loss.backward()
         row = updater.step(loss)
         row |= as_floats(preference_metrics(*logps, beta=options.beta))
 
         append_row(output / "steps.csv", STEP_COLUMNS, row)
         if step % math.ceil(options.steps / EVALUATIONS) == 0 or step == options.steps:
-            after = evaluate(policy, held_out, loss_function, options)
+            after = evaluate(policy, held_out, options)
             append_row(output / "held_out.csv", HELD_OUT_COLUMNS, {"step": step, **after})
             progress.set_postfix(held_out_accuracy=f"{after['rewards/accuracies']:.2f}")
     return before, after
+
+
+def loss_by_logits(
+    policy: PreTrainedModel, pairs: Sequence[TokenPair], options: Options
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns the loss of a batch of pairs and the four log-probabilities that it is of."""
+    policy_chosen, policy_rejected = pair_logps(policy, pairs, fused=False)
+    logps = (policy_chosen, policy_rejected, *reference_logps(pairs, policy.device))
+    return choose_loss(options)(*logps), logps
+
+
+def loss_by_tiles(
+    policy: PreTrainedModel, pairs: Sequence[TokenPair], options: Options
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns the same from hidden states: the logits never exist as a whole."""
+    batch, reference = pad_pairs(pairs, policy.device), reference_logps(pairs, policy.device)
+    chosen_hidden, rejected_hidden = hidden_states(policy, batch).chunk(2)
+    out = choose_fused_loss(options)(
+        chosen_hidden, rejected_hidden, head_weight(policy), *batch.labels.chunk(2), *reference
+    )
+    return out.loss, (out.chosen_logps, out.rejected_logps, *reference)
 
 
 def train_on_chosen(
@@ -234,7 +260,8 @@ def train_on_chosen(
     progress = tqdm(draw_batches(pairs, options.sft_steps, options), "SFT")
     for batch_pairs in progress:
         batch = pad([pair.chosen for pair in batch_pairs], model.device)
-        loss = model(batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
+        tokens = (batch.labels != IGNORED).sum()
+        loss = -completion_logps(model, batch, fused=options.fused).sum() / tokens
         loss.backward()
         row = updater.step(loss)
         append_row(output / "steps.csv", STEP_COLUMNS, row)
@@ -249,28 +276,73 @@ def choose_loss(options: Options) -> Callable[..., Tensor]:
     return partial(loss_function, linear_below=options.linear_below)
 
 
-def pair_logps(model: PreTrainedModel, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
-    """Returns the log-probabilities of the chosen and of the rejected completions, nats, [B]."""
-    from spoloss.torch import sequence_logps
+def choose_fused_loss(options: Options) -> Callable[..., LinearPairLoss]:
+    """Returns the same loss as a function of hidden states, head, labels and reference."""
+    from spoloss import Squared
+    from spoloss.torch import linear_dpo_loss, linear_pair_loss, linear_spo_loss
 
-    # Chosen and rejected share one forward pass: the first half of the batch and the second.
-    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    batch = pad(texts, model.device)
-    # With a large vocabulary the logits are most of the memory; linear_logps does without them.
+    squared = partial(linear_pair_loss, Squared())
+    fused = {"spo": linear_spo_loss, "dpo": linear_dpo_loss, "squared": squared}
+    loss_function = partial(fused[options.loss], beta=options.beta)
+    if options.linear_below is None:
+        return loss_function
+    return partial(loss_function, linear_below=options.linear_below)
+
+
+def completion_logps(model: PreTrainedModel, batch: Batch, *, fused: bool) -> Tensor:
+    """Returns the log-probability of each text's completion, nats, [texts]."""
+    from spoloss.torch import linear_logps, sequence_logps
+
+    if fused:
+        return linear_logps(hidden_states(model, batch), head_weight(model), batch.labels)
+    # With a large vocabulary these logits are most of the memory: then --fused does without them.
     logits = model(batch.ids, attention_mask=batch.mask).logits
-    chosen, rejected = sequence_logps(logits, batch.labels, ignore_index=IGNORED).chunk(2)
+    return sequence_logps(logits, batch.labels)
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Returns the last hidden states, which the head turns into logits, [texts, longest, width]."""
+    return model.get_decoder()(batch.ids, attention_mask=batch.mask).last_hidden_state
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """Returns the weight of the language-model head, [vocabulary, width]."""
+    return model.get_output_embeddings().weight
+
+
+def check_head(model: PreTrainedModel, pairs: Sequence[TokenPair]) -> None:
+    """Refuses a model whose head does more than a product, such as a bias or a soft-cap."""
+    import torch
+
+    batch = pad_pairs(pairs, model.device)
+    with torch.no_grad():
+        by_logits, by_tiles = (completion_logps(model, batch, fused=f) for f in (False, True))
+    if not torch.allclose(by_logits, by_tiles, rtol=1e-2, atol=1e-2):
+        raise InputError(
+            "--fused: expected a head that is hidden @ weight.T, got one with more to it: "
+            "give linear_logps and the fused loss its bias, softcap or logit_scale"
+        )
+
+
+def pair_logps(
+    model: PreTrainedModel, pairs: Sequence[TokenPair], *, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the log-probabilities of the chosen and of the rejected completions, nats, [B]."""
+    logps = completion_logps(model, pad_pairs(pairs, model.device), fused=fused)
+    chosen, rejected = logps.chunk(2)
     return chosen, rejected
 
 
 def score_pairs(
-    model: PreTrainedModel, pairs: list[TokenPair], batch_size: int
+    model: PreTrainedModel, pairs: list[TokenPair], batch_size: int, *, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Returns what pair_logps does, for any number of pairs and without gradients."""
     import torch
 
     with torch.no_grad():
         batches = (pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size))
-        chosen, rejected = zip(*(pair_logps(model, batch) for batch in batches), strict=True)
+        scored = (pair_logps(model, batch, fused=fused) for batch in batches)
+        chosen, rejected = zip(*scored, strict=True)
     return torch.cat(chosen), torch.cat(rejected)
 
 
@@ -280,7 +352,7 @@ def add_reference(
     """Returns the pairs with the log-probabilities that the reference gives their completions."""
     # The reference is frozen, so once per pair is enough: later there is no second model to hold in
     # memory and no second forward pass in any step, and the policy may train in place.
-    chosen, rejected = score_pairs(reference, pairs, options.batch_size)
+    chosen, rejected = score_pairs(reference, pairs, options.batch_size, fused=options.fused)
     return [
         replace(pair, reference_chosen=of_chosen, reference_rejected=of_rejected)
         for pair, of_chosen, of_rejected in zip(
@@ -301,17 +373,13 @@ def reference_logps(
 
 
 def evaluate(
-    policy: PreTrainedModel,
-    held_out: list[TokenPair],
-    loss_function: Callable[..., Tensor],
-    options: Options,
+    policy: PreTrainedModel, held_out: list[TokenPair], options: Options
 ) -> dict[str, float]:
     """Returns the loss and the preference metrics of the held-out pairs."""
-    policy_logps = score_pairs(policy, held_out, options.batch_size)
+    policy_logps = score_pairs(policy, held_out, options.batch_size, fused=options.fused)
     logps = (*policy_logps, *reference_logps(held_out, policy.device))
-    return as_floats(
-        {"loss": loss_function(*logps), **preference_metrics(*logps, beta=options.beta)}
-    )
+    metrics = preference_metrics(*logps, beta=options.beta)
+    return as_floats({"loss": choose_loss(options)(*logps), **metrics})
 
 
 def as_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -464,6 +532,11 @@ def join(prompt: list[int], completion: list[int], max_length: int) -> Text:
     return Text(ids=prompt + completion, labels=[IGNORED] * len(prompt) + completion)
 
 
+def pad_pairs(pairs: Sequence[TokenPair], device: torch.device | str) -> Batch:
+    """Pads pairs for one forward pass: all chosen texts, then all rejected."""
+    return pad([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], device)
+
+
 def pad(texts: Sequence[Text], device: torch.device | str) -> Batch:
     """Pads texts on the right to the longest of them."""
     import torch
@@ -519,6 +592,20 @@ def read_columns(path: Path, stage: str | None = None) -> dict[str, list[float]]
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.pop("stage", None) == stage]
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def peak_memory() -> str:
+    """Returns the most memory that the run has held so far: the card's, or the process's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the card"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "not known on this system"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"
 
 
 def print_table(before: dict[str, float], after: dict[str, float], pairs: int) -> None:
@@ -687,6 +774,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     add("--loss", choices=list(LOSSES), default="spo", help="default: spo")
     add("--beta", type=positive, default=0.1, help="default: 0.1")
     add("--linear-below", type=below_one, help="continue SPO in a line for x below this")
+    add("--fused", action="store_true", help="hidden states to the loss without the logits")
     add("--sft-steps", type=natural, default=150, help="default: 150; 0 after an SFT of your own")
     add("--sft-lr", type=positive, help="default: 1e-3, with --model 1e-5")
     add("--steps", type=whole_number, default=100, help="of preference training; default: 100")
