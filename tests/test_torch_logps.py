@@ -171,7 +171,7 @@ def test_bad_input() -> None:
     logits, labels = case()
     with pytest.raises(ValueError, match=r"logits must have shape \[B, T, V\], got \(7, 11\)"):
         sequence_logps(logits[0], labels[0])
-    with pytest.raises(ValueError, match=r"labels must have .* = \(4, 7\), got \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"labels must have .* = \(4, 7\) of logits, got \(4, 6\)"):
         sequence_logps(logits, labels[:, 1:])
     with pytest.raises(TypeError, match=r"logits must be real floating, got torch\.int64"):
         sequence_logps(logits.long(), labels)
