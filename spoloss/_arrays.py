@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy
@@ -48,33 +48,42 @@ def cast(xp: Any, array: Any, dtype: Any) -> Any:
     return array.to(dtype) if xp.__name__ == "torch" else xp.astype(array, dtype)
 
 
-def conform(arguments: Mapping[str, Any], *, or_number: tuple[str, ...] = ()) -> tuple[Any, ...]:
-    """All arguments in order, as arrays of one library, one shape and one dtype of >= 32 bits.
+def conform(
+    names: tuple[str, ...], values: tuple[Any, ...], *, numbers_from: int
+) -> tuple[Any, ...]:
+    """The values, as arrays of one library, one shape and one dtype of at least 32 bits.
 
     Args:
-      arguments: name -> array; the first one decides library and shape.
-      or_number: names of those that may also be a Python number, which passes through.
+      names: the arguments' names, for messages.
+      values: arrays; the first one decides library and shape.
+      numbers_from: from this position on a value may be a Python number, which passes through.
 
     Raises:
       TypeError: an array is of another library, or not real floating.
       ValueError: the shapes differ.
     """
-    leader_name, leader = next(iter(arguments.items()))
+    leader_name, leader = names[0], values[0]
     xp = namespace(leader, leader_name)
     _check_real(xp, leader_name, leader)
     dtype = _compute_dtype(xp, leader.dtype)
-    values = tuple(arguments.values())
     if dtype == leader.dtype and _all_alike(values):
         return values  # the usual case, in every step of a training
-    numbers = {name for name in or_number if is_number(arguments[name])}
-    arrays = {name: value for name, value in arguments.items() if name not in numbers}
+    may_be_number = names[numbers_from:]
+    arrays = {
+        name: value
+        for name, value in zip(names, values, strict=True)
+        if not (name in may_be_number and is_number(value))
+    }
     for name, array in arrays.items():
         _check_kind(xp, name, array, leader_name)
         dtype = _compute_dtype(xp, dtype, array.dtype)
     if any(array.shape != leader.shape for array in arrays.values()):
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
         raise ValueError(f"expected one shape for all, got {shapes}")
-    return tuple(float(v) if n in numbers else cast(xp, v, dtype) for n, v in arguments.items())
+    return tuple(
+        cast(xp, value, dtype) if name in arrays else float(value)
+        for name, value in zip(names, values, strict=True)
+    )
 
 
 def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:

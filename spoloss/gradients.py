@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, check_reduction, conform, per_pair, reduction_scale
 from spoloss.losses import DPO, SPO, MarginLoss, SignedLog, Squared
-from spoloss.pairs import beta_for_gap, check_loss, log_ratio_margin, weighted
+from spoloss.pairs import LOGPS, beta_for_gap, check_loss, log_ratio_margin, weighted
 
 
 class PairGrad(NamedTuple):
@@ -253,5 +253,5 @@ def _prob_grad(loss: SPO | DPO, pc: Any, pr: Any, rc: Any, rr: Any, beta: Any) -
     margin = log_ratio_margin(pc, pr, rc, rr)
     sign, log_abs = loss.log_slope(margin, per_pair("beta", beta, margin))
     # d(log pi)/d(pi) = 1 / pi is a subtraction of logs.
-    pc, pr = conform({"policy_chosen_logps": pc, "policy_rejected_logps": pr})
+    pc, pr = conform(LOGPS[:2], (pc, pr), numbers_from=2)
     return PairProbGrad(SignedLog(sign, log_abs - pc), SignedLog(-sign, log_abs - pr))

@@ -12,6 +12,13 @@ from typing import Any, NamedTuple
 from spoloss._arrays import ArrayT, check_reduction, conform, detach, namespace, per_pair, reduce
 from spoloss.losses import DPO, SPO, MarginLoss, Squared
 
+LOGPS = (
+    "policy_chosen_logps",
+    "policy_rejected_logps",
+    "reference_chosen_logps",
+    "reference_rejected_logps",
+)
+
 
 class Rewards(NamedTuple):
     """The implicit rewards beta * log(pi / pi_ref) of both sides, shape [B] each."""
@@ -282,13 +289,14 @@ def log_ratios(
 ) -> tuple[Any, Any]:
     """log(pi / pi_ref) of the chosen and of the rejected completions, after all checks."""
     pc, pr, rc, rr = conform(
-        {
-            "policy_chosen_logps": policy_chosen_logps,
-            "policy_rejected_logps": policy_rejected_logps,
-            "reference_chosen_logps": reference_chosen_logps,
-            "reference_rejected_logps": reference_rejected_logps,
-        },
-        or_number=("reference_chosen_logps", "reference_rejected_logps"),
+        LOGPS,
+        (
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+        ),
+        numbers_from=2,
     )
     return pc - rc, pr - rr
 

@@ -541,3 +541,16 @@ def test_average_and_per_token_exclude_each_other() -> None:
             average=True,
             per_token=True,
         )
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_a_loss_of_ones_own(chunk_size: int | None) -> None:
+    class Hinge:
+        def value(self, margin: Tensor, beta: Any) -> Tensor:
+            return torch.relu(1.0 - beta * margin)
+
+        def slope(self, margin: Tensor, beta: Any) -> Tensor:
+            return torch.where(beta * margin < 1.0, -beta, 0.0)
+
+    case = Case()
+    check_fused(case, Hinge(), case.fused, chunk_size=chunk_size)

@@ -203,6 +203,7 @@ class HeadGrad:
     """The gradient of a head, gathered over tiles in at least float32."""
 
     def __init__(self, head: Head, *, weight: bool, bias: bool) -> None:
+        self.dtype = head.weight.dtype
         self.weight = torch.zeros_like(head.weight, dtype=head.dtype) if weight else None
         self.bias = (
             torch.zeros_like(head.bias, dtype=head.dtype)
@@ -214,9 +215,9 @@ class HeadGrad:
         """Add a tile's: (factor of each row * direction)^T @ hidden."""
         if self.weight is not None:
             # The factor goes where the array is small: on n x D, not on n x V.
-            _accumulate(self.weight, direction, hidden * factor[:, None].to(hidden.dtype))
+            _accumulate(self.weight, direction, hidden * factor[:, None], self.dtype)
         if self.bias is not None:
-            _accumulate(self.bias[:, None], direction, factor[:, None].to(direction.dtype))
+            _accumulate(self.bias[:, None], direction, factor[:, None], self.dtype)
 
     def add_scaled(self, other: HeadGrad, factor: Tensor) -> None:
         """Add another gradient times a 0-d factor, without a temporary of its size."""
@@ -358,13 +359,13 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
     return torch.mm(a, b).to(dtype)
 
 
-def _accumulate(total: Tensor, direction: Tensor, hidden: Tensor) -> None:
-    """Add direction^T @ hidden, never rounded to half precision on the way."""
-    if hidden.dtype != total.dtype and total.is_cuda:
-        rows = direction.to(hidden.dtype).t()
-        torch.addmm(total, rows, hidden, out_dtype=total.dtype, out=total)
+def _accumulate(total: Tensor, direction: Tensor, scaled: Tensor, dtype: torch.dtype) -> None:
+    """Add direction^T @ scaled; on CUDA by a product in `dtype`, never rounded to it afterwards."""
+    if total.is_cuda and dtype != total.dtype:
+        rows = direction.to(dtype).t()
+        torch.addmm(total, rows, scaled.to(dtype), out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(direction.t(), hidden.to(total.dtype))
+        total.addmm_(direction.t(), scaled.to(total.dtype))
 
 
 def softmax_minus_onehot(
