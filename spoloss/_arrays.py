@@ -27,7 +27,7 @@ def namespace(array: Any, name: str = "the margin") -> Any:
     Raises:
       TypeError: `array` is a list, a number or anything else without a namespace.
     """
-    # Two look-ups in place of array-api-compat: 0.3 µs instead of 5, and no warning from Dynamo.
+    # Two look-ups in place of array-api-compat, which costs more and makes Dynamo warn.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return torch
@@ -101,8 +101,8 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
       ValueError: a number out of range, or an array of another shape.
     """
     if is_number(value):
-        if positive and not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+        if positive:
+            check_positive(name, value)
         return float(value)
     xp = namespace(like)
     _check_kind(xp, name, value, "the log-probabilities")
@@ -112,6 +112,16 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
             f"{tuple(like.shape)}, got {tuple(value.shape)}"
         )
     return cast(xp, value, like.dtype)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a number that is not positive and finite.
+
+    Raises:
+      ValueError: `value` is 0, negative, infinite or nan.
+    """
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_reduction(reduction: str) -> None:
@@ -143,7 +153,7 @@ def reduce(values: Any, reduction: str) -> Any:
 def at_least(xp: Any, x: Any, floor: float) -> Any:
     """max(x, floor), with gradient 0 below `floor` and nan kept."""
     if xp.__name__ == "torch":
-        # The same function as clip, whose backward (a compare and a where) takes five times longer.
+        # The same function as clip, whose backward is two slow passes: a compare and a where.
         return xp.threshold(x, floor, floor)
     return xp.clip(x, floor, None)
 

@@ -325,8 +325,7 @@ def check_loss(loss: Any) -> None:
     Raises:
       TypeError: `loss` is a class, or lacks `value` or `slope`.
     """
-    kind = type(loss)
-    if kind is type or not (hasattr(kind, "value") and hasattr(kind, "slope")):
+    if isinstance(loss, type) or not (hasattr(loss, "value") and hasattr(loss, "slope")):
         raise TypeError(
             f"loss must be an object with value and slope, such as SPO() or DPO(), got {loss!r}"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -236,6 +238,22 @@ def test_a_loss_of_ones_own() -> None:
     np.testing.assert_allclose(spoloss.pair_loss(Hinge(), *logps, beta=0.1), want)
     slope = spoloss.pair_grad(Hinge(), *logps, beta=0.1, reduction="sum").policy_rejected
     np.testing.assert_allclose(slope, 0.1 * (h < 10.0))
+
+
+def test_any_object_with_value_and_slope_is_a_loss() -> None:
+    logps, spo = four(), SPO()
+    loss = SimpleNamespace(value=spo.value, slope=spo.slope)
+    assert spoloss.pair_loss(loss, *logps, beta=0.1) == spoloss.spo_loss(*logps)
+
+    class Abstract(ABC):
+        @abstractmethod
+        def value(self, margin: Any, beta: Any) -> Any: ...
+
+        @abstractmethod
+        def slope(self, margin: Any, beta: Any) -> Any: ...
+
+    with pytest.raises(TypeError, match="loss must be an object with value and slope"):
+        spoloss.pair_loss(Abstract, *logps, beta=0.1)
 
 
 ALL_FUNCTIONS = [

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spoloss._arrays import check_positive
+
 _TILE_BYTES = 48 * 2**20
 # A pair that fits a tile needs no scratch of the weight's size, so a trained head's tile is larger.
 _TILE_BYTES_TRAINED = 64 * 2**20
@@ -68,10 +70,9 @@ def head_options(
     for (name, states), (label_name, ids) in zip(hidden.items(), labels.items(), strict=True):
         _check_hidden(name, states, weight, same_dtype=autocast is None)
         check_labels(label_name, ids, name, states)
-    positive = {"temperature": temperature, "softcap": 1.0 if softcap is None else softcap}
-    for name, value in positive.items():
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    check_positive("temperature", temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap)
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):

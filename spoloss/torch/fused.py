@@ -151,7 +151,7 @@ def linear_pair_loss(
         "beta": beta,
         "weights": weights,
     }
-    _constants(chosen_hidden, rejected_hidden, constants, nll_weight)
+    _check_constants(chosen_hidden, rejected_hidden, constants, nll_weight)
     terms = _Terms(
         loss,
         reference_chosen_logps,
@@ -457,8 +457,9 @@ class _Sweep:
         sizes = [part.stop - part.start for part in parts]
         for side, values in enumerate(torch.split(logps, sizes)):
             self._note(side, parts[side], values)
-        self._sum(slice(first, last))
-        factors = self._factors(slice(first, last))
+        pairs = slice(first, last)
+        self._sum(pairs)
+        factors = self._factors(self._slopes(pairs), pairs)
         factor = torch.cat(
             [
                 rows.mask(factors[side][rows.sequence[parts[side]] - first], parts[side])
@@ -491,16 +492,16 @@ class _Sweep:
                 nll = self.terms.nll_slopes(rows.lengths, pairs) / -share
                 self.grad_head.add_scaled(scratch, nll[0].to(self.head.dtype))
         self._sum(pairs)
+        slopes = self._slopes(pairs)
         if scratch is not None:
-            self.grad_head.add_scaled(scratch, self._slopes(pairs)[0])
+            self.grad_head.add_scaled(scratch, slopes[0])
             scratch.clear()
-        for side, factor in enumerate(self._factors(pairs)):
+        for side, factor in enumerate(self._factors(slopes, pairs)):
             self._scale_hidden(side, first, last, factor / self.head.gain)
 
-    def _factors(self, pairs: slice) -> list[Tensor]:
+    def _factors(self, slopes: Tensor, pairs: slice) -> list[Tensor]:
         """By side, what a token's direction counts for: minus the loss's derivative by it."""
         terms, dtype = self.terms, self.head.dtype
-        slopes = self._slopes(pairs)
         chosen, rejected = (terms.token_share(rows.lengths, pairs, dtype) for rows in self.sides)
         by_chosen, by_rejected = slopes * chosen, -slopes * rejected
         if terms.nll_weight != 0.0:
@@ -558,7 +559,7 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient.mul_(factor)
 
 
-def _constants(
+def _check_constants(
     chosen_hidden: Tensor, rejected_hidden: Tensor, constants: dict[str, Any], nll_weight: float
 ) -> None:
     """Check what is constant here, before any work, as `pair_loss` would after it."""

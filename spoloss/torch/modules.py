@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from spoloss._arrays import check_reduction, is_number
+from spoloss._arrays import check_positive, check_reduction, is_number
 from spoloss.losses import DPO, SPO, MarginLoss, Squared
 from spoloss.pairs import beta_for_gap, implicit_rewards, pair_loss
 
@@ -27,8 +27,7 @@ class _PairModule(nn.Module):
         check_reduction(reduction)
         if not is_number(beta):
             raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-        if not 0.0 < beta < float("inf"):
-            raise ValueError(f"beta must be positive and finite, got {beta}")
+        check_positive("beta", beta)
         self.loss = loss
         self.beta = beta
         self.reduction = reduction
