@@ -24,6 +24,8 @@ FLOORS = (
     "spoloss.gradients",
     "spoloss.metrics",
     "spoloss",
+    "spoloss.torch._packed",
+    "spoloss.torch._vocab_parallel",
     "spoloss.torch._head",
     "spoloss.torch.logps",
     "spoloss.torch.fused",

@@ -11,12 +11,17 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from spoloss._arrays import check_positive
+from spoloss.torch._packed import firsts, sum_sequences
+from spoloss.torch._vocab_parallel import VocabShard, join
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _TILE_BYTES = 48 * 2**20
 # A pair that fits a tile needs no scratch of the weight's size, so a trained head's tile is larger.
@@ -32,7 +37,8 @@ class HeadOptions:
 
         logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
 
-    `rows` is the height of a tile; `dtype` is autocast's, or None where autocast is off.
+    `rows` is the height of a tile; `dtype` is autocast's, or None where autocast is off; `shard`
+    is this rank's part of a head that is split over the vocabulary, or None where it is whole.
     """
 
     softcap: float | None
@@ -40,6 +46,7 @@ class HeadOptions:
     temperature: float
     rows: int
     dtype: torch.dtype | None
+    shard: VocabShard | None
 
 
 def head_options(
@@ -52,18 +59,17 @@ def head_options(
     logit_scale: float,
     temperature: float,
     chunk_size: int | None,
+    ignore_index: int,
+    vocab_parallel_group: ProcessGroup | None,
 ) -> HeadOptions:
     """The options of a call, after a check of its tensors (name -> tensor) and numbers.
 
     Raises:
-      TypeError: a dtype does not fit, or the weight is a sharded DTensor.
-      ValueError: a shape or a number does not fit.
+      TypeError: a dtype does not fit, or a tensor is a DTensor.
+      ValueError: a shape or a number does not fit, or the ranks of a split head do not agree.
+      RuntimeError: a split head is asked for in a compiled graph.
     """
-    if hasattr(weight, "full_tensor"):
-        raise TypeError(
-            "weight is a sharded DTensor: call this inside the forward of the FSDP module that "
-            "owns the head, where it is whole and its gradient is averaged over the ranks"
-        )
+    _refuse_dtensors(hidden, weight)
     device = weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     _check_weight(weight, bias)
@@ -77,15 +83,53 @@ def head_options(
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
-    rows = chunk_size or _default_rows(weight)
-    return HeadOptions(softcap, logit_scale, temperature, rows, autocast)
+    shard = None
+    if vocab_parallel_group is not None:
+        shard = _join(vocab_parallel_group, hidden, labels, weight, bias, ignore_index, chunk_size)
+    rows = chunk_size or _default_rows(weight, len(weight) if shard is None else shard.largest)
+    return HeadOptions(softcap, logit_scale, temperature, rows, autocast, shard)
 
 
-def _default_rows(weight: Tensor) -> int:
+def _refuse_dtensors(hidden: dict[str, Tensor], weight: Tensor) -> None:
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            "weight is a sharded DTensor: call this inside the forward of the FSDP module that "
+            "owns the head, where it is whole and its gradient is averaged over the ranks. Of a "
+            "head that is split over the vocabulary pass weight.to_local() and vocab_parallel_group"
+        )
+    for name, states in hidden.items():
+        if hasattr(states, "full_tensor"):
+            raise TypeError(f"{name} is a DTensor: pass the whole rows as a plain tensor")
+
+
+def _join(
+    group: ProcessGroup,
+    hidden: dict[str, Tensor],
+    labels: dict[str, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    chunk_size: int | None,
+) -> VocabShard:
+    if torch.compiler.is_compiling():
+        # Dynamo runs the call outside its graph, or says so under fullgraph=True.
+        raise RuntimeError("vocab_parallel_group cannot be part of a compiled graph")
+    tensors = {**hidden, "weight": weight, "bias": bias}
+    facts = {f"the number of tokens of {name}": ids.numel() for name, ids in labels.items()}
+    facts |= {
+        f"whether {name} requires a gradient": int(tensor is not None and tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }
+    facts |= {"whether there is a bias": int(bias is not None), "chunk_size": chunk_size or 0}
+    facts |= {"whether gradients are enabled": int(torch.is_grad_enabled())}
+    return join(group, weight, labels.values(), ignore_index, facts)
+
+
+def _default_rows(weight: Tensor, vocabulary: int) -> int:
     budget = _TILE_BYTES_TRAINED if weight.requires_grad else _TILE_BYTES
     if weight.is_cuda:
         budget = _TILE_BYTES_CUDA
-    row = weight.shape[0] * torch.promote_types(weight.dtype, torch.float32).itemsize
+    row = vocabulary * torch.promote_types(weight.dtype, torch.float32).itemsize
     return max(_LEAST_ROWS, budget // max(row, 1))
 
 
@@ -131,7 +175,7 @@ def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
 
 
 class Head:
-    """weight [V, D] and bias [V], with the options of the model."""
+    """weight [V, D], bias [V] and the options of the model. A split head's V is its shard's."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> None:
         self.weight = weight if options.dtype is None else weight.to(options.dtype)
@@ -140,6 +184,7 @@ class Head:
         self.logit_scale = options.logit_scale
         self.temperature = options.temperature
         self.rows = options.rows
+        self.shard = options.shard
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,7 +212,9 @@ class Head:
           Log-probabilities [n], and softmax - onehot [n, V] (times softcap's derivative).
         """
         logits, bend = self._logits(hidden, tile[: len(hidden)])
-        if torch.compiler.is_compiling():
+        if self.shard is not None:
+            logps, direction = self.shard.softmax_minus_onehot_(logits, targets)
+        elif torch.compiler.is_compiling():
             logps, direction = softmax_minus_onehot(logits, targets, logits.dtype)
         elif logits.is_cuda and _HAS_TRITON:
             logps, direction = _compiled()(logits, targets, self.weight.dtype)
@@ -178,6 +225,8 @@ class Head:
     def logps(self, hidden: Tensor, targets: Tensor, tile: Tensor) -> Tensor:
         """The log-probabilities alone, [n]."""
         logits, _ = self._logits(hidden, tile[: len(hidden)])
+        if self.shard is not None:
+            return self.shard.log_softmax_at(logits, targets)
         if torch.compiler.is_compiling():
             logits = logits.log_softmax(dim=1)
         else:
@@ -187,6 +236,11 @@ class Head:
     def back(self, direction: Tensor) -> Tensor:
         """The derivative by the hidden rows, direction @ weight: [n, D], in at least float32."""
         return _product(direction.to(self.weight.dtype), self.weight, self.dtype)
+
+    def complete(self, *grad_hidden: Tensor | None) -> None:
+        """Add to gradients by hidden states what the other shards of the head contribute."""
+        if self.shard is not None:
+            self.shard.sum_(*grad_hidden)
 
     def _logits(self, hidden: Tensor, tile: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logits [n, V] in `tile`, and softcap's derivative 1 - tanh^2 where there is one."""
@@ -248,10 +302,10 @@ class Rows:
     Attributes:
       targets: [n] the label of each.
       index: [n] its row among B * T.
-      sequence: [n] the sequence that it belongs to.
+      sequence: [n] its row of [B, T].
       counts: [n] whether it counts or only keeps the shapes static; None where all count.
-      ends: B + 1 numbers from 0: where each sequence's rows end among the n.
-      lengths: [B] how many tokens count.
+      ends: B + 1 numbers from 0: where each row of [B, T] ends among the n.
+      lengths: how many tokens of each sequence count: [B], or [S] where offsets part one row.
     """
 
     targets: Tensor
@@ -279,45 +333,53 @@ class Rows:
             yield slice(start, min(start + even, self.ends[last]))
 
 
-def shifted(labels: Tensor, ignore_index: int, *, shift: bool) -> tuple[Tensor, Tensor]:
+def shifted(
+    labels: Tensor, ignore_index: int, *, shift: bool, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Targets [B, T], 0 where nothing is to be predicted, and where something is.
 
     The labels move and not the logits or hidden states, whose slice can't be flattened for free.
     """
     if shift:
+        if cu_seqlens is not None:
+            labels = torch.where(firsts(cu_seqlens, labels.shape[1]), ignore_index, labels)
         nothing = torch.full_like(labels[:, :1], ignore_index)
         labels = torch.cat([labels[:, 1:], nothing], dim=1)
     counts = labels != ignore_index
     return torch.where(counts, labels, 0).long(), counts
 
 
-def select_rows(*labels: Tensor, ignore_index: int, shift: bool) -> list[Rows]:
+def select_rows(
+    *labels: Tensor, ignore_index: int, shift: bool, cu_seqlens: Tensor | None = None
+) -> list[Rows]:
     """The rows to work on for each of some labels [B, T].
 
     Rows that do not count are dropped: they cost nothing. That needs their number on the host, the
     one wait for the device in a call; a compiler can't wait, so it keeps all rows and masks.
     """
-    sides = [shifted(side, ignore_index, shift=shift) for side in labels]
+    sides = [shifted(side, ignore_index, shift=shift, cu_seqlens=cu_seqlens) for side in labels]
+    lengths = [sum_sequences(counts.long(), cu_seqlens) for _, counts in sides]
     if torch.compiler.is_compiling():
-        return [_all_rows(*side) for side in sides]
+        return [_all_rows(*side, n) for side, n in zip(sides, lengths, strict=True)]
     on_host = torch.cat([counts.flatten() for _, counts in sides]).cpu()
     kept = torch.split(on_host, [counts.numel() for _, counts in sides])
-    return [_some_rows(side[0], mine) for side, mine in zip(sides, kept, strict=True)]
+    return [
+        _some_rows(targets, mine, n)
+        for (targets, _), mine, n in zip(sides, kept, lengths, strict=True)
+    ]
 
 
-def _all_rows(targets: Tensor, counts: Tensor) -> Rows:
+def _all_rows(targets: Tensor, counts: Tensor, lengths: Tensor) -> Rows:
     b, t = targets.shape
     index = torch.arange(b * t, device=targets.device)
     ends = [i * t for i in range(b + 1)]
-    return Rows(targets.flatten(), index, index // max(t, 1), counts.flatten(), ends, counts.sum(1))
+    return Rows(targets.flatten(), index, index // max(t, 1), counts.flatten(), ends, lengths)
 
 
-def _some_rows(targets: Tensor, counts_on_host: Tensor) -> Rows:
+def _some_rows(targets: Tensor, counts_on_host: Tensor, lengths: Tensor) -> Rows:
     b, t = targets.shape
-    lengths = counts_on_host.view(b, t).sum(1)
     index = counts_on_host.nonzero().squeeze(1).to(targets.device, non_blocking=True)
-    ends = [0, *lengths.cumsum(0).tolist()]
-    lengths = lengths.to(targets.device, non_blocking=True)
+    ends = [0, *counts_on_host.view(b, t).sum(1).cumsum(0).tolist()]
     return Rows(targets.flatten()[index], index, index // max(t, 1), None, ends, lengths)
 
 

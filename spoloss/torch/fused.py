@@ -38,6 +38,7 @@ from spoloss.torch._head import (
 from spoloss.torch.logps import linear_token_logps, sum_tokens
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 
@@ -55,6 +56,7 @@ class LinearOptions(TypedDict, total=False):
     logit_scale: float
     temperature: float
     chunk_size: int | None
+    vocab_parallel_group: ProcessGroup | None
 
 
 class LinearPairLoss(NamedTuple):
@@ -87,6 +89,7 @@ def linear_pair_loss(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    vocab_parallel_group: ProcessGroup | None = None,
 ) -> LinearPairLoss:
     """`pair_loss` of `linear_logps` in one pass: loss and gradients, never the logits.
 
@@ -121,6 +124,7 @@ def linear_pair_loss(
       logit_scale: as for `linear_logps`.
       temperature: as for `linear_logps`.
       chunk_size: as for `linear_logps`.
+      vocab_parallel_group: as for `linear_logps`. The loss is the same on all ranks.
 
     Returns:
       LinearPairLoss(loss, chosen_logps, rejected_logps). The loss is differentiable once, by the
@@ -128,8 +132,10 @@ def linear_pair_loss(
 
     Raises:
       TypeError: a dtype does not fit, `loss` is no loss object, or the weight is a sharded DTensor.
-      ValueError: a shape, device or number does not fit, or an argument that is a constant here
-        (references, beta, weights) requires a gradient.
+      ValueError: a shape, device or number does not fit, an argument that is a constant here
+        (references, beta, weights) requires a gradient, or the ranks of `vocab_parallel_group` do
+        not agree on their tokens or lack rows for the labels.
+      RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
     check_loss(loss)
     check_reduction(reduction)
@@ -144,6 +150,8 @@ def linear_pair_loss(
         logit_scale=logit_scale,
         temperature=temperature,
         chunk_size=chunk_size,
+        ignore_index=ignore_index,
+        vocab_parallel_group=vocab_parallel_group,
     )
     constants = {
         "reference_chosen_logps": reference_chosen_logps,
@@ -366,6 +374,7 @@ class _OnePass(torch.autograd.Function):
             head = Head(weight, bias, options)
             sweep = _Sweep(head, [chosen, rejected], sides, terms, needed)
             sweep.run()
+            head.complete(*sweep.grad_hidden)
             chosen_logps, rejected_logps = sweep.logps
             return (
                 terms.value(chosen_logps, rejected_logps, sides[0].lengths),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from spoloss.torch._head import (
     select_rows,
     shifted,
 )
+from spoloss.torch._packed import check_cu_seqlens, sum_sequences
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TILE_BYTES = 64 * 2**20
 """Memory of one tile of float32 (or float64) log-probabilities; a tile holds whole rows of V."""
@@ -31,6 +35,7 @@ def sequence_logps(
     ignore_index: int = -100,
     shift: bool = True,
     average: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The log-probability of each labelled sequence: sum over tokens of log softmax(logits)[label].
 
@@ -46,21 +51,29 @@ def sequence_logps(
       shift: position t predicts label t + 1, as Transformers lays them out. False: the caller has
         shifted already, and position t predicts label t.
       average: divide each sum by the number of labels that count.
+      cu_seqlens: offsets of S sequences that lie one after another, without padding, in one row
+        (B = 1), shape [S + 1], int32 or int64, rising from 0 to T: FlashAttention's, whose name
+        they bear. No token predicts the next sequence's first.
 
     Returns:
-      Log-probabilities in nats, shape [B]; float32, or float64 if the logits are. A row without
-      a label that counts is 0, and its gradient too.
+      Log-probabilities in nats, shape [B], or [S] with `cu_seqlens`; float32, or float64 if the
+      logits are. A sequence without a label that counts is 0, and its gradient too. On a GPU, where
+      a check would wait for the device, `cu_seqlens` out of order give nan.
 
     Raises:
-      TypeError: logits are not real floating, or labels not integer.
-      ValueError: a shape does not fit.
+      TypeError: logits are not real floating, or labels or `cu_seqlens` not integer.
+      ValueError: a shape or, on the CPU, `cu_seqlens` do not fit.
     """
     _check_logits(logits, labels)
-    targets, counts = shifted(labels, ignore_index, shift=shift)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, labels)
+    targets, counts = shifted(labels, ignore_index, shift=shift, cu_seqlens=cu_seqlens)
     token_logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         logits.flatten(0, 1), targets.flatten(), counts.flatten()
     )
-    return sum_tokens(token_logps.view(labels.shape), counts.sum(dim=1), average=average)
+    lengths = sum_sequences(counts.long(), cu_seqlens)
+    token_logps = token_logps.view(labels.shape)
+    return sum_tokens(token_logps, lengths, average=average, cu_seqlens=cu_seqlens)
 
 
 def linear_logps(
@@ -77,6 +90,8 @@ def linear_logps(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     per_token: bool = False,
+    cu_seqlens: Tensor | None = None,
+    vocab_parallel_group: ProcessGroup | None = None,
 ) -> Tensor:
     """`sequence_logps` from hidden states, without ever holding the logits.
 
@@ -106,15 +121,24 @@ def linear_logps(
         the weight requires a gradient, 1 GiB on CUDA), but at least 256. A softcap needs a second
         tile.
       per_token: return every token's log-probability, and not their sums.
+      cu_seqlens: as for `sequence_logps`.
+      vocab_parallel_group: the ranks of a head that is split over the vocabulary: `weight` and
+        `bias` are then this rank's rows (of a DTensor: `to_local()`), the first rank's first, in
+        shards of any size. Hidden states, labels and the upstream gradient must be the same on all
+        ranks, the result is, and so is the gradient by `hidden`, summed over the ranks once.
+        torch.compile leaves such a call out of its graph.
 
     Returns:
-      Log-probabilities in nats, shape [B], at least float32; a row without a label that counts is
-      0. With `per_token` shape [B, T], where position t is that of the label which it predicts, and
-      0 where that is ignored. Differentiable once.
+      Log-probabilities in nats, shape [B], or [S] with `cu_seqlens`, at least float32; a sequence
+      without a label that counts is 0. With `per_token` shape [B, T], where position t is that of
+      the label which it predicts, and 0 where that is ignored. Differentiable once. On a GPU
+      `cu_seqlens` out of order give nan.
 
     Raises:
       TypeError: a dtype does not fit, or the weight is a sharded DTensor.
-      ValueError: a shape, device or number does not fit, or `average` comes with `per_token`.
+      ValueError: a shape, device or number does not fit, `average` comes with `per_token`, or the
+        ranks of `vocab_parallel_group` do not agree on their tokens or lack rows for the labels.
+      RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
     if average and per_token:
         raise ValueError("average divides a sequence's sum: it does not go with per_token")
@@ -127,10 +151,16 @@ def linear_logps(
         logit_scale=logit_scale,
         temperature=temperature,
         chunk_size=chunk_size,
+        ignore_index=ignore_index,
+        vocab_parallel_group=vocab_parallel_group,
     )
-    (rows,) = select_rows(labels, ignore_index=ignore_index, shift=shift)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, labels)
+    (rows,) = select_rows(labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens)
     token_logps = linear_token_logps(hidden, weight, bias, rows, options)
-    return token_logps if per_token else sum_tokens(token_logps, rows.lengths, average=average)
+    if per_token:
+        return token_logps
+    return sum_tokens(token_logps, rows.lengths, average=average, cu_seqlens=cu_seqlens)
 
 
 def linear_token_logps(
@@ -141,9 +171,11 @@ def linear_token_logps(
     return logps
 
 
-def sum_tokens(token_logps: Tensor, lengths: Tensor, *, average: bool) -> Tensor:
-    """[B, T] -> [B]: sums, or averages in which a sequence without a token is 0."""
-    total = token_logps.sum(dim=1)
+def sum_tokens(
+    token_logps: Tensor, lengths: Tensor, *, average: bool, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Sums over sequences, or averages in which a sequence without a token is 0."""
+    total = sum_sequences(token_logps, cu_seqlens)
     return total / lengths.clamp(min=1) if average else total
 
 
@@ -242,6 +274,7 @@ class _LinearLogps(torch.autograd.Function):
                     back = head.back(direction) * factor[:, None]
                     grad_hidden[rows.index[part]] = back.to(hidden.dtype)
                 total.add(direction, states, factor)
+            head.complete(grad_hidden)
             grads = (
                 None if grad_hidden is None else grad_hidden.view(hidden.shape),
                 *total.like(weight, bias),

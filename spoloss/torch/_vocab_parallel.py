@@ -1,0 +1,119 @@
+"""A head whose weight is split over the vocabulary: each rank of a group holds some rows of V.
+
+Ranks see the same tokens and the same upstream gradient. Each works on logits of its own rows; of
+every token only three numbers travel: the largest logit, the target's, and the sum of exponentials.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's rows of V: from `start` on, as many as its weight has.
+
+    Attributes:
+      group: the ranks that hold one head together, in the order of their rows.
+      start: how many rows the ranks before this one hold.
+      largest: the rows of the largest shard.
+    """
+
+    group: ProcessGroup
+    start: int
+    largest: int
+
+    def log_softmax_at(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities [n] of targets in the whole V; `logits` [n, rows] is overwritten."""
+        logps, _, _ = self._normalise_(logits, targets)
+        return logps
+
+    def softmax_minus_onehot_(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and this rank's columns of softmax - onehot in the place of the logits."""
+        logps, total, (here, index) = self._normalise_(logits, targets)
+        logits.div_(total[:, None])
+        logits.scatter_add_(1, index[:, None], -here[:, None].to(logits.dtype))
+        return logps, logits
+
+    def sum_(self, *partial: Tensor | None) -> None:
+        """Sum each tensor over the ranks, in place."""
+        for tensor in partial:
+            if tensor is not None:
+                dist.all_reduce(tensor, group=self.group)
+
+    def _normalise_(
+        self, logits: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Log-probabilities, sums and the targets' columns; the logits become exponentials."""
+        index = targets - self.start
+        here = (index >= 0) & (index < logits.shape[1])
+        index = torch.where(here, index, 0)
+        target = logits.gather(1, index[:, None]).squeeze(1)
+        peaks = torch.stack([logits.amax(dim=1), torch.where(here, target, -math.inf)])
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=self.group)
+        peak, target = peaks
+        total = logits.sub_(peak[:, None]).exp_().sum(dim=1)
+        self.sum_(total)
+        return target - peak - total.log(), total, (here, index)
+
+
+def join(
+    group: ProcessGroup,
+    weight: Tensor,
+    labels: Iterable[Tensor],
+    ignore_index: int,
+    facts: dict[str, int],
+) -> VocabShard:
+    """This rank's place among the shards, learnt from all ranks in one exchange.
+
+    Args:
+      group: the ranks that hold the head.
+      weight: this rank's rows, [rows, D].
+      labels: token ids of any shape, the same on all ranks.
+      ignore_index: the label that does not count.
+      facts: name -> number of what else must be one on all ranks, lest they wait for one another.
+
+    Raises:
+      TypeError: `group` is not a process group.
+      ValueError: the ranks do not agree, a shard is empty, or the shards together hold fewer rows
+        than the labels need.
+    """
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "vocab_parallel_group must be a torch.distributed ProcessGroup (of a DeviceMesh: "
+            f"mesh.get_group()), got {type(group).__name__}"
+        )
+    ids = torch.cat([side.flatten() for side in labels])
+    ids = torch.cat([torch.where(ids == ignore_index, -1, ids), ids.new_tensor([-1])]).long()
+    known = torch.tensor([len(weight), *facts.values()], device=ids.device)
+    mine = torch.cat([known, torch.stack([ids.sum(), ids.max()])])
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    sizes, *others, tops = torch.stack(gathered).t().tolist()
+    for name, values in zip([*facts, "the labels (here their sum)"], others, strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"the ranks of vocab_parallel_group must agree on {name}, got {values}"
+            )
+    _check_sizes(sizes, max(tops))
+    return VocabShard(group, sum(sizes[: dist.get_rank(group)]), max(sizes))
+
+
+def _check_sizes(sizes: list[int], top: int) -> None:
+    if min(sizes) == 0:
+        raise ValueError(f"every rank of vocab_parallel_group needs a row of weight, got {sizes}")
+    if top >= sum(sizes):
+        raise ValueError(
+            f"the shards of weight add up to {' + '.join(map(str, sizes))} = {sum(sizes)} rows "
+            f"over vocab_parallel_group, too few for the label {top}"
+        )
