@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 120.0
+SECONDS = 300.0
 
 
 def run(work: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:

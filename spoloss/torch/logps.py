@@ -105,8 +105,8 @@ def linear_logps(
     Args:
       hidden: last hidden states, shape [B, T, D], real floating.
       weight: the head's weight, shape [V, D], in the dtype of `hidden`. Take it inside the wrapped
-        module's forward under DDP and FSDP, or its gradient is never synchronised. A LoRA adapter
-        on the head is not in it.
+        module's forward under DDP and FSDP: past the wrapper no gradient is synchronised, and none
+        complains. A LoRA adapter on the head is not in it.
       labels: token ids, shape [B, T], integer. Those equal to `ignore_index` (prompt, padding) do
         not count; others outside [0, V) are an indexing error.
       bias: the head's bias, shape [V].

@@ -1,0 +1,124 @@
+"""SPO with every sequence cut over the ranks (Ulysses: attention trades slices for heads).
+
+In a checkout: torchrun --standalone --nproc_per_node 2 docs/recipes/sequence_parallel.py
+
+A rank knows its tokens' part of each log-probability; the parts are summed over the ranks before
+the margin. Tested with PyTorch 2.13 and Transformers 5.23, two processes on gloo. The trap: labels
+are shifted before they are cut and not again, or the label of every slice's last token is lost.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from spoloss import spo_loss
+from spoloss.torch import linear_logps, sequence_logps
+
+GROUP: dist.ProcessGroup | None = None  # the ranks that share a sequence; None is all of them
+
+
+def cut(ids: Tensor, labels: Tensor) -> list[Tensor]:
+    """Cuts ids, positions and shifted labels, padded on the right: this rank's [B, T / ranks]."""
+    ranks, rank = dist.get_world_size(GROUP), dist.get_rank(GROUP)
+    shifted = pad(labels[:, 1:], (0, 1), value=-100)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    missing = (0, -ids.shape[1] % ranks)
+    whole = pad(ids, missing), pad(positions, missing), pad(shifted, missing, value=-100)
+    return [tensor.chunk(ranks, dim=1)[rank] for tensor in whole]
+
+
+class SliceLogps(nn.Module):
+    """Owns the model, so that the head's weight is used inside the wrapped forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+        """Sums the log-probabilities of a slice's labels: [B]."""
+        hidden = self.model.model(ids, position_ids=positions).last_hidden_state
+        return linear_logps(hidden, self.model.lm_head.weight, labels, shift=False)
+
+
+class LogitsSliceLogps(SliceLogps):
+    """The same through the logits."""
+
+    def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+        """Sums the log-probabilities of a slice's labels: [B]."""
+        return sequence_logps(self.model(ids, position_ids=positions).logits, labels, shift=False)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A sum that every rank makes a loss of; the gradient is that of all these losses together.
+
+    They are one loss, counted once per rank: engines that average gradients over ranks undo that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:  # noqa: ARG004
+        """Sums the parts."""
+        total = part.clone()
+        dist.all_reduce(total, group=GROUP)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        """Sums what the ranks' losses ask of this part."""
+        return SumOverRanks.forward(None, grad)
+
+
+class Exchange(torch.autograd.Function):
+    """Cuts one axis over the ranks and joins another from them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cut_axis: int, join_axis: int) -> Tensor:
+        """Sends every rank its piece."""
+        ctx.back = join_axis, cut_axis
+        sent = torch.stack(tensor.chunk(dist.get_world_size(GROUP), cut_axis))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=GROUP)
+        return torch.cat(received.unbind(), join_axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Sends the pieces back."""
+        return Exchange.apply(grad, *ctx.back), None, None
+
+
+def ulysses(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of whole sequences and some of the heads; key-value heads must divide by ranks."""
+    some_heads = [Exchange.apply(states, 1, 2) for states in (q, k, v)]
+    output, _ = sdpa_attention_forward(module, *some_heads, mask, is_causal=True, **options)
+    return Exchange.apply(output, 1, 2), None
+
+
+def backward(ddp: nn.Module, ids: Tensor, labels: Tensor, ref: Tensor) -> None:
+    """Makes the gradient of an optimiser step; `ref` is of whole sequences."""
+    logps = SumOverRanks.apply(ddp(*cut(ids, labels)))
+    spo_loss(*logps.chunk(2), *ref.chunk(2), beta=0.1).backward()
+
+
+AttentionInterface.register("ulysses", ulysses)
+
+if __name__ == "__main__":
+    import toy
+
+    dist.init_process_group("gloo")  # "nccl" on GPUs
+    policy, reference = toy.models()
+    policy.set_attn_implementation("ulysses")
+    reference.set_attn_implementation("ulysses")
+    ids, _, labels = toy.collate(toy.pairs(4))
+    with torch.no_grad():
+        ref = SumOverRanks.apply(SliceLogps(reference)(*cut(ids, labels)))
+    backward(DistributedDataParallel(SliceLogps(policy)), ids, labels, ref)
+    norm = nn.utils.get_total_norm([p.grad for p in policy.parameters()])
+    print(f"rank {dist.get_rank()}: |gradient| {norm:.6f}")
+    dist.destroy_process_group()

@@ -1,0 +1,103 @@
+"""What the recipes run on when started as scripts: a tiny model, its reference, random pairs."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+VOCABULARY = 64
+IGNORED = -100
+
+
+class Pair(NamedTuple):
+    """A prompt and its two completions, as token ids."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+class Batch(NamedTuple):
+    """Rows [2B, T]: all chosen, then all rejected; labels are -100 on prompt and padding."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+def models(
+    *, tied: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
+    """A policy of random weights, and a frozen reference a little beside it."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    policy = Qwen2ForCausalLM(config).to(dtype)
+    reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return policy, reference
+
+
+def pairs(count: int, seed: int = 1) -> list[Pair]:
+    """Pairs of random tokens; no two completions need have one length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(fewest: int, most: int) -> list[int]:
+        length = int(torch.randint(fewest, most + 1, (), generator=generator))
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    return [Pair(tokens(2, 5), tokens(3, 9), tokens(3, 9)) for _ in range(count)]
+
+
+def collate(pairs: list[Pair]) -> Batch:
+    """Pad pairs into one batch."""
+    prompts = [pair.prompt for pair in pairs] * 2
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    longest = max(
+        len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)
+    )
+    ids = torch.full((len(prompts), longest), 2)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        length = len(prompt) + len(answer)
+        ids[row, :length] = torch.tensor(prompt + answer)
+        mask[row, :length] = 1
+        labels[row, len(prompt) : length] = torch.tensor(answer)
+    return Batch(ids, mask, labels)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are the ids themselves: " <3> <7>" is [3, 7]; <1> ends, <2> pads."""
+    words = {f"<{i}>": i for i in range(VOCABULARY)}
+    model = Tokenizer(WordLevel(words, unk_token="<0>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<1>", pad_token="<2>")
+
+
+def texts(pairs: list[Pair]) -> list[dict[str, str]]:
+    """The pairs as text, under the names of preference datasets."""
+
+    def text(ids: list[int]) -> str:
+        return "".join(f" <{i}>" for i in ids)
+
+    return [{name: text(ids) for name, ids in pair._asdict().items()} for pair in pairs]
