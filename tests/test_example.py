@@ -11,7 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -20,9 +20,11 @@ import pytest
 import torch
 
 import spoloss
+from benchmarks import real_pairs
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SFT_STEPS, STEPS = 12, 4
+SIDES = ("chosen", "rejected")
 
 
 def load(name: str) -> ModuleType:
@@ -135,7 +137,7 @@ def test_held_out_metrics_start_at_the_reference(finished) -> None:
     rewards = [name for name in first if name.startswith("rewards/")]
     assert all(float(first[name]) == 0.0 for name in [*rewards, "loss"])
     assert float(last["rewards/accuracies"]) > 0.0
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         moved = float(last[f"logps/{side}"]) - float(first[f"logps/{side}"])
         assert float(last[f"rewards/{side}"]) == pytest.approx(0.1 * moved, abs=1e-4)
     table = [line for line in finished.stdout.splitlines() if line.startswith("reward margin x")]
@@ -184,11 +186,30 @@ def test_diverged_run_stops_and_keeps_its_rows(finished, tmp_path) -> None:
     assert not (tmp_path / "out" / "model").exists()
 
 
-@pytest.mark.parametrize("loss", ["spo", "dpo", "squared"])
-def test_fused_is_the_same_run(finished, tmp_path, monkeypatch, capsys, loss) -> None:
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory) -> Path:
+    """The shipped pairs with their reward gap, which every other line gives as a probability."""
+    records = [json.loads(line) for line in (EXAMPLES / "pairs.jsonl").read_text().splitlines()]
+    for number, each in enumerate(records):
+        chosen, rejected = (make_pairs.reward(each["prompt"], each[k]) for k in SIDES)
+        gap = chosen - rejected
+        each |= {"p_chosen": 1 / (1 + math.exp(-gap))} if number % 2 else {"reward_gap": gap}
+    path = tmp_path_factory.mktemp("judged") / "pairs.jsonl"
+    path.write_bytes(json_lines(*records))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("loss", "known_gap"),
+    [("spo", False), ("spo", True), ("dpo", False), ("squared", False), ("squared", True)],
+)
+def test_fused_is_the_same_run(
+    finished, judged, tmp_path, monkeypatch, capsys, loss, known_gap
+) -> None:
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(finished.output / "model"), "--loss", loss]
-    flags = ["--sft-steps", "2", "--steps", "3", "--lr", "1e-4", "--max-length", "40"]
+    gap = ["--pairs", str(judged), "--reward-gap"] if known_gap else []
+    flags = ["--sft-steps", "2", "--steps", "3", "--lr", "1e-4", "--max-length", "40", *gap]
     for extra in ([], ["--fused"]):
         assert train.main([*model, *flags, "--batch-size", "8", *extra]) == 0
     by_logits, by_tiles = (rows_of(tmp_path / "runs" / f"{loss}-{n}" / "steps.csv") for n in (1, 2))
@@ -198,6 +219,34 @@ def test_fused_is_the_same_run(finished, tmp_path, monkeypatch, capsys, loss) ->
     printed = capsys.readouterr().out
     assert "Peak memory by logits: " in printed
     assert "Peak memory with the fused head: " in printed
+
+
+@pytest.mark.parametrize("flags", ["--loss spo", "--linear-below 0", "--loss squared"])
+def test_known_gap_is_the_target_of_its_pair(finished, judged, flags) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished.output / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished.output / "model")
+    options = train.parse_options([*flags.split(), "--reward-gap", "--beta", "0.3"])
+    pairs = [train.encode_pair(p, tokenizer, 40) for p in train.read_pairs(judged, with_gap=True)]
+    pairs = train.add_reference(pairs[:8], model, options)
+    pushed = np.linspace(-9.0, 30.0, len(pairs))
+    pairs = [
+        replace(each, reference_chosen=each.reference_chosen - h)
+        for each, h in zip(pairs, pushed, strict=True)
+    ]
+    gaps = np.array([each.reward_gap for each in pairs])
+    assert gaps.std() > 0.5
+    if options.loss == "squared":
+        by_hand = ((pushed - gaps / 0.3) ** 2).mean()
+    else:
+        x = 0.3 * pushed / gaps
+        curve = -x * np.exp(-x)
+        curve = curve if options.linear_below is None else np.where(x < 0.0, -x, curve)
+        by_hand = (gaps**2 * curve).mean()
+    for loss, _ in (f(model, pairs, options) for f in (train.loss_by_logits, train.loss_by_tiles)):
+        assert loss.item() == pytest.approx(by_hand, rel=1e-4)
+    assert train.evaluate(model, pairs, options)["loss"] == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_fused_refuses_a_head_with_more_to_it(finished) -> None:
@@ -230,6 +279,69 @@ def test_spo_is_advised_to_take_the_tangent(finished) -> None:
         "--linear-below 0": lower,
         "--loss dpo": lower,
     }
+
+
+# ---------------------------------------------------------------------- the benchmark built on it
+
+
+@pytest.mark.parametrize("arm", real_pairs.ARMS, ids=lambda arm: arm.name)
+def test_arms_are_command_lines_of_the_example(arm, tmp_path) -> None:
+    options = train.parse_options(arm.command(3, Path("pairs.jsonl"), tmp_path)[2:])
+    assert (options.loss, options.beta, options.seed) == (arm.loss, arm.beta, 3)
+    assert (options.max_length, options.sft_steps, options.steps) == (384, 150, 80)
+    assert f"{options.loss.upper()}({options.beta})" in arm.name
+    assert options.reward_gap == ("known gap" in arm.name)
+    assert (options.linear_below == 0.0) == ("linear below 0" in arm.name)
+
+
+def test_row_is_the_end_of_the_run(finished) -> None:
+    arm = real_pairs.ARMS[2]
+    row = real_pairs.summarise(arm, 7, finished.output, 40, 1.0, diverged=False)
+    last = {name: float(value) for name, value in finished.held_out[-1].items()}
+    accuracy = last["rewards/accuracies"]
+    assert (row.arm, row.seed, row.steps) == ("SPO(0.1)", 7, STEPS)
+    assert row.accuracy == pytest.approx(accuracy, abs=1e-4)
+    assert row.accuracy_error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 40), abs=1e-4)
+    assert row.h == pytest.approx(10.0 * last["rewards/margins"], abs=1e-3)
+    assert row.chosen_change == pytest.approx(10.0 * last["rewards/chosen"], abs=2e-3)
+    assert row.rejected_change == pytest.approx(10.0 * last["rewards/rejected"], abs=2e-3)
+    broken = real_pairs.summarise(arm, 7, finished.output, 40, 1.0, diverged=True)
+    assert broken.steps == STEPS
+    assert math.isnan(broken.accuracy)
+
+
+def test_finished_arms_are_not_run_again(tmp_path, monkeypatch, finished, capsys) -> None:
+    results = tmp_path / "results" / "real.csv"
+    names = [arm.name for arm in real_pairs.ARMS]
+
+    def ran_until(stop: int) -> tuple[int, list[tuple[str, int]]]:
+        ran = []
+
+        def run_arm(arm, seed, _pairs):
+            if len(ran) == stop:
+                raise real_pairs.ArmError("no more")
+            ran.append((arm.name, seed))
+            return real_pairs.summarise(arm, seed, finished.output, 40, 1.0, diverged=False)
+
+        monkeypatch.setattr(real_pairs, "run_arm", run_arm)
+        command = ["--pairs", "pairs.jsonl", "--seeds", "2", "--output", str(results)]
+        return real_pairs.main(command), ran
+
+    wanted = [(name, seed) for seed in (0, 1) for name in names]
+    assert ran_until(4) == (2, wanted[:4])
+    assert capsys.readouterr().err == "real_pairs: no more\n"
+    assert ran_until(99) == (0, wanted[4:])
+    assert ran_until(99) == (0, [])
+    kept = [(row.arm, row.seed) for row in real_pairs.finished(results)]
+    assert kept == [(name, seed) for name in names for seed in (0, 1)]
+
+
+def test_refusal_of_the_example_is_passed_on(tmp_path, capsys) -> None:
+    missing = tmp_path / "missing.jsonl"
+    command = ["--pairs", str(missing), "--output", str(tmp_path / "real.csv")]
+    assert real_pairs.main(command) == 2
+    assert f"{missing}: expected a readable file of pairs" in capsys.readouterr().err
+    assert not (tmp_path / "real.csv").exists()
 
 
 # --------------------------------------------------------------------------------------- options
@@ -281,6 +393,7 @@ def test_seed_and_sizes_choose_the_batches() -> None:
         ("--loss ipo", "--loss: invalid choice: 'ipo'"),
         ("--linear-below 1", "--linear-below: expected a finite number above -inf and below 1"),
         ("--linear-below 0 --loss dpo", "--linear-below: expected --loss spo, got --loss dpo"),
+        ("--reward-gap --loss dpo", "--reward-gap: expected --loss spo or squared, got --loss dpo"),
         ("--model ./nowhere", "--model ./nowhere: expected a folder or a Hub name, got neither"),
         ("--bogus", "unrecognized arguments: --bogus"),
     ],
@@ -344,6 +457,40 @@ def test_bad_lines_are_refused_by_number(refused, tmp_path, bad, words) -> None:
     line = 3 if words else 1
     words = words or "expected 'split' on every line or on none"
     assert f"{path}:{line}: {words}" in refused("--pairs", path)
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        ({}, "expected one of the keys 'reward_gap' and 'p_chosen', got neither"),
+        ({"reward_gap": 1.0, "p_chosen": 0.7}, "got reward_gap and p_chosen"),
+        ({"reward_gap": 0}, "expected a number above 0 and below 1e+09 as 'reward_gap', got 0"),
+        ({"reward_gap": -0.5}, "as 'reward_gap', got -0.5"),
+        ({"reward_gap": math.nan}, "as 'reward_gap', got nan"),
+        ({"reward_gap": 1e9}, "as 'reward_gap', got 1000000000.0"),
+        ({"reward_gap": True}, "as 'reward_gap', got True"),
+        ({"reward_gap": "2"}, "as 'reward_gap', got '2'"),
+        ({"p_chosen": 0.5}, "expected a number above 0.5 and below 1 as 'p_chosen', got 0.5"),
+        ({"p_chosen": 1.0}, "as 'p_chosen', got 1.0"),
+        ({"p_chosen": None}, "as 'p_chosen', got None"),
+    ],
+)
+def test_gaps_that_are_not_above_0_are_refused_where_they_count(
+    refused, tmp_path, gap, words
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(json_lines(pair(reward_gap=2), pair(**gap)))
+    message = refused("--pairs", path, "--reward-gap")
+    assert f"{path}:2: " in message
+    assert words in message
+    assert len(train.read_pairs(path)) == 2
+
+
+def test_gap_of_a_probability_is_its_log_odds(tmp_path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(json_lines(pair(reward_gap=3), pair(p_chosen=0.9), pair(p_chosen=0.999999)))
+    gaps = [each.reward_gap for each in train.read_pairs(path, with_gap=True)]
+    assert gaps == pytest.approx([3.0, math.log(9.0), math.log(999999.0)], rel=1e-9)
 
 
 @pytest.mark.parametrize(

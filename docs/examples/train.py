@@ -8,6 +8,11 @@ The pairs are JSON lines, plain or .gz, each with the strings `prompt`, `chosen`
 `split` of "train" or "test" on every line is honoured; without it a tenth of the prompts is held
 out. With --model a causal language model is loaded; without it a small Qwen2 starts from nothing.
 
+With --reward-gap every line also says how much better its chosen completion is, and the loss aims
+at that: `reward_gap`, the difference of the rewards, or `p_chosen`, a judge's probability p that
+chosen is the better one, which stands for a gap of log(p / (1 - p)). The gap is above 0. SPO weighs
+each pair by its squared gap, so that small gaps do not own the batch.
+
 The run has two stages: supervised fine-tuning (SFT) on the chosen answers, then preference training
 with the SFT model as the reference. It writes one new folder:
 
@@ -79,6 +84,7 @@ EVALUATIONS = 10
 WARM_UP_SHARE = 0.1
 MAX_GRAD_NORM = 1.0
 IGNORED = -100
+MAX_REWARD_GAP = 1e9  # its square fits a float32
 MAX_VOCABULARY = 2048
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -101,6 +107,7 @@ class Options:
     loss: str
     beta: float
     linear_below: float | None
+    reward_gap: bool
     fused: bool
     sft_steps: int
     sft_lr: float
@@ -121,6 +128,7 @@ class Pair:
     rejected: str
     split: str | None
     line: int
+    reward_gap: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,7 @@ class TokenPair:
     chosen: Text
     rejected: Text
     truncated: bool
+    reward_gap: float = math.nan
     reference_chosen: float = math.nan
     reference_rejected: float = math.nan
 
@@ -158,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example and returns its exit code: 2 for unusable input, 1 for a diverged run."""
     try:
         options = parse_options(argv)
-        train, held_out = split_pairs(read_pairs(options.pairs), options)
+        pairs = read_pairs(options.pairs, with_gap=options.reward_gap)
+        train, held_out = split_pairs(pairs, options)
         run(train, held_out, options)
     except (InputError, DivergedError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
@@ -214,7 +224,8 @@ def train_on_pairs(
     before = after = evaluate(policy, held_out, options)
     append_row(output / "held_out.csv", HELD_OUT_COLUMNS, {"step": 0, **before})
     start = f"starts at {before['loss']:.3f}, where policy and reference agree"
-    print(f"The {options.loss} loss {start}; {GOOD_LOSS[options.loss]}.")
+    unit = " times the squared gap" if options.loss == "spo" and options.reward_gap else ""
+    print(f"The {options.loss} loss {start}; {GOOD_LOSS[options.loss]}{unit}.")
     progress = tqdm(draw_batches(train, options.steps, options), "preference")
     for step, pairs in enumerate(progress, start=1):
         # The heart of it: a loop of your own needs these lines and those of `loss_by_logits`.
@@ -237,7 +248,7 @@ def loss_by_logits(
     """Returns the loss of a batch of pairs and the four log-probabilities that it is of."""
     policy_chosen, policy_rejected = pair_logps(policy, pairs, fused=False)
     logps = (policy_chosen, policy_rejected, *reference_logps(pairs, policy.device))
-    return choose_loss(options)(*logps), logps
+    return choose_loss(options)(*logps, **known_gaps(pairs, policy.device, options)), logps
 
 
 def loss_by_tiles(
@@ -247,7 +258,12 @@ def loss_by_tiles(
     batch, reference = pad_pairs(pairs, policy.device), reference_logps(pairs, policy.device)
     chosen_hidden, rejected_hidden = hidden_states(policy, batch).chunk(2)
     out = choose_fused_loss(options)(
-        chosen_hidden, rejected_hidden, head_weight(policy), *batch.labels.chunk(2), *reference
+        chosen_hidden,
+        rejected_hidden,
+        head_weight(policy),
+        *batch.labels.chunk(2),
+        *reference,
+        **known_gaps(pairs, policy.device, options),
     )
     return out.loss, (out.chosen_logps, out.rejected_logps, *reference)
 
@@ -281,12 +297,30 @@ def choose_fused_loss(options: Options) -> Callable[..., LinearPairLoss]:
     from spoloss import Squared
     from spoloss.torch import linear_dpo_loss, linear_pair_loss, linear_spo_loss
 
-    squared = partial(linear_pair_loss, Squared())
+    def squared(*inputs: Tensor, beta: float, reward_gap: Tensor | float = 1.0) -> LinearPairLoss:
+        # A target of reward_gap / beta is that of another beta.
+        return linear_pair_loss(Squared(), *inputs, beta=beta / reward_gap)
+
     fused = {"spo": linear_spo_loss, "dpo": linear_dpo_loss, "squared": squared}
     loss_function = partial(fused[options.loss], beta=options.beta)
     if options.linear_below is None:
         return loss_function
     return partial(loss_function, linear_below=options.linear_below)
+
+
+def known_gaps(
+    pairs: Sequence[TokenPair], device: torch.device | str, options: Options
+) -> dict[str, Tensor]:
+    """Returns the arguments that tell the loss the reward gaps of its pairs, [B] each."""
+    import torch
+
+    if not options.reward_gap:
+        return {}
+    gaps = torch.tensor([pair.reward_gap for pair in pairs], device=device)
+    if options.loss == "squared":
+        return {"reward_gap": gaps}
+    # SPO's curvature goes like 1 / gap^2: without the weight the smallest gaps own the batch.
+    return {"reward_gap": gaps, "weights": gaps**2}
 
 
 def completion_logps(model: PreTrainedModel, batch: Batch, *, fused: bool) -> Tensor:
@@ -379,7 +413,8 @@ def evaluate(
     policy_logps = score_pairs(policy, held_out, options.batch_size, fused=options.fused)
     logps = (*policy_logps, *reference_logps(held_out, policy.device))
     metrics = preference_metrics(*logps, beta=options.beta)
-    return as_floats({"loss": choose_loss(options)(*logps), **metrics})
+    loss = choose_loss(options)(*logps, **known_gaps(held_out, policy.device, options))
+    return as_floats({"loss": loss, **metrics})
 
 
 def as_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -514,6 +549,7 @@ def encode_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int)
         chosen=join(kept, chosen, max_length),
         rejected=join(kept, rejected, max_length),
         truncated=len(prompt) + longest > max_length,
+        reward_gap=pair.reward_gap,
     )
 
 
@@ -634,7 +670,7 @@ def draw_curves(output: Path, options: Options) -> None:
     draw_panel(rewards, "reward (nats)", sides, batches, held_out)
     sides = ["logps/chosen", "logps/rejected"]
     draw_panel(logps, "log-probability (nats)", sides, batches, held_out)
-    if options.loss != "dpo":
+    if options.loss != "dpo" and not options.reward_gap:
         margins.axhline(1, color="grey", linestyle=":", label="target of the loss")
         margins.legend()
     FigureCanvasAgg(figure).print_png(output / "curves.png")
@@ -661,19 +697,19 @@ def draw_panel(
 # --------------------------------------------------------------------------- reading what is given
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path, *, with_gap: bool = False) -> list[Pair]:
     """Reads the preference pairs of a JSONL file, plain or .gz; blank lines are skipped."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
             lines = enumerate(file, start=1)
-            return [parse_pair(text, path, line) for line, text in lines if text.strip()]
+            return [parse_pair(text, path, line, with_gap) for line, text in lines if text.strip()]
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: expected a readable file of pairs, got: {reason}") from error
 
 
-def parse_pair(text: bytes, path: Path, line: int) -> Pair:
+def parse_pair(text: bytes, path: Path, line: int, with_gap: bool) -> Pair:
     """Reads one line of the pairs file."""
 
     def refuse(expected: str, got: str) -> NoReturn:
@@ -701,7 +737,21 @@ def parse_pair(text: bytes, path: Path, line: int) -> Pair:
     split = record.get("split")
     if "split" in record and split not in ("train", "test"):
         refuse("'train' or 'test' as 'split'", f"{split!r:.40}")
-    return Pair(record["prompt"], record["chosen"], record["rejected"], split, line)
+    gap = parse_gap(record, refuse) if with_gap else math.nan
+    return Pair(record["prompt"], record["chosen"], record["rejected"], split, line, gap)
+
+
+def parse_gap(record: dict[str, object], refuse: Callable[[str, str], NoReturn]) -> float:
+    """Reads by how much the chosen completion of one line is the better one."""
+    given = [key for key in ("reward_gap", "p_chosen") if key in record]
+    if len(given) != 1:
+        refuse("one of the keys 'reward_gap' and 'p_chosen'", " and ".join(given) or "neither")
+    key = given[0]
+    low, high = (0.0, MAX_REWARD_GAP) if key == "reward_gap" else (0.5, 1.0)
+    value = record[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+        refuse(f"a number above {low:g} and below {high:g} as {key!r}", f"{value!r:.40}")
+    return value if key == "reward_gap" else math.log(value / (1.0 - value))
 
 
 def split_pairs(pairs: list[Pair], options: Options) -> tuple[list[Pair], list[Pair]]:
@@ -774,6 +824,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     add("--loss", choices=list(LOSSES), default="spo", help="default: spo")
     add("--beta", type=positive, default=0.1, help="default: 0.1")
     add("--linear-below", type=below_one, help="continue SPO in a line for x below this")
+    add("--reward-gap", action="store_true", help="aim at each line's reward_gap or p_chosen")
     add("--fused", action="store_true", help="hidden states to the loss without the logits")
     add("--sft-steps", type=natural, default=150, help="default: 150; 0 after an SFT of your own")
     add("--sft-lr", type=positive, help="default: 1e-3, with --model 1e-5")
@@ -795,6 +846,8 @@ def check_options(options: Options) -> None:
     """Refuses what argparse cannot judge: another loss's option, and folders of no use."""
     if options.linear_below is not None and options.loss != "spo":
         raise InputError(f"--linear-below: expected --loss spo, got --loss {options.loss}")
+    if options.reward_gap and options.loss == "dpo":
+        raise InputError("--reward-gap: expected --loss spo or squared, got --loss dpo")
     output, model = options.output, options.model
     if output is not None and output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: expected a folder, got a file")

@@ -1,0 +1,1 @@
+"""The paper's experiment at desk scale: `python -m benchmarks.alignment`."""

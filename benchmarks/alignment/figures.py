@@ -1,0 +1,235 @@
+"""The pictures of a run."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from benchmarks.alignment.arms import Arm
+from benchmarks.alignment.results import Estimate, Results
+from benchmarks.alignment.store import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {
+    "dpo": "tab:blue",
+    "spo": "tab:red",
+    "spo-below0": "tab:pink",
+    "spo-below-1": "tab:orange",
+    "spo-below-2": "tab:brown",
+    "squared": "tab:green",
+    "dpo-soft": "tab:cyan",
+    "squared-gap": "tab:olive",
+    "spo-gap": "black",
+    "spo-gap-floor": "dimgray",
+    "spo-gap-weighted": "darkgray",
+    "spo-gap-weighted-below0": "tab:purple",
+}
+Draw = Callable[[Results], Figure | None]
+
+
+def draw_figures(results: Results, folder: Path, header: str) -> None:
+    """Writes every picture that the run has something to show in."""
+    pictures: dict[str, Draw] = {
+        "frontier": draw_frontier,
+        "margins": draw_margins,
+        "heat_map": draw_heat_maps,
+        "gradients": draw_gradients,
+    }
+    for name, draw in pictures.items():
+        figure = draw(results)
+        if figure is not None:
+            save(figure, folder / f"{name}.png", header)
+
+
+def save(figure: Figure, path: Path, header: str) -> None:
+    """Writes a figure as PNG, under a line that says where it comes from."""
+    figure.suptitle(header, fontsize=7)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def labels_present(results: Results) -> list[bool]:
+    """The kinds of labels that have arms: clean (False), noisy (True)."""
+    return sorted({arm.noisy for arm in results.arms})
+
+
+def panels(results: Results, width: float, height: float) -> tuple[Figure, dict[bool, Axes]]:
+    """A figure with a panel for each kind of labels."""
+    kinds = labels_present(results)
+    figure = Figure(figsize=(width * len(kinds), height), layout="constrained", dpi=90)
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for noisy, each in zip(kinds, axes, strict=True):
+        each.set_title(f"{'noisy' if noisy else 'clean'} labels")
+    return figure, dict(zip(kinds, axes, strict=True))
+
+
+# --------------------------------------------------------------------------- reward against KL
+
+
+def draw_frontier(results: Results) -> Figure | None:
+    """True reward against divergence, with the two limits."""
+    if not results.arms:
+        return None
+    figure, by_labels = panels(results, 7.0, 5.5)
+    for noisy, axes in by_labels.items():
+        draw_limits(axes, results)
+        families = defaultdict(list)
+        for arm in results.arms:
+            if arm.noisy == noisy:
+                families[arm.form].append(arm)
+        for form, arms in families.items():
+            draw_family(axes, results, form, sorted(arms))
+        axes.set_xscale("log")
+        axes.set_xlim(left=0.05)
+        axes.set_xlabel("KL(π ‖ π_ref), nats")
+        axes.set_ylabel("true reward")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def draw_limits(axes: Axes, results: Results) -> None:
+    """The exact optimum and best of n, averaged over the seeds."""
+    points: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for foundation in results.foundations:
+        for limit in foundation["limits"]:
+            if limit["kl"] > 0.0:  # the reference itself has no place on a logarithmic axis
+                points[limit["curve"], limit["parameter"]].append(limit)
+    shared = {key: found for key, found in points.items() if len(found) == results.protocol.seeds}
+    curves = (("optimum", "-", "optimum π_ref·e^(r/β)"), ("best of n", ":", "best of n (KL bound)"))
+    for curve, line, label in curves:
+        found = [limits for key, limits in shared.items() if key[0] == curve]
+        kl, reward = (
+            [np.mean([each[key] for each in f]) for f in found] for key in ("kl", "reward")
+        )
+        axes.plot(kl, reward, line, color="gold", linewidth=2, label=label)
+
+
+def draw_family(axes: Axes, results: Results, form: str, arms: Sequence[Arm]) -> None:
+    """One loss at its betas, with standard errors."""
+    kl = [results.estimate(arm, lambda found: found["kl"]) for arm in arms]
+    reward = [results.estimate(arm, lambda found: found["reward"]) for arm in arms]
+    axes.errorbar(
+        means(kl),
+        means(reward),
+        yerr=errors(reward),
+        xerr=errors(kl),
+        fmt="o-" if len(arms) > 1 else "D",
+        color=COLOURS[form],
+        markersize=4,
+        linewidth=1,
+        label=form,
+    )
+    for arm, x, y in zip(arms, means(kl), means(reward), strict=True):
+        axes.annotate(
+            f"{arm.beta:g}", (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points"
+        )
+
+
+def means(estimates: Sequence[Estimate]) -> list[float]:
+    """The means of estimates."""
+    return [estimate.mean for estimate in estimates]
+
+
+def errors(estimates: Sequence[Estimate]) -> list[float]:
+    """Their standard errors, 0 where there is but one seed."""
+    return [0.0 if math.isnan(estimate.error) else estimate.error for estimate in estimates]
+
+
+# ------------------------------------------------------------------------------------- margins
+
+
+def draw_margins(results: Results) -> Figure | None:
+    """Implicit reward margins x = beta * h on memorised and on held-out pairs, over training."""
+    if not results.memorised:
+        return None
+    figure = Figure(figsize=(12, 4.8), layout="constrained", dpi=90)
+    titles = {"train": "memorised pairs", "held_out": "held-out pairs"}
+    for axes, (split, heading) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for arm, found in results.memorised.items():
+            seen = [each for each in found["snapshots"] if each["split"] == split]
+            steps = [each["step"] for each in seen]
+            low, middle, high = ([each[f"x_q{q}"] for each in seen] for q in (10, 50, 90))
+            style = "-" if arm.beta == max(a.beta for a in results.memorised) else "--"
+            axes.plot(steps, middle, style, color=COLOURS[arm.form], label=arm.title)
+            axes.fill_between(steps, low, high, color=COLOURS[arm.form], alpha=0.15)
+        axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_title(f"{heading} (seed 0): median, 10 to 90 %")
+        axes.set_xlabel("step")
+        axes.set_ylabel("x = β·h")
+        axes.legend(fontsize=8)
+    return figure
+
+
+# ------------------------------------------------------------------------------- SPO against DPO
+
+
+def draw_heat_maps(results: Results) -> Figure | None:
+    """Win rates of every SPO over every DPO; frames mark the same beta and four times it."""
+    if not all(
+        any(arm.form == form and arm.noisy == noisy for arm in results.arms)
+        for noisy in labels_present(results)
+        for form in ("spo", "dpo")
+    ):
+        return None
+    figure, by_labels = panels(results, 7.0, 4.5)
+    for noisy, axes in by_labels.items():
+        ours, theirs = (
+            sorted(arm for arm in results.arms if (arm.form, arm.noisy) == (form, noisy))
+            for form in ("spo", "dpo")
+        )
+        rates = np.array([[100 * results.wins(a, b).mean for b in theirs] for a in ours])
+        image = axes.imshow(rates, cmap="RdBu", vmin=20, vmax=80, aspect="auto")
+        for (i, j), rate in np.ndenumerate(rates):
+            axes.text(j, i, f"{rate:.1f}", ha="center", va="center", fontsize=9)
+            if math.isclose(theirs[j].beta, ours[i].beta):
+                frame(axes, i, j, "dashed")
+            elif math.isclose(theirs[j].beta, 4.0 * ours[i].beta):
+                frame(axes, i, j, "solid")
+        axes.set_xticks(range(len(theirs)), [f"{arm.beta:g}" for arm in theirs])
+        axes.set_yticks(range(len(ours)), [f"{arm.beta:g}" for arm in ours])
+        axes.set_xlabel("β of DPO (dashed: the same, solid: four times SPO's)")
+        axes.set_ylabel("β of SPO")
+        figure.colorbar(image, ax=axes, label="SPO wins, %")
+    return figure
+
+
+def frame(axes: Axes, row: int, column: int, style: str) -> None:
+    """Frames a cell of a heat map."""
+    place = (column - 0.48, row - 0.48)
+    axes.add_patch(Rectangle(place, 0.96, 0.96, fill=False, linewidth=2, linestyle=style))
+
+
+# ------------------------------------------------------------------------------- gradient norms
+
+
+def draw_gradients(results: Results) -> Figure | None:
+    """Median and greatest gradient norm of every arm, over all seeds."""
+    if not results.arms:
+        return None
+    figure, by_labels = panels(results, 8.0, 5.0)
+    for noisy, axes in by_labels.items():
+        arms = sorted(arm for arm in results.arms if arm.noisy == noisy)
+        for place, arm in enumerate(arms):
+            found = results.of(arm)
+            median = np.median([each["grad_norm_median"] for each in found])
+            greatest = max(each["grad_norm_max"] for each in found)
+            axes.plot([place, place], [median, greatest], color=COLOURS[arm.form], linewidth=3)
+            axes.plot(place, median, "o", color=COLOURS[arm.form])
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(arms)), [arm.title for arm in arms], rotation=90, fontsize=8)
+        axes.set_ylabel("gradient norm: median to maximum")
+        axes.grid(axis="y", alpha=0.3)
+    return figure

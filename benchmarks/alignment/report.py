@@ -1,0 +1,335 @@
+"""What a run says: tables in the paper's form, the comparisons in words, and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.alignment.arms import Arm
+from benchmarks.alignment.figures import draw_figures
+from benchmarks.alignment.protocol import Protocol
+from benchmarks.alignment.results import Comparison, Estimate, Policy, Results, title
+from benchmarks.alignment.results import rewards_win_rate as win_rate
+from benchmarks.alignment.store import Store, write_atomically
+from benchmarks.machine import describe
+
+PACKAGES = ("torch", "numpy", "spoloss")
+PAPER_DPOS, PAPER_SPO = (Arm("dpo", 0.1), Arm("dpo", 0.4)), Arm("spo", 0.1)
+"""The paper's pair of arms at one beta, and the DPO that is held to the reference as SPO is."""
+SIGNIFICANT = 6
+"""Digits of a number in a CSV file."""
+
+Row = dict[str, Any]
+
+
+def report(protocol: Protocol, store: Store) -> str:
+    """Writes tables, CSV files and figures to the results folder, and returns the tables."""
+    results = Results(protocol, store)
+    header = f"{describe(*PACKAGES)}; {protocol.seeds} seed{'s' * (protocol.seeds > 1)}"
+    text = "\n\n".join([header, pairs_sentence(results), *sections(results)])
+    write_atomically(store.folder / "tables.md", f"{text}\n".encode())
+    for name, rows in tables(results).items():
+        write_csv(store, name, rows, header)
+    draw_figures(results, store.folder, header)
+    return text
+
+
+def sections(results: Results) -> list[str]:
+    """All that is printed, in reading order."""
+    found = [paper_table(results, dpo) for dpo in PAPER_DPOS if has_paper_arms(results, dpo)]
+    for noisy in (False, True):
+        policies = results.policies(noisy=noisy)
+        if len(policies) > 1:
+            labels = "noisy" if noisy else "clean"
+            found += [
+                policy_table(results, policies, labels),
+                pair_table(results, policies[1:], labels),
+                win_table(results, policies, f"All win rates, {labels} labels"),
+            ]
+    return [*found, *memorised_section(results), *comparison_section(results)]
+
+
+# ----------------------------------------------------------------------------------- the sections
+
+
+def pairs_sentence(results: Results) -> str:
+    """What the arms were trained on."""
+    gap = Estimate(tuple(each["mean_gap"] for each in results.foundations))
+    wrong = Estimate(tuple(each["wrong_labels"] for each in results.foundations))
+    pairs = " or ".join(sorted({str(each["pairs"]) for each in results.foundations}))
+    return (
+        f"{pairs} training pairs a seed; their rewards differ by {gap.mean:.2f} on average; noisy "
+        f"labels are wrong for {100 * wrong.mean:.1f} % of them. Figures are means over seeds "
+        "± standard errors."
+    )
+
+
+def has_paper_arms(results: Results, dpo: Arm) -> bool:
+    """Whether the run has the arms of a table in the paper's own form."""
+    return {dpo, PAPER_SPO} <= results.arms.keys()
+
+
+def paper_table(results: Results, dpo: Arm) -> str:
+    """SFT, DPO and SPO as in the paper's tables 1 and 2, and how sure the gain over SFT is."""
+    policies: list[Policy] = [None, dpo, PAPER_SPO]
+    text = win_table(results, policies, f"SFT, {dpo.title} and {PAPER_SPO.title}")
+    for policy in policies[1:]:
+        wins = results.wins(policy, None)
+        if wins.error > 0.0:
+            sure = (wins.mean - 0.5) / wins.error
+            text += f"\n\n{title(policy)} is above SFT by {sure:.1f} standard errors."
+    return text
+
+
+def win_table(results: Results, policies: Sequence[Policy], heading: str) -> str:
+    """Win rates of row over column, ± their standard errors over seeds."""
+    columns = ["Win rate (%) of row vs. column", *map(title, policies)]
+    rows = [
+        [title(a), *("-" if a == b else results.wins(a, b).text(1, 100.0) for b in policies)]
+        for a in policies
+    ]
+    return markdown(heading, columns, rows)
+
+
+def policy_table(results: Results, policies: Sequence[Policy], labels: str) -> str:
+    """What each policy's own answers say of it, and how its training went."""
+    columns = ["", "win rate vs SFT (%)", "reward", "KL (nats)", "words", "malformed (%)"]
+    columns += ["gradient norm, median", "max", "stopped"]
+    rows = []
+    for policy in policies:
+        found = results.of(policy)
+        vs_sft = "-" if policy is None else results.wins(policy, None).text(1, 100.0)
+        row = [title(policy), vs_sft, of(results, policy, "reward").text(2)]
+        row += [of(results, policy, "kl").text(2), of(results, policy, "words").text(1)]
+        row += [of(results, policy, "malformed").text(1, 100.0)]
+        if policy is not None:
+            row += [f"{of(results, policy, 'grad_norm_median').mean:.3g}"]
+            row += [f"{max(each['grad_norm_max'] for each in found):.2g}"]
+            row += [str(sum(each["stopped_at"] is not None for each in found))]
+        rows.append(row + [""] * (len(columns) - len(row)))
+    return markdown(f"Policies, {labels} labels", columns, rows)
+
+
+def pair_table(results: Results, policies: Sequence[Policy], labels: str) -> str:
+    """Margins x = beta * h and changes of log-probabilities, on trained and held-out pairs."""
+    columns = [""]
+    for split in ("trained", "held-out"):
+        columns += [f"{split}: x mean", "sd", "10/50/90 %", "x < 0 (%)", "Δlogp chosen", "rejected"]
+    rows = []
+    for policy in policies:
+        row = [title(policy)]
+        for split in ("train", "held_out"):
+            row += pair_cells([found[split] for found in results.of(policy)])
+        rows.append(row)
+    return markdown(f"Pairs, {labels} labels (means over seeds)", columns, rows)
+
+
+def pair_cells(measured: Sequence[dict[str, float]]) -> list[str]:
+    """The cells of one policy on one kind of pairs."""
+    mean = {key: Estimate(tuple(each[key] for each in measured)).mean for key in measured[0]}
+    return [
+        f"{mean['x_mean']:.2f}",
+        f"{mean['x_sd']:.2f}",
+        f"{mean['x_q10']:.2f} / {mean['x_q50']:.2f} / {mean['x_q90']:.2f}",
+        f"{100 * mean['x_below_0']:.0f}",
+        f"{mean['dlogp_chosen']:.2f}",
+        f"{mean['dlogp_rejected']:.2f}",
+    ]
+
+
+def memorised_section(results: Results) -> list[str]:
+    """What becomes of margins on pairs that are seen again and again."""
+    if not results.memorised:
+        return []
+    stage = results.protocol.memorised
+    columns = ["", "trained: x mean", "sd", "10/50/90 %", "x < 0 (%)", "Δlogp chosen", "rejected"]
+    columns += ["x in [0.9, 1.1] (%)", "held-out: x mean", "sd", "x < 0 (%)"]
+    columns += ["KL (nats)", "reward", "malformed (%)", "win rate vs SFT (%)"]
+    rows = []
+    for arm, found in results.memorised.items():
+        held_out, rate = found["held_out"], win_rate(found, results.foundations[0])
+        row = [arm.title, *pair_cells([found["train"]])]
+        row += [f"{100 * found['train']['x_near_1']:.0f}", f"{held_out['x_mean']:.2f}"]
+        row += [f"{held_out['x_sd']:.2f}", f"{100 * held_out['x_below_0']:.0f}"]
+        row += [f"{found['kl']:.2f}", f"{found['reward']:.2f}"]
+        rows.append([*row, f"{100 * found['malformed']:.0f}", f"{100 * rate:.1f}"])
+    heading = f"Memorised: {stage.pairs} pairs, {stage.steps} steps of {stage.batch}, seed 0"
+    return [markdown(heading, columns, rows)]
+
+
+def comparison_section(results: Results) -> list[str]:
+    """SPO(beta) against DPO(beta) and DPO(4 * beta), in words."""
+    number = len(results.comparisons)
+    if not number:
+        return []
+    lines = [comparison_sentence(each, number) for each in results.comparisons]
+    heading = "SPO against DPO of the same beta and of four times that"
+    if results.protocol.seeds > 1:
+        heading += f" (Student's intervals, 95 %: alone, and for all {number} at once)"
+    lines += [sentence for noisy in (False, True) for sentence in best_sentence(results, noisy)]
+    return ["\n".join([f"### {heading}", "", *(f"- {line}" for line in lines)])]
+
+
+def comparison_sentence(each: Comparison, number: int) -> str:
+    """One comparison and its verdict."""
+    labels = "noisy" if each.ours.noisy else "clean"
+    start = f"{each.ours.title} over {each.theirs.title}, {labels} labels: "
+    start += f"{each.wins.text(1, 100.0)} %"
+    if math.isnan(each.wins.error):
+        reason = "one seed" if len(each.wins.values) == 1 else "a policy has broken down"
+        return f"{start} ({reason}: no verdict)."
+    alone, together = (
+        f"{100 * low:.1f} to {100 * high:.1f}"
+        for low, high in (each.interval(1), each.interval(number))
+    )
+    return f"{start}; {alone} alone, {together} with all: {each.verdict(number)}."
+
+
+def best_sentence(results: Results, noisy: bool) -> list[str]:
+    """Each loss at the beta that suits it."""
+    ours, theirs = results.best("spo", noisy=noisy), results.best("dpo", noisy=noisy)
+    if ours is None or theirs is None:
+        return []
+    wins = results.wins(ours, theirs).text(1, 100.0)
+    return [
+        f"Each at the beta of its greatest reward (chosen on the same answers, so no interval), "
+        f"{'noisy' if noisy else 'clean'} labels: {ours.title} over {theirs.title} {wins} %."
+    ]
+
+
+def of(results: Results, policy: Policy, key: str) -> Estimate:
+    """A figure that every seed's result holds under a key."""
+    return results.estimate(policy, lambda found: float(found[key]))
+
+
+def markdown(heading: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with a heading."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join([f"### {heading}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+# ---------------------------------------------------------------------------------- the CSV files
+
+
+def tables(results: Results) -> dict[str, list[Row]]:
+    """The rows of every CSV file."""
+    return {
+        "win_rates": win_rows(results),
+        "policies": policy_rows(results),
+        "comparisons": comparison_rows(results),
+        "margins": margin_rows(results),
+        "limits": [
+            {"seed": seed, **limit}
+            for seed, found in enumerate(results.foundations)
+            for limit in found["limits"]
+        ],
+        "texts": text_rows(results),
+    }
+
+
+def name_of(policy: Policy) -> str:
+    """How a CSV file names a policy: as the command line does."""
+    return "sft" if policy is None else str(policy)
+
+
+def win_rows(results: Results) -> list[Row]:
+    """All win rates, over all kinds of labels."""
+    policies: list[Policy] = [None, *results.arms]
+    return [
+        {
+            "row": name_of(a),
+            "column": name_of(b),
+            "win_rate": wins.mean,
+            "standard_error": wins.error,
+            **{f"seed_{seed}": value for seed, value in enumerate(wins.values)},
+        }
+        for a in policies
+        for b in policies
+        if a != b
+        for wins in [results.wins(a, b)]
+    ]
+
+
+def policy_rows(results: Results) -> list[Row]:
+    """Everything measured of every policy, seed by seed, with those that memorised."""
+    rows = [
+        policy_row("preference", name_of(policy), seed, found, results)
+        for policy in (None, *results.arms)
+        for seed, found in enumerate(results.of(policy))
+    ]
+    return rows + [
+        policy_row("memorised", str(arm), 0, found, results)
+        for arm, found in results.memorised.items()
+    ]
+
+
+def policy_row(stage: str, name: str, seed: int, found: dict[str, Any], results: Results) -> Row:
+    """A row of policies.csv."""
+    own = ("reward", "kl", "words", "malformed", "grad_norm_median", "grad_norm_max")
+    row: Row = {"stage": stage, "policy": name, "seed": seed}
+    row["win_rate_vs_sft"] = win_rate(found, results.foundations[seed])
+    row |= {key: found.get(key) for key in (*own, "stopped_at", "lowest_x")}
+    for split in ("train", "held_out"):
+        row |= {f"{split}_{key}": value for key, value in found.get(split, {}).items()}
+    return row
+
+
+def comparison_rows(results: Results) -> list[Row]:
+    """The comparisons with their corrected intervals."""
+    number = len(results.comparisons)
+    rows = []
+    for each in results.comparisons:
+        row: Row = {"spo": str(each.ours), "dpo": str(each.theirs)}
+        row |= {"win_rate": each.wins.mean, "standard_error": each.wins.error}
+        if not math.isnan(each.wins.error):
+            row |= dict(zip(("low_alone", "high_alone"), each.interval(1), strict=True))
+            row |= dict(zip(("low", "high"), each.interval(number), strict=True))
+            row["verdict"] = each.verdict(number)
+        rows.append(row)
+    return rows
+
+
+def margin_rows(results: Results) -> list[Row]:
+    """Margins over training."""
+    found = [
+        ("preference", arm, seed, each)
+        for arm, all_seeds in results.arms.items()
+        for seed, each in enumerate(all_seeds)
+    ] + [("memorised", arm, 0, each) for arm, each in results.memorised.items()]
+    return [
+        {"stage": stage, "policy": str(arm), "seed": seed, **snapshot}
+        for stage, arm, seed, each in found
+        for snapshot in each["snapshots"]
+    ]
+
+
+def text_rows(results: Results) -> list[Row]:
+    """A few answers of every policy, of seed 0."""
+    return [
+        {"policy": name_of(policy), "text": text}
+        for policy in (None, *results.arms)
+        for text in results.of(policy)[0]["texts"]
+    ]
+
+
+def write_csv(store: Store, name: str, rows: Sequence[Row], header: str) -> None:
+    """Writes rows under a line that says where they come from; a file without rows is none."""
+    if not rows:
+        return
+    buffer = io.StringIO()
+    buffer.write(f"# {header}\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
+    write_atomically(store.folder / f"{name}.csv", buffer.getvalue().encode())
+
+
+def cell(value: object) -> object:
+    """A value as a CSV file has it: floats in six digits, nothing for what does not exist."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.{SIGNIFICANT}g}"
+    return "" if value is None else value

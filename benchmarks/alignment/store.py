@@ -1,0 +1,80 @@
+"""The results folder: its settings, and the finished parts of a run, each in a file of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.alignment.errors import InputError
+
+SETTINGS, WORK = "settings.json", "work"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A results folder. What a run needs to go on lies in `work`, which git does not see."""
+
+    folder: Path
+
+    def path(self, name: str, suffix: str = ".json") -> Path:
+        """Where the part of a run with this name lies."""
+        return self.folder / WORK / (name.replace(":", "_") + suffix)
+
+    def has(self, name: str) -> bool:
+        """Whether the part is finished."""
+        return self.path(name).exists()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A finished part."""
+        part: dict[str, Any] = json.loads(self.path(name).read_text(encoding="utf-8"))
+        return part
+
+    def write(self, name: str, part: dict[str, Any]) -> None:
+        """Keeps a part as finished: wholly or not at all."""
+        write_atomically(self.path(name), json.dumps(part).encode())
+
+
+def open_store(folder: Path, settings: dict[str, Any]) -> Store:
+    """Opens a new results folder, or one of a run with the same settings.
+
+    Raises:
+      InputError: the folder is another run's or not a run's at all; nothing in it is changed.
+    """
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            _check_settings(folder, json.loads(text))
+        else:
+            write_atomically(folder / SETTINGS, text.encode())
+        # A folder that ignores itself stays out of any repository that the results are put in.
+        write_atomically(folder / WORK / ".gitignore", b"*\n")
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder to write to, got: {error}") from error
+    return Store(folder)
+
+
+def _check_settings(folder: Path, asked: dict[str, Any]) -> None:
+    try:
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(
+            f"{folder}: expected an empty folder or one with the {SETTINGS} of an earlier run"
+        ) from error
+    if found != asked:
+        differing = sorted(key for key in {*found, *asked} if found.get(key) != asked.get(key))
+        raise InputError(
+            f"{folder}: expected results of the same settings, but these differ: "
+            f"{', '.join(differing)}; choose another --output"
+        )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
+    draft.write_bytes(content)
+    draft.replace(path)

@@ -1,0 +1,64 @@
+"""SPO in trainers with a loss of their own: the one line for each, where it calls its loss.
+
+Tested against the call sites of these commits, not with whole runs of the trainers:
+
+| trainer | commit | where it calls its loss |
+|---|---|---|
+| OpenRLHF | 3c3be62 | openrlhf/trainer/dpo_trainer.py, line 166 |
+| LLaMA-Factory v0 | ff6d4d1 | src/llamafactory/train/dpo/trainer.py, line 206 |
+| LLaMA-Factory v1 | ff6d4d1 | src/llamafactory/v1/trainers/dpo_trainer.py, line 325 |
+| open-instruct | e6c3044 | open_instruct/dpo_utils.py, line 657 |
+
+The trap: what the replaced loss read is read no more, without a word: label smoothing in all four,
+the IPO switch in OpenRLHF. Leave them off. All four accumulate means of micro-batches.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from spoloss import spo_loss
+from spoloss.torch import SPOLoss
+
+
+def openrlhf(trainer: Any) -> None:
+    """`trainer` is the DPOTrainer, before `fit`; --dpo.beta holds (0.01 if made without it)."""
+    trainer.loss_fn = SPOLoss(trainer.beta, reduction="mean")
+
+
+def llama_factory_v0(trainer_class: type) -> None:
+    """`trainer_class` is CustomDPOTrainer; run with `pref_loss: sigmoid`, `pref_beta` holds."""
+    trainer_class.dpo_loss = lambda self, *logps: SPOLoss(self.beta)(*logps)
+
+
+def llama_factory_v1(dpo_trainer: ModuleType) -> None:
+    """`dpo_trainer` is llamafactory.v1.trainers.dpo_trainer; run with `pref_loss: sigmoid`."""
+    dpo_trainer.compute_sigmoid_dpo_loss = lambda *logps, beta, **_: spo_loss(
+        *logps, beta=beta, reduction="none"
+    )
+
+
+def open_instruct(dpo_utils: ModuleType) -> None:
+    """`dpo_utils` is open_instruct.dpo_utils; run with `loss_type: dpo` (dpo_norm averages)."""
+    dpo_utils.dpo_loss = lambda *logps, beta, **_: SPOLoss(beta)(*logps)
+
+
+if __name__ == "__main__":
+    import types
+
+    import torch
+    import toy
+
+    from spoloss.torch import sequence_logps
+
+    batch = toy.collate(toy.pairs(6))
+    with torch.no_grad():
+        outputs = [model(batch.ids, batch.mask) for model in toy.models()]
+    logps = [
+        rows for output in outputs for rows in sequence_logps(output.logits, batch.labels).chunk(2)
+    ]
+    trainer = types.SimpleNamespace(beta=0.1)
+    openrlhf(trainer)
+    loss, chosen_rewards, rejected_rewards = trainer.loss_fn(*logps)
+    print(loss, chosen_rewards.mean(), rejected_rewards.mean())

@@ -1,0 +1,66 @@
+"""SPO without autograd: NumPy alone trains a bigram model with the analytic gradient.
+
+Tested with NumPy 2.4; neither PyTorch nor JAX is imported. In code of your own that has no
+autograd: `spo_grad` gives d loss / d log-probability of each completion, and you go on from there
+by the chain rule, here to the table of logits.
+
+The trap: `spo_grad` differentiates its own `reduction`. Take that of the loss that you report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spoloss import spo_grad, spo_loss
+
+Table = NDArray[np.float64]
+
+
+def log_softmax(table: Table) -> Table:
+    """Log-probabilities [V, V] of the next token, a row for each token before it."""
+    table = table - table.max(axis=1, keepdims=True)
+    return table - np.log(np.exp(table).sum(axis=1, keepdims=True))
+
+
+def sequence_logps(logps: Table, prompts: Sequence[list], answers: Sequence[list]) -> NDArray:
+    """Summed log-probabilities of the answers [B]; every prompt has a token at least."""
+    return np.array([logps[before(p, a), a].sum() for p, a in zip(prompts, answers, strict=True)])
+
+
+def before(prompt: list[int], answer: list[int]) -> list[int]:
+    """The token that comes before each of the answer's."""
+    return [prompt[-1], *answer[:-1]]
+
+
+def loss_and_grad(
+    table: Table, reference: Table, pairs: Sequence[tuple], beta: float = 0.1
+) -> tuple[float, Table]:
+    """The mean loss of pairs (prompt, chosen, rejected), and its gradient by the table."""
+    prompts, *sides = zip(*pairs, strict=True)
+    logps, ref_logps = log_softmax(table), log_softmax(reference)
+    four = [sequence_logps(side_of, prompts, s) for side_of in (logps, ref_logps) for s in sides]
+    by_logp = spo_grad(*four, beta=beta)
+    grad = np.zeros_like(table)
+    for answers, slopes in zip(
+        sides, (by_logp.policy_chosen, by_logp.policy_rejected), strict=True
+    ):
+        for prompt, answer, slope in zip(prompts, answers, slopes, strict=True):
+            rows = before(prompt, answer)
+            # d log softmax(row)[token] / d row = onehot(token) - softmax(row)
+            np.add.at(grad, (rows, answer), slope)
+            np.subtract.at(grad, rows, slope * np.exp(logps[rows]))
+    return float(spo_loss(*four, beta=beta)), grad
+
+
+if __name__ == "__main__":
+    random = np.random.default_rng(0)
+    reference = random.normal(size=(20, 20))
+    table = reference.copy()
+    pairs = [tuple(random.integers(20, size=n).tolist() for n in (3, 5, 7)) for _ in range(8)]
+    for _ in range(5):
+        loss, grad = loss_and_grad(table, reference, pairs)
+        table -= 20.0 * grad
+        print(loss)

@@ -1,0 +1,57 @@
+"""SPO with LoRA: a frozen head worked on by tiles, and the bare model as the reference.
+
+Tested with PEFT 0.21, Transformers 5.23 and PyTorch 2.13. In a loop that exists already: the 9
+lines of `pair_loss`. There is no second model, no logits, and no gradient of the head's size.
+
+The trap: the fused head reads `lm_head.weight`, in which a LoRA adapter on the head is not; loss
+and gradient are then wrong without a word. Such a head is refused here. Train the head with
+`modules_to_save=["lm_head"]`, or go by logits (`sequence_logps`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from spoloss.torch import linear_logps, linear_spo_loss
+
+
+def pair_loss(policy: PeftModel, batch: Any, beta: float = 0.1) -> Tensor:
+    """The loss of a batch; its reference is the policy without its adapters."""
+    core = policy.get_base_model()
+    head = core.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise ValueError("the head carries an adapter, which its weight does not show")
+
+    def hidden_states() -> Tensor:
+        return core.get_decoder()(batch.ids, batch.mask).last_hidden_state
+
+    with torch.no_grad(), policy.disable_adapter():
+        reference = linear_logps(hidden_states(), head.weight, batch.labels)
+    return linear_spo_loss(
+        *hidden_states().chunk(2),
+        head.weight,
+        *batch.labels.chunk(2),
+        *reference.chunk(2),
+        beta=beta,
+    ).loss
+
+
+if __name__ == "__main__":
+    import toy
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = toy.models()
+    policy = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    batch = toy.collate(toy.pairs(6))
+    for _ in range(5):
+        loss = pair_loss(policy, batch)
+        print(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

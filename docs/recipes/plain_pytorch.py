@@ -1,0 +1,74 @@
+"""SPO in a plain PyTorch loop: by logits or by the fused head, exact over uneven micro-batches.
+
+Tested with PyTorch 2.13 and Transformers 5.23. In a loop that exists already: 5 lines, those of
+`loss_by_logits`; with gradient accumulation 2 more, the count and the division.
+
+The trap: `reduction="mean"` in each micro-batch, divided by their number, weighs a pair of a small
+micro-batch more than one of a large. Divide the sum by the pairs of the whole optimiser step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spoloss import spo_loss
+from spoloss.torch import linear_logps, linear_spo_loss, sequence_logps
+
+
+def loss_by_logits(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
+    """The loss summed over the pairs; rows are all chosen, then all rejected."""
+    chosen, rejected = sequence_logps(policy(batch.ids, batch.mask).logits, batch.labels).chunk(2)
+    with torch.no_grad():
+        ref_logps = sequence_logps(reference(batch.ids, batch.mask).logits, batch.labels)
+    return spo_loss(chosen, rejected, *ref_logps.chunk(2), beta=beta, reduction="sum")
+
+
+def loss_by_tiles(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
+    """The same from hidden states: the logits never exist as a whole."""
+    hidden = policy.model(batch.ids, batch.mask).last_hidden_state
+    with torch.no_grad():
+        ref_hidden = reference.model(batch.ids, batch.mask).last_hidden_state
+        ref_logps = linear_logps(ref_hidden, reference.lm_head.weight, batch.labels)
+    return linear_spo_loss(
+        *hidden.chunk(2),
+        policy.lm_head.weight,
+        *batch.labels.chunk(2),
+        *ref_logps.chunk(2),
+        beta=beta,
+        reduction="sum",
+    ).loss
+
+
+def accumulate(
+    loss_of: Callable[..., Tensor],
+    policy: Any,
+    reference: Any,
+    micro_batches: Sequence[Any],
+    beta: float = 0.1,
+) -> float:
+    """Backward over the micro-batches of one optimiser step; returns their mean loss per pair."""
+    pairs = sum(len(batch.labels) // 2 for batch in micro_batches)
+    total = 0.0
+    for batch in micro_batches:
+        loss = loss_of(policy, reference, batch, beta) / pairs
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+if __name__ == "__main__":
+    import toy
+
+    policy, reference = toy.models()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    pairs = toy.pairs(6)
+    micro_batches = [toy.collate(pairs[:4]), toy.collate(pairs[4:])]
+    for loss_of in (loss_by_logits, loss_by_tiles):
+        for _ in range(3):
+            print(loss_of.__name__, accumulate(loss_of, policy, reference, micro_batches))
+            optimizer.step()
+            optimizer.zero_grad()

@@ -1,0 +1,90 @@
+"""SPO in Transformers' Trainer: with the least code, and exact over uneven micro-batches and ranks.
+
+Tested with Transformers 5.23 and PyTorch 2.13. A run that exists already changes by this class and
+`reference=`. A batch holds input_ids, attention_mask and labels, rows all chosen then all rejected.
+
+The trap: without `loss_is_scaled_for_ga = False` Trainer takes the loss of a model that has
+`**kwargs` for divided already, and accumulating over K micro-batches makes the gradient K times too
+large, silently. (Before Transformers 5.19: `self.model_accepts_loss_kwargs = False` in `__init__`.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from spoloss import spo_loss
+from spoloss.torch import sequence_logps
+
+
+class SPOTrainer(Trainer):
+    """A step's gradient is the mean over its micro-batches of the mean over their pairs."""
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, reference: nn.Module, beta: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reference, self.beta = reference.to(self.args.device).eval(), beta
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        labels = inputs.pop("labels")  # with labels the model would compute a loss of its own
+        outputs = model(**inputs)
+        chosen, rejected = sequence_logps(outputs.logits, labels).chunk(2)
+        with torch.no_grad():
+            ref_logps = sequence_logps(self.reference(**inputs).logits, labels)
+        loss = spo_loss(chosen, rejected, *ref_logps.chunk(2), beta=self.beta)
+        return (loss, outputs) if return_outputs else loss
+
+
+class ExactSPOTrainer(SPOTrainer):
+    """A step's gradient is the mean over all its pairs, of all micro-batches and ranks."""
+
+    loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Tensor]], Any]:
+        batches, items = super().get_batch_samples(*args)
+        pairs = torch.tensor(sum(len(batch["labels"]) // 2 for batch in batches))
+        self.pairs_in_step = self.accelerator.gather(pairs.to(self.args.device)).sum().item()
+        return batches, items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        pairs = len(inputs["labels"]) // 2
+        mean = super().compute_loss(model, inputs, *args, **kwargs)
+        # DDP and FSDP average over ranks: their number turns that into a sum.
+        share = pairs * self.accelerator.num_processes / self.pairs_in_step
+        return mean * share if model.training else mean
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    import toy
+    from transformers import TrainingArguments
+
+    def collate(pairs: list[toy.Pair]) -> dict[str, Tensor]:
+        """The batch under the names that Trainer hands on."""
+        return dict(zip(("input_ids", "attention_mask", "labels"), toy.collate(pairs), strict=True))
+
+    policy, reference = toy.models()
+    for trainer_class in (SPOTrainer, ExactSPOTrainer):
+        with tempfile.TemporaryDirectory() as directory:
+            arguments = TrainingArguments(
+                directory,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                max_steps=3,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                remove_unused_columns=False,  # Trainer would drop what the model does not name
+            )
+            data = toy.pairs(6)
+            trainer = trainer_class(policy, arguments, collate, data, reference=reference, beta=0.1)
+            trainer.train()

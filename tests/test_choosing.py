@@ -1,0 +1,101 @@
+"""docs/choosing.md quotes the tables of the committed runs, cell by cell."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "choosing.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results" / "alignment"
+TABLES = (RESULTS / "full" / "tables.md").read_text()
+
+
+def rows(lines: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The header of a Markdown table, and its rows by their first cell."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return cells[0][1:], {first: rest for first, *rest in cells[2:]}
+
+
+def table_below(text: str, heading: str) -> tuple[list[str], dict[str, list[str]]]:
+    lines = text.partition(heading)[2].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    return rows(lines[start:end])
+
+
+def quoted(marker: str) -> list[tuple[list[str], dict[str, list[str]]]]:
+    starts = [match.start() for match in re.finditer(re.escape(marker), PAGE)]
+    return [table_below(PAGE[start:], marker) for start in starts]
+
+
+@pytest.mark.parametrize("table", quoted("<!-- policies: clean -->"), ids=["beta", "gap"])
+def test_policies(table: tuple[list[str], dict[str, list[str]]]) -> None:
+    columns, measured = table_below(TABLES, "### Policies, clean labels")
+    columns = ["gradient norm, max" if column == "max" else column for column in columns]
+    header, policies = table
+    assert len(policies) >= 7
+    for policy, cells in policies.items():
+        assert cells == [measured[policy][columns.index(name)] for name in header], policy
+
+
+def test_changes_of_log_probability() -> None:
+    columns, measured = table_below(TABLES, "### Pairs, clean labels")
+    start = columns.index("Δlogp chosen")
+    ((_, policies),) = quoted("<!-- pairs: clean -->")
+    assert len(policies) == 6
+    for policy, cells in policies.items():
+        assert cells == measured[policy][start : start + 2], policy
+
+
+def test_win_rates_in_the_text() -> None:
+    for labels, rate in (("clean", "49.5 ± 0.9"), ("noisy", "49.7 ± 0.4")):
+        assert f"SPO(0.1) over DPO(0.4), {labels} labels: {rate} %" in TABLES
+        assert f"{rate} %" in PAGE
+    text = " ".join(TABLES.split())
+    found = re.findall(r"SPO\(([\d.]+)\) over DPO\(([\d.]+)\), clean labels: ([\d.]+)", text)
+    rates = {(float(spo), float(dpo)): float(rate) for spo, dpo, rate in found}
+    four_times = [rates[beta, 4 * beta] for beta in (0.025, 0.05, 0.1, 0.25)]
+    assert (round(min(four_times)), round(max(four_times))) == (49, 51)
+    assert (round(rates[0.1, 0.1]), round(rates[1.0, 1.0])) == (67, 30)
+
+
+def test_memorised_pairs_in_the_text() -> None:
+    columns, measured = table_below(TABLES, "### Memorised")
+
+    def value(policy: str, column: str) -> float:
+        return float(measured[policy][columns.index(column)])
+
+    kl, wins = "KL (nats)", "win rate vs SFT (%)"
+    for policy in ("SPO(1)", "DPO(1)"):
+        both = (f"KL {value(policy, kl):.1f}", f"KL {value(policy, kl):.0f}")
+        assert any(text in PAGE for text in both)
+        assert f"{value(policy, wins):.0f} %" in PAGE
+    assert f"(KL {value('SPO(0.1)', kl):.0f} and {value('DPO(0.1)', kl):.0f})" in PAGE
+
+
+def test_stability() -> None:
+    path = RESULTS / "stability" / "stability.csv"
+    with path.open(newline="") as file:
+        runs = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    ((_, quoted_rows),) = quoted("<!-- stability -->")
+    for form, cells in quoted_rows.items():
+        ours = [run for run in runs if run["form"] == form]
+        clipped = [run for run in ours if run["clip"] != "none"]
+        stopped = [bool(run["stopped_at"]) for run in ours]
+        below = [float(run["win_rate"]) < 0.5 for run in ours]
+        assert cells[:3] == [
+            f"{sum(stopped)} of {len(ours)}",
+            f"{sum(bool(run['stopped_at']) for run in clipped)} of {len(clipped)}",
+            str(sum(below)),
+        ], form
+        assert cells[3] == f"{max(float(run['grad_norm_max']) for run in ours):.2g}", form
+    plain = [run for run in runs if run["form"] == "spo"]
+    gentle = [run for run in plain if run["beta"] == "0.1"]
+    assert max(float(run["grad_norm_max"]) for run in gentle) < 9.0
+    assert not any(run["stopped_at"] for run in gentle)
+    assert all(-46 < float(run["lowest_x"]) < -38 for run in plain if run["stopped_at"])
+    assert sum(bool(run["stopped_at"]) for run in plain if run["beta"] != "0.1") == 11
