@@ -36,7 +36,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from recipes_oracle import RECIPES, Grads, Recorder, exact_step, load, relative_error, toy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 BETA = 0.1
 EXACT = 1e-6
@@ -182,6 +182,53 @@ def test_transformers_least_code_is_a_mean_of_means(tmp_path) -> None:
     assert relative_error(even, exact) < EXACT
     _, uneven = transformers_step(recipe.SPOTrainer, tmp_path, UNEVEN)
     assert relative_error(uneven, exact) == MEAN_OF_MEANS
+
+
+def loss_func_step(directory: Path, size: int, loss_func: Any, labels_of: Any) -> tuple[Any, Grads]:
+    model = load("transformers_loss_func").PolicyAndReference(*models())
+    recorder = Recorder(model.policy)
+
+    def collate(pairs: list[Any]) -> dict[str, Tensor]:
+        batch = toy.collate(pairs)
+        tensors = {"input_ids": batch.ids, "attention_mask": batch.mask, "targets": batch.labels}
+        return {**tensors, "labels": labels_of(batch)}
+
+    options = {"remove_unused_columns": False, "label_names": ["labels"]}
+    trainer = Trainer(
+        model,
+        TrainingArguments(**trainer_arguments(directory, size), **options),
+        collate,
+        PAIRS,
+        PAIRS,
+        optimizers=(recorder, None),
+        compute_loss_func=loss_func,
+    )
+    trainer.train()
+    assert not model.reference.training
+    (grads,) = recorder.steps
+    return trainer, grads
+
+
+def one_per_pair(batch: Any) -> Tensor:
+    return torch.zeros(len(batch.labels) // 2)
+
+
+@pytest.mark.parametrize("size", [EVEN, UNEVEN])
+def test_transformers_loss_func(tmp_path, size) -> None:
+    recipe = load("transformers_loss_func")
+    trainer, grads = loss_func_step(tmp_path, size, recipe.mean_over_step, one_per_pair)
+    loss, exact = exact_step(*models(), PAIRS, BETA)
+    assert relative_error(grads, exact) < EXACT
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=EXACT)
+    trainer.args.per_device_eval_batch_size = len(PAIRS)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=EXACT)
+
+
+def test_transformers_loss_func_counts_tokens_if_given_their_labels(tmp_path) -> None:
+    recipe = load("transformers_loss_func")
+    _, exact = exact_step(*models(), PAIRS, BETA)
+    _, grads = loss_func_step(tmp_path, EVEN, recipe.mean_over_step, lambda batch: batch.labels)
+    assert relative_error(grads, exact) > 0.5
 
 
 def test_transformers_without_the_attribute_is_twice_too_large(tmp_path) -> None:
@@ -403,7 +450,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from accelerate import Accelerator
 from recipes_oracle import Recorder, load, toy
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 pairs = toy.pairs(10)
 
 accelerator = Accelerator(cpu=True)
@@ -699,6 +746,7 @@ def test_call_site(name) -> None:
         "lightning_module",
         "peft_fused",
         "plain_pytorch",
+        "transformers_loss_func",
         "transformers_trainer",
         "trl_dpo",
     ],
@@ -715,7 +763,8 @@ def test_recipe_runs_as_a_script(name, recwarn, capsys, tmp_path, monkeypatch) -
 
 
 def test_the_page_lists_every_recipe() -> None:
-    linked = re.findall(r"\]\((\w+\.py)\)", (RECIPES / "README.md").read_text())
+    page = (RECIPES.parents[1] / "README.md").read_text()
+    linked = re.findall(r"\]\(docs/recipes/(\w+\.py)\)", page)
     files = {path.name for path in RECIPES.glob("*.py")} - {"toy.py", "toy_jax.py"}
     assert set(linked) == files
 

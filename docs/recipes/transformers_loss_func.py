@@ -1,0 +1,77 @@
+"""SPO as the `compute_loss_func` of Transformers' Trainer: exact over uneven micro-batches.
+
+Tested with Transformers 5.23 and PyTorch 2.13. No subclass; a run that exists already changes by
+the module that owns policy and reference, the collator's names, and two arguments of Trainer.
+
+The trap: Trainer counts the labels that are not -100 and hands over their number. So a batch has
+one label per pair, which says nothing else, and the tokens to predict go by another name. And the
+reference, a part of the model here, is saved with each checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spoloss import spo_loss
+from spoloss.torch import sequence_logps
+
+
+class PolicyAndReference(nn.Module):
+    """Gives the four log-probabilities; rows are all chosen, then all rejected."""
+
+    def __init__(self, policy: nn.Module, reference: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+        self.reference = reference.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> PolicyAndReference:
+        super().train(mode)
+        self.reference.eval()
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> dict[str, Any]:
+        policy = sequence_logps(self.policy(input_ids, attention_mask).logits, targets)
+        with torch.no_grad():
+            reference = sequence_logps(self.reference(input_ids, attention_mask).logits, targets)
+        return {"logps": (*policy.chunk(2), *reference.chunk(2))}
+
+
+def mean_over_step(
+    outputs: dict[str, Any], labels: Tensor, num_items_in_batch: Tensor | None = None
+) -> Tensor:
+    """The batch's part of the mean over all pairs of the step; in evaluation, of the batch."""
+    pairs = len(labels) if num_items_in_batch is None else num_items_in_batch
+    return spo_loss(*outputs["logps"], beta=0.1, reduction="sum") / pairs
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    import toy
+    from transformers import Trainer, TrainingArguments
+
+    def collate(pairs: list[toy.Pair]) -> dict[str, Tensor]:
+        """The batch under the names that Trainer hands on."""
+        batch = dict(
+            zip(("input_ids", "attention_mask", "targets"), toy.collate(pairs), strict=True)
+        )
+        return {**batch, "labels": torch.zeros(len(pairs))}
+
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            directory,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            label_names=["labels"],
+            remove_unused_columns=False,  # Trainer would drop what the model does not name
+        )
+        model = PolicyAndReference(*toy.models())
+        data = toy.pairs(6)
+        Trainer(model, arguments, collate, data, compute_loss_func=mean_over_step).train()
