@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import array_api_strict
@@ -19,6 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+
+# Behind all else: the benchmarks come from the checkout, the package as it is installed.
+sys.path.append(str(Path(__file__).parents[1]))
 
 jax.config.update("jax_enable_x64", True)
 
