@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +50,14 @@ TINY = Protocol(
     memorised_arms=(parse_arm("spo:0.25"),),
     memorised=Stage(pairs=8, steps=4, batch=4, lr_end=1.0, snapshots=2),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def policy_of(name: str) -> Policy:
@@ -501,7 +510,9 @@ def test_published_win_rates_are_those_of_the_kept_rewards(finished: Finished) -
     )
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same(finished: Finished, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_gives_the_same(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
     with subprocess.Popen(
         tiny_command(folder, 1), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -519,7 +530,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(finished: Finished, tmp_p
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("work/*/*.json")}
     complete = {path.name for path in finished.folder.glob("work/*/*.json")}
     assert 3 <= len(kept) < len(list(finished.folder.glob("work/*/*.json")))
-    subprocess.run(tiny_command(folder, 2), cwd=ROOT, capture_output=True, check=True)
+    monkeypatch.setattr(command, "QUICK", TINY)
+    assert run_main("--quick", "--output", folder, "--workers", "2") == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert {path.name for path in folder.glob("work/*/*.json")} == complete
     assert published(folder) == published(finished.folder)
@@ -605,26 +617,25 @@ def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 # -------------------------------------------------------------------------------- stability study
 
 
-def outcome(
-    form: str, clip: float | None, stopped_at: int | None, rate: float
-) -> stability.Outcome:
-    setting = stability.Setting(Arm(form, 1.0), 1e-3, clip)
+def outcome(form: str, stopped_at: int | None, rate: float, lr: float = 1e-3) -> stability.Outcome:
+    setting = stability.Setting(Arm(form, 1.0), lr, None)
     return stability.Outcome(setting, stopped_at, 10.0, rate, 1.0, 0.1, -1.0)
 
 
 def test_the_recommendation_follows_from_the_counts() -> None:
-    safe = [outcome("spo-below0", 1.0, None, 0.6), outcome("spo-below0", 1.0, None, 0.4)]
-    better = [outcome("spo-below-1", 1.0, None, 0.7), outcome("spo-below-1", 1.0, None, 0.55)]
-    stopped = [outcome("spo", None, 7, 0.9), outcome("spo", None, None, 0.99)]
-    unasked = [outcome("dpo", None, None, 0.95)] * 2
-    advice = stability.advice(stability.count([*stopped, *safe, *better, *unasked]))
-    assert "spo-below-1, clipped at 1: 0 of 2 runs stopped, 0 below SFT, 62.5 %" in advice
-    assert "spo-below0, clipped at 1" in stability.advice(stability.count([*stopped, *safe]))
-    broken = [outcome("spo", None, 3, math.nan), *stopped]
-    counts = {each.form: each for each in stability.count([*safe, *broken])}
-    assert (counts["spo"].stopped, counts["spo"].worse_than_sft) == (2, 1)
-    assert counts["spo"].win_rate == pytest.approx((0.0 + 0.9 + 0.99) / 3)
-    assert counts["spo-below0"].worse_than_sft == 1
+    safe = [outcome("spo-below0", None, 0.6), outcome("spo-below0", None, 0.4)]
+    better = [outcome("spo-below-1", None, 0.7), outcome("spo-below-1", None, 0.55, lr=3e-4)]
+    stopped = [outcome("spo", 7, 0.9), outcome("spo", None, 0.99)]
+    unasked = [outcome("dpo", None, 0.95)] * 2
+    advice = stability.advice([*stopped, *safe, *better, *unasked])
+    assert "win rate): spo-below-1. Of its 2 runs 0 stopped and 0 ended below SFT" in advice
+    assert "(of as many: spo-below0 0 and 1, spo 1 and 0)" in advice
+    assert "Within it β 1, lr 0.001: 70.0 %" in advice
+    assert "win rate): spo-below0." in stability.advice([*stopped, *safe])
+    broken = [outcome("spo", 3, math.nan), *stopped]
+    (count,) = stability.count_by(stability.form_of, broken)
+    assert (count.stopped, count.worse_than_sft) == (2, 1)
+    assert count.win_rate == pytest.approx((0.0 + 0.9 + 0.99) / 3)
 
 
 def test_the_study_asks_for_what_it_says() -> None:
@@ -656,5 +667,5 @@ def test_a_small_study(tmp_path: Path) -> None:
     stopped = {(row["form"], row["labels"]) for row in rows if row["stopped_at"]}
     assert stopped >= {("spo", "noisy")}
     assert not any(form == "dpo" for form, _ in stopped)
-    assert "spo-below0, unclipped: 0 of 2 runs stopped" in text
+    assert "win rate): spo-below0. Of its 2 runs 0 stopped" in text
     assert (store.folder / "stability.png").stat().st_size > 1000
