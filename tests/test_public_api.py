@@ -24,7 +24,7 @@ FLOORS = (
     "spoloss.gradients",
     "spoloss.metrics",
     "spoloss",
-    "spoloss.torch._packed",
+    "spoloss.torch._rows",
     "spoloss.torch._vocab_parallel",
     "spoloss.torch._head",
     "spoloss.torch.logps",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spoloss._arrays import check_positive
-from spoloss.torch._packed import firsts, sum_sequences
+from spoloss.torch._rows import check_labels
 from spoloss.torch._vocab_parallel import VocabShard, join
 
 if TYPE_CHECKING:
@@ -156,24 +156,6 @@ def _check_hidden(name: str, hidden: Tensor, weight: Tensor, *, same_dtype: bool
         raise ValueError(f"{name} must be on the weight's {weight.device}, got {hidden.device}")
 
 
-def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
-    """Refuse labels that are not integers of shape [B, T], as the first two axes of `states`.
-
-    Raises:
-      TypeError: the labels are not integer.
-      ValueError: the shape or the device does not fit.
-    """
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must be integer, got {labels.dtype}")
-    if labels.shape != states.shape[:2]:
-        raise ValueError(
-            f"{name} must have the shape [B, T] = {tuple(states.shape[:2])} of {other}, "
-            f"got {tuple(labels.shape)}"
-        )
-    if labels.device != states.device:
-        raise ValueError(f"{name} must be on the {states.device} of {other}, got {labels.device}")
-
-
 class Head:
     """weight [V, D], bias [V] and the options of the model. A split head's V is its shard's."""
 
@@ -293,94 +275,6 @@ class HeadGrad:
         for grad in (self.weight, self.bias):
             if grad is not None:
                 grad.zero_()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The tokens of [B, T] that take part, flattened, in order of their sequence.
-
-    Attributes:
-      targets: [n] the label of each.
-      index: [n] its row among B * T.
-      sequence: [n] its row of [B, T].
-      counts: [n] whether it counts or only keeps the shapes static; None where all count.
-      ends: B + 1 numbers from 0: where each row of [B, T] ends among the n.
-      lengths: how many tokens of each sequence count: [B], or [S] where offsets part one row.
-    """
-
-    targets: Tensor
-    index: Tensor
-    sequence: Tensor
-    counts: Tensor | None
-    ends: list[int]
-    lengths: Tensor
-
-    def take(self, hidden: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """The rows of `hidden` [B * T, D] that a slice of the n names."""
-        taken = hidden[self.index[rows]].to(dtype)
-        # A row that does not count may hold nan, and 0 * nan is not 0.
-        return taken if self.counts is None else torch.where(self.counts[rows, None], taken, 0.0)
-
-    def mask(self, values: Tensor, rows: slice) -> Tensor:
-        """`values` [n], 0 where the row does not count."""
-        return values if self.counts is None else torch.where(self.counts[rows], values, 0.0)
-
-    def slices(self, first: int, last: int, height: int) -> Iterator[slice]:
-        """The rows of sequences first to last - 1, in slices of one size of at most `height`."""
-        count = self.ends[last] - self.ends[first]
-        even = math.ceil(count / max(1, math.ceil(count / height)))
-        for start in range(self.ends[first], self.ends[last], max(1, even)):
-            yield slice(start, min(start + even, self.ends[last]))
-
-
-def shifted(
-    labels: Tensor, ignore_index: int, *, shift: bool, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Targets [B, T], 0 where nothing is to be predicted, and where something is.
-
-    The labels move and not the logits or hidden states, whose slice can't be flattened for free.
-    """
-    if shift:
-        if cu_seqlens is not None:
-            labels = torch.where(firsts(cu_seqlens, labels.shape[1]), ignore_index, labels)
-        nothing = torch.full_like(labels[:, :1], ignore_index)
-        labels = torch.cat([labels[:, 1:], nothing], dim=1)
-    counts = labels != ignore_index
-    return torch.where(counts, labels, 0).long(), counts
-
-
-def select_rows(
-    *labels: Tensor, ignore_index: int, shift: bool, cu_seqlens: Tensor | None = None
-) -> list[Rows]:
-    """The rows to work on for each of some labels [B, T].
-
-    Rows that do not count are dropped: they cost nothing. That needs their number on the host, the
-    one wait for the device in a call; a compiler can't wait, so it keeps all rows and masks.
-    """
-    sides = [shifted(side, ignore_index, shift=shift, cu_seqlens=cu_seqlens) for side in labels]
-    lengths = [sum_sequences(counts.long(), cu_seqlens) for _, counts in sides]
-    if torch.compiler.is_compiling():
-        return [_all_rows(*side, n) for side, n in zip(sides, lengths, strict=True)]
-    on_host = torch.cat([counts.flatten() for _, counts in sides]).cpu()
-    kept = torch.split(on_host, [counts.numel() for _, counts in sides])
-    return [
-        _some_rows(targets, mine, n)
-        for (targets, _), mine, n in zip(sides, kept, lengths, strict=True)
-    ]
-
-
-def _all_rows(targets: Tensor, counts: Tensor, lengths: Tensor) -> Rows:
-    b, t = targets.shape
-    index = torch.arange(b * t, device=targets.device)
-    ends = [i * t for i in range(b + 1)]
-    return Rows(targets.flatten(), index, index // max(t, 1), counts.flatten(), ends, lengths)
-
-
-def _some_rows(targets: Tensor, counts_on_host: Tensor, lengths: Tensor) -> Rows:
-    b, t = targets.shape
-    index = counts_on_host.nonzero().squeeze(1).to(targets.device, non_blocking=True)
-    ends = [0, *counts_on_host.view(b, t).sum(1).cumsum(0).tolist()]
-    return Rows(targets.flatten()[index], index, index // max(t, 1), None, ends, lengths)
 
 
 class Refuse(torch.autograd.Function):

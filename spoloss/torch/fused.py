@@ -26,15 +26,8 @@ from spoloss._arrays import check_reduction, per_pair, reduce, reduction_scale
 from spoloss.gradients import pair_grad
 from spoloss.losses import DPO, SPO, MarginLoss
 from spoloss.pairs import beta_for_gap, check_loss, log_ratio_margin, pair_loss
-from spoloss.torch._head import (
-    Head,
-    HeadGrad,
-    HeadOptions,
-    Rows,
-    head_options,
-    once,
-    select_rows,
-)
+from spoloss.torch._head import Head, HeadGrad, HeadOptions, head_options, once
+from spoloss.torch._rows import Rows, select_rows
 from spoloss.torch.logps import linear_token_logps, sum_tokens
 
 if TYPE_CHECKING:

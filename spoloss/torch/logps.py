@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spoloss.torch._head import (
-    Head,
-    HeadGrad,
-    HeadOptions,
+from spoloss.torch._head import Head, HeadGrad, HeadOptions, head_options, once
+from spoloss.torch._rows import (
     Rows,
+    check_cu_seqlens,
     check_labels,
-    head_options,
-    once,
     select_rows,
     shifted,
+    sum_sequences,
 )
-from spoloss.torch._packed import check_cu_seqlens, sum_sequences
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
