@@ -1,4 +1,4 @@
-"""docs/choosing.md quotes the tables of the committed runs, cell by cell."""
+"""docs/choosing.md and README quote the tables of the committed runs, cell by cell."""
 
 from __future__ import annotations
 
@@ -99,3 +99,11 @@ def test_stability() -> None:
     assert not any(run["stopped_at"] for run in gentle)
     assert all(-46 < float(run["lowest_x"]) < -38 for run in plain if run["stopped_at"])
     assert sum(bool(run["stopped_at"]) for run in plain if run["beta"] != "0.1") == 11
+
+
+def test_win_rates_of_the_readme() -> None:
+    columns, measured = table_below(TABLES, "### All win rates, clean labels")
+    header, policies = table_below((ROOT / "README.md").read_text(), "## Is SPO better than DPO?")
+    assert len(policies) == 3
+    for policy, cells in policies.items():
+        assert cells == [measured[policy][columns.index(name)] for name in header], policy
