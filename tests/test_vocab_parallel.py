@@ -191,8 +191,15 @@ def other_uses(rank: int) -> dict[str, Any]:
         compiled = torch.compile(linear_logps, backend="eager")
         found["sums, graph broken"] = compiled(hidden, weight, labels, vocab_parallel_group=group)
     torch.compiler.reset()
+    rounded = Split(dtype=torch.bfloat16)
+    rounded.cut((7, 6), rank)
+    found["bfloat16 grads"] = named_grads(rounded, half_loss(rounded, vocab_parallel_group=group))
     found["errors"] = refusals(rank, case, sharded, group)
     return found
+
+
+def half_loss(case: Case, **options: Any) -> Tensor:
+    return case.fused(SPO(), beta=0.2, weights=None, **options).loss
 
 
 def refusals(rank: int, case: Case, sharded: Tensor, group: Any) -> dict[str, str]:
@@ -274,6 +281,21 @@ def test_half_precision_is_gathered_in_float32(uses: list[dict[str, Any]]) -> No
         assert rank["bfloat16"].dtype == torch.float32
         own = (whole.double() - exact).abs().max()
         assert (rank["bfloat16"].double() - exact).abs().max() <= 1.5 * own + 1e-6
+
+
+def test_gradients_in_half_precision_are_no_worse_than_the_whole_heads(
+    uses: list[dict[str, Any]],
+) -> None:
+    half = Case(dtype=torch.bfloat16)
+    exact = Case()
+    for name, tensor in half.tensors.items():
+        exact.tensors[name] = tensor.detach().double().requires_grad_()
+    whole, truth = (named_grads(case, half_loss(case)) for case in (half, exact))
+    for name in INPUTS:
+        parts = [rank["bfloat16 grads"][name] for rank in uses]
+        found = parts[0] if "hidden" in name else torch.cat(parts)
+        own = relative(whole[name].double(), truth[name])
+        assert relative(found.double(), truth[name]) < 2.0 * own + 1e-6, name
 
 
 @pytest.mark.parametrize(
