@@ -60,6 +60,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def quick_is_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Should a refusal fail to come, a test must not train for minutes before it says so.
+    monkeypatch.setattr(command, "QUICK", TINY)
+
+
 def policy_of(name: str) -> Policy:
     torch.manual_seed(seeds.number(name))
     return Policy()
@@ -510,9 +516,7 @@ def test_published_win_rates_are_those_of_the_kept_rewards(finished: Finished) -
     )
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on_and_gives_the_same(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with subprocess.Popen(
         tiny_command(folder, 1), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -530,7 +534,6 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("work/*/*.json")}
     complete = {path.name for path in finished.folder.glob("work/*/*.json")}
     assert 3 <= len(kept) < len(list(finished.folder.glob("work/*/*.json")))
-    monkeypatch.setattr(command, "QUICK", TINY)
     assert run_main("--quick", "--output", folder, "--workers", "2") == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert {path.name for path in folder.glob("work/*/*.json")} == complete
@@ -538,9 +541,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(
 
 
 def test_a_finished_run_is_only_reported_again(
-    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "QUICK", TINY)
     before = {path: path.stat().st_mtime_ns for path in finished.folder.glob("work/*/*")}
     assert run_main("--quick", "--output", finished.folder) == 0
     assert capsys.readouterr().out == finished.printed
@@ -595,7 +597,7 @@ def test_folders_of_others_stay_as_they_are(
             (folder / name).write_text(text)
         words = "expected an empty folder or one with the settings.json of an earlier run"
     else:
-        open_store(folder, QUICK.settings())
+        open_store(folder, TINY.settings())
         words = "expected results of the same settings, but these differ: arms, seeds"
     before = published(folder)
     assert run_main("--quick", "--seeds", "3", "--arms", "spo:0.1", "--output", folder) == 2

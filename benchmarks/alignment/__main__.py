@@ -1,6 +1,6 @@
 """The paper's protocol at desk scale: SFT, then DPO and SPO from it, judged by the true reward.
 
-    python -m benchmarks.alignment --quick       1 seed, 3 arms: a minute on two cores
+    python -m benchmarks.alignment --quick       1 seed, 3 arms: 90 seconds on two cores
     python -m benchmarks.alignment --full        5 seeds, 31 arms: within half an hour
     python -m benchmarks.alignment --full --arms dpo:0.4 spo:0.1 spo:0.1@noisy --seeds 8
 

@@ -91,7 +91,8 @@ def run_jobs(jobs: Sequence[Job], store: Store, workers: int) -> float:
     Returns:
       Seconds of processor time that the jobs took.
     """
-    waiting = [job for job in jobs if not store.has(job.name)]
+    finished = {job.name for job in jobs if store.has(job.name)}
+    waiting = [job for job in jobs if job.name not in finished]
     if not waiting:
         return 0.0
     context = multiprocessing.get_context("spawn")
@@ -107,13 +108,14 @@ def run_jobs(jobs: Sequence[Job], store: Store, workers: int) -> float:
             bar.update(before + steps.value - bar.n)
 
         try:
-            return _hand_out(waiting, store, workers, pool, show)
+            return _hand_out(waiting, finished, store, workers, pool, show)
         finally:
             stop.set()  # the jobs in hand end at their next step
 
 
 def _hand_out(
     waiting: list[Job],
+    finished: set[str],
     store: Store,
     workers: int,
     pool: ProcessPoolExecutor,
@@ -121,13 +123,14 @@ def _hand_out(
 ) -> float:
     """Keeps the workers busy, each with the first job that can be done."""
     seconds = 0.0
-    running: set[Future[float]] = set()
+    running: dict[Future[float], str] = {}
     while waiting or running:
-        ready = [job for job in waiting if job.needs is None or store.has(job.needs)]
+        ready = [job for job in waiting if job.needs is None or job.needs in finished]
         for job in ready[: workers - len(running)]:
             waiting.remove(job)
-            running.add(pool.submit(Worker.run, job, store))
-        finished, running = wait(running, REFRESH_SECONDS, FIRST_COMPLETED)
-        seconds += sum(future.result() for future in finished)
+            running[pool.submit(Worker.run, job, store)] = job.name
+        for future in wait(running, REFRESH_SECONDS, FIRST_COMPLETED).done:
+            seconds += future.result()
+            finished.add(running.pop(future))
         show()
     return seconds
