@@ -252,7 +252,7 @@ PAGE = (ROOT / "docs" / "claims.md").read_text()
 
 
 def measured(name: str) -> list[dict[str, str]]:
-    path = ROOT / "benchmarks" / "results" / "alignment" / name
+    path = ROOT / "benchmarks" / "results" / name
     with path.open(newline="") as file:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
@@ -271,7 +271,7 @@ def test_the_page_quotes_every_comparison() -> None:
             beta = float(column.split()[-1])
             if cell:
                 quoted[f"spo:{beta:g}{suffix}", f"dpo:{factor * beta:.12g}{suffix}"] = cell
-    rows = measured("full/comparisons.csv")
+    rows = measured("alignment/full/comparisons.csv")
     assert quoted == {(row["spo"], row["dpo"]): percent(row) for row in rows}
     clear = {
         (row["spo"], row["dpo"], row["verdict"]) for row in rows if "not" not in row["verdict"]
@@ -285,7 +285,7 @@ def test_the_page_quotes_every_comparison() -> None:
 
 def mean(policy: str, column: str, stage: str = "preference") -> float:
     """A figure of a policy, averaged over seeds."""
-    rows = measured("full/policies.csv")
+    rows = measured("alignment/full/policies.csv")
     found = [row for row in rows if (row["stage"], row["policy"]) == (stage, policy)]
     return float(np.mean([float(row[column]) for row in found]))
 
@@ -295,7 +295,10 @@ def missing(quotes: list[str]) -> list[str]:
 
 
 def test_the_page_quotes_win_rates() -> None:
-    wins = {(row["row"], row["column"]): percent(row) for row in measured("full/win_rates.csv")}
+    wins = {
+        (row["row"], row["column"]): percent(row)
+        for row in measured("alignment/full/win_rates.csv")
+    }
     quotes = [
         f"SPO(0.1) wins {wins['spo:0.1', 'dpo:0.1']} % against DPO(0.1)",
         f"{wins['spo:0.1', 'dpo:0.4']} % against DPO(0.4)",
@@ -350,7 +353,7 @@ def test_the_page_quotes_margins_and_what_they_cost() -> None:
 
 
 def test_the_page_quotes_which_runs_were_stopped() -> None:
-    rows = measured("stability/stability.csv")
+    rows = measured("alignment/stability/stability.csv")
 
     def stopped(form: str, *betas: str) -> str:
         found = [row for row in rows if row["form"] == form and row["beta"] in betas]
@@ -367,3 +370,21 @@ def test_the_page_quotes_which_runs_were_stopped() -> None:
         "0, -1 or -2: 0 of 108",
     ]
     assert missing(quotes) == []
+
+
+def test_the_page_quotes_the_real_pairs() -> None:
+    lines = PAGE.partition("<!-- real_pairs.csv -->\n")[2].partition("\n\n")[0].splitlines()[2:]
+    quoted = {}
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        for seed in (0, 1):
+            quoted[name, seed] = cells[seed::2]
+    want = {}
+    for row in measured("real_pairs.csv"):
+        value = {name: float(row[name]) for name in row if name not in ("arm", "settings")}
+        want[row["arm"], int(row["seed"])] = [
+            f"{value['accuracy']:.3f} ± {value['accuracy_error']:.3f}",
+            f"{value['h']:.2f}",
+            f"{value['chosen_change']:.2f} / {value['rejected_change']:.2f}",
+        ]
+    assert {key: cells for key, cells in quoted.items() if any(cells)} == want
