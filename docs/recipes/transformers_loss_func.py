@@ -1,4 +1,4 @@
-"""SPO as the `compute_loss_func` of Transformers' Trainer: exact over uneven micro-batches.
+"""SPO as the `compute_loss_func` of Transformers' Trainer, exact however pairs are spread.
 
 Tested with Transformers 5.23 and PyTorch 2.13. No subclass; a run that exists already changes by
 the module that owns policy and reference, the collator's names, and two arguments of Trainer.
