@@ -188,12 +188,10 @@ def test_diverged_run_stops_and_keeps_its_rows(finished, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory) -> Path:
-    """The shipped pairs with their reward gap, which every other line gives as a probability."""
+    """The shipped pairs, whose reward gap every other line gives as a probability."""
     records = [json.loads(line) for line in (EXAMPLES / "pairs.jsonl").read_text().splitlines()]
-    for number, each in enumerate(records):
-        chosen, rejected = (make_pairs.reward(each["prompt"], each[k]) for k in SIDES)
-        gap = chosen - rejected
-        each |= {"p_chosen": 1 / (1 + math.exp(-gap))} if number % 2 else {"reward_gap": gap}
+    for each in records[1::2]:
+        each["p_chosen"] = 1 / (1 + math.exp(-each.pop("reward_gap")))
     path = tmp_path_factory.mktemp("judged") / "pairs.jsonl"
     path.write_bytes(json_lines(*records))
     return path

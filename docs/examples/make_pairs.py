@@ -5,7 +5,8 @@ The preference, in one sentence: a good answer says what was asked, politely, an
 Every prompt is a small kitchen question: a situation, one of twenty foods and one of four things
 to know about it. Each pair holds two answers drawn from the same careless writer, who at times
 talks about something else, forgets to be polite or fills the page; `reward` scores both, and the
-better one is `chosen`. So the labels carry no noise, and `reward` can judge a trained model too.
+better one is `chosen`, by `reward_gap`. So the labels carry no noise, and `reward` can judge a
+trained model too.
 
 Run it with no argument to write pairs.jsonl beside this file, or with a path to write elsewhere.
 The seed is fixed: it writes the same bytes each time.
@@ -136,7 +137,7 @@ def write_answer(rng: random.Random, food: str, topic: int) -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def draw_pair(rng: random.Random, situation: str, food: str, topic: int) -> dict[str, str]:
+def draw_pair(rng: random.Random, situation: str, food: str, topic: int) -> dict[str, str | float]:
     """Draws two answers to one prompt until one is clearly better: that one is chosen."""
     prompt = situation + question_and_answer(food, topic)[0]
     while True:
@@ -144,11 +145,12 @@ def draw_pair(rng: random.Random, situation: str, food: str, topic: int) -> dict
             (write_answer(rng, food, topic) for _ in range(2)),
             key=lambda completion: reward(prompt, completion),
         )
-        if reward(prompt, better) - reward(prompt, worse) >= CLEARLY_BETTER:
-            return {"prompt": prompt, "chosen": better, "rejected": worse}
+        gap = reward(prompt, better) - reward(prompt, worse)
+        if gap >= CLEARLY_BETTER:
+            return {"prompt": prompt, "chosen": better, "rejected": worse, "reward_gap": gap}
 
 
-def make_pairs(seed: int = SEED) -> list[dict[str, str]]:
+def make_pairs(seed: int = SEED) -> list[dict[str, str | float]]:
     """Makes one pair for every prompt and holds a tenth of them out, in random order."""
     rng = random.Random(seed)
     pairs = [
