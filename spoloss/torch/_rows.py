@@ -125,7 +125,7 @@ def select_rows(
     one wait for the device in a call; a compiler can't wait, so it keeps all rows and masks.
     """
     sides = [shifted(side, ignore_index, shift=shift, cu_seqlens=cu_seqlens) for side in labels]
-    lengths = [sum_sequences(counts.long(), cu_seqlens) for _, counts in sides]
+    lengths = [sum_sequences(counts, cu_seqlens) for _, counts in sides]
     if torch.compiler.is_compiling():
         return [_all_rows(*side, n) for side, n in zip(sides, lengths, strict=True)]
     on_host = torch.cat([counts.flatten() for _, counts in sides]).cpu()
@@ -164,6 +164,8 @@ def sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """
     if cu_seqlens is None:
         return values.sum(dim=1)
+    if values.dtype == torch.bool:
+        values = values.long()
     length = values.shape[1]
     positions = torch.arange(length, device=values.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:], positions, right=True)

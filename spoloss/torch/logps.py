@@ -68,7 +68,7 @@ def sequence_logps(
     token_logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         logits.flatten(0, 1), targets.flatten(), counts.flatten()
     )
-    lengths = sum_sequences(counts.long(), cu_seqlens)
+    lengths = sum_sequences(counts, cu_seqlens)
     token_logps = token_logps.view(labels.shape)
     return sum_tokens(token_logps, lengths, average=average, cu_seqlens=cu_seqlens)
 
