@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +33,8 @@ from benchmarks.alignment.protocol import FULL, QUICK, Protocol
 from benchmarks.alignment.store import open_store
 from benchmarks.alignment.training import Pairs, Stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 FILM = Prompt("film", ("plot", "cast"))
 TINY = Protocol(
@@ -50,14 +51,6 @@ TINY = Protocol(
     memorised_arms=(parse_arm("spo:0.25"),),
     memorised=Stage(pairs=8, steps=4, batch=4, lr_end=1.0, snapshots=2),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

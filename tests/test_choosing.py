@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import re
-from pathlib import Path
 
 import pytest
+from pages import RESULTS, ROOT, measured, table_below
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "choosing.md").read_text()
-RESULTS = ROOT / "benchmarks" / "results" / "alignment"
-TABLES = (RESULTS / "full" / "tables.md").read_text()
-
-
-def rows(lines: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The header of a Markdown table, and its rows by their first cell."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return cells[0][1:], {first: rest for first, *rest in cells[2:]}
-
-
-def table_below(text: str, heading: str) -> tuple[list[str], dict[str, list[str]]]:
-    lines = text.partition(heading)[2].splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
-    return rows(lines[start:end])
+TABLES = (RESULTS / "alignment" / "full" / "tables.md").read_text()
 
 
 def quoted(marker: str) -> list[tuple[list[str], dict[str, list[str]]]]:
@@ -34,21 +18,21 @@ def quoted(marker: str) -> list[tuple[list[str], dict[str, list[str]]]]:
 
 @pytest.mark.parametrize("table", quoted("<!-- policies: clean -->"), ids=["beta", "gap"])
 def test_policies(table: tuple[list[str], dict[str, list[str]]]) -> None:
-    columns, measured = table_below(TABLES, "### Policies, clean labels")
+    columns, ours = table_below(TABLES, "### Policies, clean labels")
     columns = ["gradient norm, max" if column == "max" else column for column in columns]
     header, policies = table
     assert len(policies) >= 7
     for policy, cells in policies.items():
-        assert cells == [measured[policy][columns.index(name)] for name in header], policy
+        assert cells == [ours[policy][columns.index(name)] for name in header], policy
 
 
 def test_changes_of_log_probability() -> None:
-    columns, measured = table_below(TABLES, "### Pairs, clean labels")
+    columns, ours = table_below(TABLES, "### Pairs, clean labels")
     start = columns.index("Δlogp chosen")
     ((_, policies),) = quoted("<!-- pairs: clean -->")
     assert len(policies) == 6
     for policy, cells in policies.items():
-        assert cells == measured[policy][start : start + 2], policy
+        assert cells == ours[policy][start : start + 2], policy
 
 
 def test_win_rates_in_the_text() -> None:
@@ -65,10 +49,10 @@ def test_win_rates_in_the_text() -> None:
 
 
 def test_memorised_pairs_in_the_text() -> None:
-    columns, measured = table_below(TABLES, "### Memorised")
+    columns, ours = table_below(TABLES, "### Memorised")
 
     def value(policy: str, column: str) -> float:
-        return float(measured[policy][columns.index(column)])
+        return float(ours[policy][columns.index(column)])
 
     kl, wins = "KL (nats)", "win rate vs SFT (%)"
     for policy in ("SPO(1)", "DPO(1)"):
@@ -79,9 +63,7 @@ def test_memorised_pairs_in_the_text() -> None:
 
 
 def test_stability() -> None:
-    path = RESULTS / "stability" / "stability.csv"
-    with path.open(newline="") as file:
-        runs = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    runs = measured("alignment/stability/stability.csv")
     ((_, quoted_rows),) = quoted("<!-- stability -->")
     for form, cells in quoted_rows.items():
         ours = [run for run in runs if run["form"] == form]
@@ -103,8 +85,8 @@ def test_stability() -> None:
 
 
 def test_win_rates_of_the_readme() -> None:
-    columns, measured = table_below(TABLES, "### All win rates, clean labels")
+    columns, ours = table_below(TABLES, "### All win rates, clean labels")
     header, policies = table_below((ROOT / "README.md").read_text(), "## Is SPO better than DPO?")
     assert len(policies) == 3
     for policy, cells in policies.items():
-        assert cells == [measured[policy][columns.index(name)] for name in header], policy
+        assert cells == [ours[policy][columns.index(name)] for name in header], policy

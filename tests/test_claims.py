@@ -6,16 +6,15 @@ them where they are.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mpmath
 import numpy as np
 import pytest
 import torch
+from pages import ROOT, measured, table_below
 
 import spoloss
 from spoloss import DPO, SPO, Squared
@@ -247,14 +246,7 @@ def test_what_the_win_rates_need_to_be_beyond_chance(percent: float, needed: int
 
 # ----------------------------------------------------------------- what the page says was measured
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "claims.md").read_text()
-
-
-def measured(name: str) -> list[dict[str, str]]:
-    path = ROOT / "benchmarks" / "results" / name
-    with path.open(newline="") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
 def percent(row: dict[str, str]) -> str:
@@ -262,12 +254,11 @@ def percent(row: dict[str, str]) -> str:
 
 
 def test_the_page_quotes_every_comparison() -> None:
-    lines = PAGE.partition("<!-- comparisons.csv -->\n")[2].partition("\n\n")[0].splitlines()
-    header, _, *body = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    columns, body = table_below(PAGE, "<!-- comparisons.csv -->")
     quoted = {}
-    for title, *cells in body:
+    for title, cells in body.items():
         factor, suffix = 4 if "4 beta" in title else 1, "@noisy" if "noisy" in title else ""
-        for column, cell in zip(header[1:], cells, strict=True):
+        for column, cell in zip(columns, cells, strict=True):
             beta = float(column.split()[-1])
             if cell:
                 quoted[f"spo:{beta:g}{suffix}", f"dpo:{factor * beta:.12g}{suffix}"] = cell
@@ -373,10 +364,8 @@ def test_the_page_quotes_which_runs_were_stopped() -> None:
 
 
 def test_the_page_quotes_the_real_pairs() -> None:
-    lines = PAGE.partition("<!-- real_pairs.csv -->\n")[2].partition("\n\n")[0].splitlines()[2:]
     quoted = {}
-    for line in lines:
-        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+    for name, cells in table_below(PAGE, "<!-- real_pairs.csv -->")[1].items():
         for seed in (0, 1):
             quoted[name, seed] = cells[seed::2]
     want = {}

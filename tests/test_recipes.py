@@ -15,7 +15,7 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +38,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BETA = 0.1
 EXACT = 1e-6
 FLOAT64 = 1e-10
@@ -50,15 +52,6 @@ MEAN_OF_MEANS = pytest.approx(0.4, abs=0.05)
 # TRL 1.16 and PEFT 0.21 ask for gradient checkpointing by names that Transformers 5.23 will drop.
 of_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 of_trl = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_.*)?` is:FutureWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    # These models are so small that a second thread only waits.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -165,14 +158,19 @@ def transformers_step(trainer_class: type, directory: Path, size: int) -> tuple[
     return trainer, grads
 
 
-@pytest.mark.parametrize("size", [EVEN, UNEVEN])
-def test_transformers_exact(tmp_path, size) -> None:
-    trainer, grads = transformers_step(load("transformers_trainer").ExactSPOTrainer, tmp_path, size)
+def assert_exact(trainer: Trainer, grads: Grads) -> None:
+    """Gradient, logged loss and evaluation are those of the mean over all pairs."""
     loss, exact = exact_step(*models(), PAIRS, BETA)
     assert relative_error(grads, exact) < EXACT
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=EXACT)
     trainer.args.per_device_eval_batch_size = len(PAIRS)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=EXACT)
+
+
+@pytest.mark.parametrize("size", [EVEN, UNEVEN])
+def test_transformers_exact(tmp_path, size) -> None:
+    recipe = load("transformers_trainer")
+    assert_exact(*transformers_step(recipe.ExactSPOTrainer, tmp_path, size))
 
 
 def test_transformers_least_code_is_a_mean_of_means(tmp_path) -> None:
@@ -216,12 +214,7 @@ def one_per_pair(batch: Any) -> Tensor:
 @pytest.mark.parametrize("size", [EVEN, UNEVEN])
 def test_transformers_loss_func(tmp_path, size) -> None:
     recipe = load("transformers_loss_func")
-    trainer, grads = loss_func_step(tmp_path, size, recipe.mean_over_step, one_per_pair)
-    loss, exact = exact_step(*models(), PAIRS, BETA)
-    assert relative_error(grads, exact) < EXACT
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=EXACT)
-    trainer.args.per_device_eval_batch_size = len(PAIRS)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=EXACT)
+    assert_exact(*loss_func_step(tmp_path, size, recipe.mean_over_step, one_per_pair))
 
 
 def test_transformers_loss_func_counts_tokens_if_given_their_labels(tmp_path) -> None:

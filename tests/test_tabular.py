@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import math
 from functools import partial
-from pathlib import Path
 
 import mpmath
 import numpy as np
 import pytest
 import torch
+from pages import ROOT, measured
 
 from benchmarks import tabular
 from benchmarks.tabular import Pairs, Size, World
@@ -306,14 +306,8 @@ def test_tables_and_files(tmp_path, monkeypatch, capsys) -> None:
     assert (output / "tabular.png").read_bytes().startswith(b"\x89PNG")
 
 
-def published() -> list[dict[str, str]]:
-    path = Path(tabular.__file__).parent / "results" / "tabular.csv"
-    with path.open(newline="") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
-
-
 def test_the_page_on_claims_quotes_the_results() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
+    page = (ROOT / "docs" / "claims.md").read_text()
     lines = page.partition("<!-- tabular.csv -->")[2].partition("\n- **")[0].splitlines()
     quoted = {}
     for line in lines:
@@ -325,7 +319,7 @@ def test_the_page_on_claims_quotes_the_results() -> None:
                 (labels, b, cells[0]): text for b, text in zip(betas, cells[1:], strict=True)
             }
     want = {}
-    for row in published():
+    for row in measured("tabular.csv"):
         key = row["labels"], float(row["beta"]), row["method"]
         want[key] = f"{float(row['kl']):.3f} ± {float(row['kl_error']):.3f}"
         if row["diverged"] != "0":
@@ -334,7 +328,7 @@ def test_the_page_on_claims_quotes_the_results() -> None:
 
 
 def test_published_results_are_of_this_study() -> None:
-    rows = published()
+    rows = measured("tabular.csv")
     assert {float(row["beta"]) for row in rows} == set(tabular.BETAS)
     assert {row["method"] for row in rows} == {"no training", *METHODS}
     # The untrained rows need no training to be computed anew.
