@@ -27,6 +27,8 @@ FLOORS = (
     "spoloss.torch._rows",
     "spoloss.torch._vocab_parallel",
     "spoloss.torch._head",
+    "spoloss.torch._tiles",
+    "spoloss.torch._once",
     "spoloss.torch.logps",
     "spoloss.torch.fused",
     "spoloss.torch.modules",

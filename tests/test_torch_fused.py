@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_torch_logps import LargestTensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from spoloss import DPO, SPO, Squared, pair_loss, spo_loss
+from spoloss import DPO, SPO, Squared, pair_loss, spo_grad, spo_loss
 from spoloss.torch import (
-    _head,
+    _tiles,
     linear_dpo_loss,
     linear_logps,
     linear_pair_loss,
@@ -146,6 +148,54 @@ def test_every_subset_of_gradients(
     check_fused(case, SPO(), case.fused, **options)
 
 
+@pytest.fixture(params=[1, 5])
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one or five of the 13 words."""
+    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", request.param)
+    monkeypatch.setattr(_tiles, "_BLOCK_BYTES", 1)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("need", [ALL, (True, True, False, False), (False, False, True, True)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+def test_fused_is_unfused_block_by_block(
+    chunk_size: int | None, options: dict[str, Any], need: tuple[bool, ...]
+) -> None:
+    case = Case(need)
+    check_fused(case, SPO(), case.fused, chunk_size=chunk_size, **options)
+
+
+def forgets_to_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = _tiles.exponentials_
+
+    def wrong(logits: Tensor, target: Tensor, shift: Tensor, others: Tensor) -> Any:
+        exps, new, sums = right(logits, target, shift, torch.zeros_like(others))
+        return exps, new, sums + others
+
+    monkeypatch.setattr(_tiles, "exponentials_", wrong)
+
+
+def counts_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = _tiles.exponentials_
+    monkeypatch.setattr(
+        _tiles,
+        "exponentials_",
+        lambda logits, target, *sums: right(logits, torch.zeros_like(target), *sums),
+    )
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("wrong", [forgets_to_rescale, counts_the_target])
+def test_the_check_catches_wrong_blocks(
+    wrong: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong(monkeypatch)
+    case = Case((True, True, False, False))
+    with pytest.raises(AssertionError):
+        check_fused(case, SPO(), case.fused)
+
+
 def wrong_slope(case: Case) -> Callable[..., Any]:
     class Half(SPO):
         def slope(self, margin: Any, beta: Any) -> Any:
@@ -228,26 +278,96 @@ def test_linear_logps(chunk_size: int | None, options: dict[str, Any]) -> None:
     assert (tokens[:, -1] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_compiled_tile_is_the_eager_one(dtype: torch.dtype) -> None:
-    """What CUDA runs as one fused pass, compiled for the CPU here, at two heights."""
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_linear_logps_block_by_block(chunk_size: int | None) -> None:
+    test_linear_logps(chunk_size, {})
+    test_linear_logps(chunk_size, {"softcap": 2.0, "logit_scale": 0.5})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
+    """What CUDA runs as one fused pass, compiled for the CPU here, over two blocks of 300 words."""
     single = torch.promote_types(dtype, torch.float32)
-    compiled = torch.compile(_head.softmax_minus_onehot, dynamic=True)
+    compiled = torch.compile(_tiles.exponentials, dynamic=True)
+    generator = torch.Generator().manual_seed(3)
+    # Logits and their log-sum-exp are near 16; what rounding them costs is relative to that.
+    close = {"rtol": 20.0 * torch.finfo(single).eps, "atol": 0.0}
     for rows in (1, 5):
-        logits = torch.randn(rows, 300, dtype=single) * 5
-        targets = torch.randint(0, 300, (rows,))
-        logps, direction = compiled(logits, targets, dtype)
-        want_logps, want = _head.softmax_minus_onehot_(logits.clone(), targets)
-        torch.testing.assert_close(logps, want_logps)
-        torch.testing.assert_close(direction, want.to(dtype))
-        assert direction[0, targets[0]] < 0.0
+        logits = torch.randn(rows, 300, dtype=single, generator=generator) * 5
+        targets = torch.randint(0, 300, (rows,), generator=generator)
+        at_target = logits.gather(1, targets[:, None]).squeeze(1)
+        want = logits.softmax(dim=1).scatter_(1, targets[:, None], 0.0)
+        lse, found = logits.logsumexp(dim=1), []
+        start = torch.full((rows,), torch.finfo(single).min, dtype=single)
+        mine = eager = (start, torch.zeros_like(start))
+        for begin, end in ((0, 170), (170, 300)):
+            block, seen = logits[:, begin:end], targets < end
+            column = torch.where(seen & (targets >= begin), targets - begin, -1)
+            exps, *mine = compiled(
+                block, column, *mine, torch.where(seen, at_target, -torch.inf), dtype
+            )
+            assert exps.dtype == dtype
+            assert exps.max() <= 1.0
+            found.append(exps * (mine[0] - lse).exp()[:, None])
+            exps, *eager = _tiles.exponentials_(block.clone(), column, *eager)
+            normal = exps * (eager[0] - lse).exp()[:, None]
+            torch.testing.assert_close(normal, want[:, begin:end], **close)
+        rounded = {"rtol": 20.0 * torch.finfo(dtype).eps, "atol": 1e-6 * (dtype != single)}
+        torch.testing.assert_close(torch.cat(found, dim=1), want, **rounded)
+        for shift, others in (mine, eager):
+            torch.testing.assert_close(others * (shift - lse).exp(), want.sum(dim=1), **close)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk_size", [3, None])
-def test_half_precision_is_no_worse_than_the_naive_path(
-    dtype: torch.dtype, chunk_size: int | None
-) -> None:
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_a_token_that_is_all_but_certain_keeps_its_gradient(*, one_pass: bool) -> None:
+    """1 - p is 2e-13 here, which float32 loses where it subtracts p from 1."""
+    weight = (30.0 * torch.eye(3, 2)).requires_grad_()  # logits 30, 0, 0
+    hidden = torch.tensor([[[1.0, 0.0]]], requires_grad=True)
+    label, none = torch.tensor([[0]]), torch.tensor([[-100]])
+    other, slope = math.exp(-30.0), 1.0
+    if one_pass:
+        logp, reference = np.array([-2.0 * other]), np.array([-1.0])
+        slope = spo_grad(logp, np.zeros(1), reference, np.zeros(1)).policy_chosen.item()
+        value = linear_spo_loss(
+            hidden, hidden.detach(), weight, label, none, -1.0, 0.0, shift=False
+        ).loss
+    else:
+        value = linear_logps(hidden, weight, label, shift=False).sum()
+        torch.testing.assert_close(value.item(), -2.0 * other, rtol=1e-5, atol=0.0)
+    value.backward()
+    of_logits = slope * torch.tensor([2.0 * other, -other, -other])
+    by_hidden = (of_logits @ weight.detach()).view(1, 1, 2)
+    torch.testing.assert_close(hidden.grad, by_hidden, rtol=1e-5, atol=0.0)
+    by_weight = of_logits[:, None] * hidden.detach()[0]
+    torch.testing.assert_close(weight.grad, by_weight, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_words_that_a_bias_forbids(dtype: torch.dtype) -> None:
+    """Padding of the vocabulary: whole blocks of -inf, the first ones among them."""
+    case = Case(dtype=dtype)
+    case.labels = tuple(torch.where(y >= 0, 6 + y % 4, y) for y in case.labels)  # type: ignore[assignment]
+    with torch.no_grad():
+        case.tensors["bias"][:6] = -torch.inf
+        case.tensors["bias"][10:] = -torch.inf
+    want, got = case.unfused(SPO()), case.fused(SPO()).loss
+    torch.testing.assert_close(got, want)
+    for mine, theirs in zip(case.grads(got), case.grads(want), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_vocabulary_of_one_word() -> None:
+    hidden, weight = torch.randn(2, P, T, D), torch.randn(1, D, requires_grad=True)
+    labels = torch.zeros(P, T).long()
+    out = linear_spo_loss(*hidden, weight, labels, labels, 0.0, 0.0)
+    assert (out.chosen_logps == 0).all()
+    out.loss.backward()
+    assert (weight.grad == 0).all()
+
+
+def check_half_precision(dtype: torch.dtype, chunk_size: int | None) -> None:
     """Three ways: float64, the path through half-precision logits, and ours."""
     truth = Case()
     for name, tensor in Case(dtype=dtype).tensors.items():
@@ -263,6 +383,40 @@ def test_half_precision_is_no_worse_than_the_naive_path(
         naive_error = (theirs.double() - want).abs().max() / size
         error = (mine.double() - want).abs().max() / size
         assert error <= naive_error + torch.finfo(dtype).eps
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_half_precision_is_no_worse_than_the_naive_path(
+    dtype: torch.dtype, chunk_size: int | None
+) -> None:
+    check_half_precision(dtype, chunk_size)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_half_precision_keeps_block_by_block(dtype: torch.dtype, chunk_size: int | None) -> None:
+    check_half_precision(dtype, chunk_size)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_check_catches_a_stale_shift(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _tiles.Tile.sweep
+
+    def stale(self: Any, *, keep: bool) -> Any:
+        blocks = right(self, keep=keep)
+        return [block._replace(shift=blocks[-1].shift) for block in blocks]
+
+    monkeypatch.setattr(_tiles.Tile, "sweep", stale)
+    with pytest.raises(AssertionError):
+        check_half_precision(dtype, None)
 
 
 class Upstream:
@@ -441,8 +595,30 @@ def test_no_tensor_grows_with_tokens_times_vocabulary() -> None:
     for pairs, tokens in ((2, 8), (16, 8), (1, 128), (4, 128)):
         # A log-probability as long as the tokens would be seen too: V is 8 D here.
         bound = max(tile, head, hidden(pairs, tokens))
-        assert largest(pairs, tokens, frozen=False) == bound
-        assert largest(pairs, tokens, frozen=True) == max(tile, hidden(pairs, tokens))
+        assert bound / 2 < largest(pairs, tokens, frozen=False) <= bound
+        assert largest(pairs, tokens, frozen=True) <= max(tile, hidden(pairs, tokens))
+
+
+def test_only_a_block_of_the_vocabulary_exists_where_no_tile_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", 16)
+    monkeypatch.setattr(_tiles, "_BLOCK_BYTES", 1)
+    block, head = 128 * 16 * 4, 512 * 8 * 4
+    hidden = torch.randn(2, 128, 8, requires_grad=True)
+    weight = torch.randn(512, 8)
+    labels = torch.randint(0, 512, (2, 128))
+    for trained in (False, True):
+        weight.requires_grad_(trained)
+        with LargestTensor(torch.float32) as watch:
+            linear_logps(hidden, weight, labels, chunk_size=128).sum().backward()
+        assert watch.bytes == (max(block, head) if trained else block)
+    frozen = weight.detach()
+    with LargestTensor(torch.float32) as watch:
+        linear_spo_loss(
+            *hidden.chunk(2), frozen, *labels.chunk(2), 0.0, 0.0, chunk_size=128
+        ).loss.backward()
+    assert watch.bytes == block
 
 
 def test_a_frozen_head_makes_nothing_of_its_size() -> None:
@@ -485,6 +661,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of tokens, got 0"),
     ({"chunk_size": 1.5}, ValueError, "chunk_size must be a positive number of tokens"),
     ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+    (
+        {"chosen_labels": torch.full((P, T), V)},
+        ValueError,
+        r"chosen_labels must be in \[0, V = 13\) or ignore_index = -100",
+    ),
+    (
+        {"rejected_labels": torch.full((P, OTHER_T), -1)},
+        ValueError,
+        r"rejected_labels must be in \[0, V = 13\) or ignore_index = -100",
+    ),
     ({"loss": "spo"}, TypeError, "loss must be an object with value and slope"),
 ]
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from spoloss import SPO
-from spoloss.torch import _vocab_parallel, linear_logps, linear_pair_loss, linear_spo_loss
+from spoloss.torch import _tiles, _vocab_parallel, linear_logps, linear_pair_loss, linear_spo_loss
 
 SIZES = {2: ((7, 6), (1, 12)), 3: ((5, 5, 3),)}  # rows of V = 13 by rank, for 2 and 3 ranks
 FROZEN_HEAD = (True, True, False, False)
@@ -91,6 +91,7 @@ def three(rank: int) -> dict[str, Any]:
 
 
 def two(rank: int) -> dict[str, Any]:
+    _tiles._LEAST_COLUMNS, _tiles._BLOCK_BYTES = 4, 1  # each shard in blocks
     right = {str(sizes): all_ways(rank, sizes) for sizes in SIZES[2]}
     return {**right, "uses": other_uses(rank), "wrong": wrong_ways(rank, SIZES[2][0])}
 
@@ -127,14 +128,14 @@ def wrong_ways(rank: int, sizes: tuple[int, ...]) -> dict[str, Any]:
                 super().sum_(*partial)
 
     class FromZero(right):
-        def __init__(self, group: Any, start: int, largest: int) -> None:
-            super().__init__(group, 0 * start, largest)
+        def __init__(self, group: Any, start: int, *sizes: int) -> None:
+            super().__init__(group, 0 * start, *sizes)
 
-    class OwnMaximum(right):
-        def _normalise_(self, logits: Tensor, targets: Tensor) -> Any:
-            return super()._normalise_(logits - rank, targets)
+    class OwnShift(right):
+        def join_sums(self, shift: Tensor, others: Tensor, target: Tensor) -> Any:
+            return super().join_sums(shift - rank, others, target)
 
-    for wrong in (HiddenUnsummed, FromZero, OwnMaximum):
+    for wrong in (HiddenUnsummed, FromZero, OwnShift):
         _vocab_parallel.VocabShard = wrong  # type: ignore[misc]
         found[wrong.__name__] = all_ways(rank, sizes)
     return found

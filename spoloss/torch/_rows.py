@@ -117,19 +117,36 @@ def shifted(
 
 
 def select_rows(
-    *labels: Tensor, ignore_index: int, shift: bool, cu_seqlens: Tensor | None = None
+    labels: dict[str, Tensor],
+    *,
+    vocabulary: int,
+    ignore_index: int,
+    shift: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> list[Rows]:
-    """The rows to work on for each of some labels [B, T].
+    """The rows to work on for each of some labels (name -> [B, T]).
 
     Rows that do not count are dropped: they cost nothing. That needs their number on the host, the
     one wait for the device in a call; a compiler can't wait, so it keeps all rows and masks.
+
+    Raises:
+      ValueError: a label that counts is outside [0, vocabulary); a compiler can't see it.
     """
-    sides = [shifted(side, ignore_index, shift=shift, cu_seqlens=cu_seqlens) for side in labels]
+    sides = [
+        shifted(side, ignore_index, shift=shift, cu_seqlens=cu_seqlens) for side in labels.values()
+    ]
     lengths = [sum_sequences(counts, cu_seqlens) for _, counts in sides]
     if torch.compiler.is_compiling():
         return [_all_rows(*side, n) for side, n in zip(sides, lengths, strict=True)]
-    on_host = torch.cat([counts.flatten() for _, counts in sides]).cpu()
-    kept = torch.split(on_host, [counts.numel() for _, counts in sides])
+    outside = [((targets < 0) | (targets >= vocabulary)).any() for targets, _ in sides]
+    on_host = torch.cat([*(counts.flatten() for _, counts in sides), torch.stack(outside)]).cpu()
+    *kept, wrong = torch.split(on_host, [*(counts.numel() for _, counts in sides), len(sides)])
+    for name, is_wrong in zip(labels, wrong.tolist(), strict=True):
+        if is_wrong:
+            raise ValueError(
+                f"{name} must be in [0, V = {vocabulary}) or ignore_index = {ignore_index}, "
+                f"got a label outside"
+            )
     return [
         _some_rows(targets, mine, n)
         for (targets, _), mine, n in zip(sides, kept, lengths, strict=True)

@@ -6,7 +6,6 @@ every token only three numbers travel: the largest logit, the target's, and the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,44 +26,35 @@ class VocabShard:
       group: the ranks that hold one head together, in the order of their rows.
       start: how many rows the ranks before this one hold.
       largest: the rows of the largest shard.
+      vocabulary: the rows of all shards.
     """
 
     group: ProcessGroup
     start: int
     largest: int
+    vocabulary: int
 
-    def log_softmax_at(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities [n] of targets in the whole V; `logits` [n, rows] is overwritten."""
-        logps, _, _ = self._normalise_(logits, targets)
-        return logps
+    def join_sums(
+        self, shift: Tensor, others: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of n tokens, over all shards: what to subtract from logits, the sums, the target's logit.
 
-    def softmax_minus_onehot_(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and this rank's columns of softmax - onehot in the place of the logits."""
-        logps, total, (here, index) = self._normalise_(logits, targets)
-        logits.div_(total[:, None])
-        logits.scatter_add_(1, index[:, None], -here[:, None].to(logits.dtype))
-        return logps, logits
+        Args:
+          shift: [n] what this rank subtracted before its exponentials.
+          others: [n] the sum of these, without the target's.
+          target: [n] the target's logit; -inf where another rank holds it.
+        """
+        highest = torch.stack([shift, target])
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
+        others = others * (shift - highest[0]).exp()
+        self.sum_(others)
+        return highest[0], others, highest[1]
 
     def sum_(self, *partial: Tensor | None) -> None:
         """Sum each tensor over the ranks, in place."""
         for tensor in partial:
             if tensor is not None:
                 dist.all_reduce(tensor, group=self.group)
-
-    def _normalise_(
-        self, logits: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Log-probabilities, sums and the targets' columns; the logits become exponentials."""
-        index = targets - self.start
-        here = (index >= 0) & (index < logits.shape[1])
-        index = torch.where(here, index, 0)
-        target = logits.gather(1, index[:, None]).squeeze(1)
-        peaks = torch.stack([logits.amax(dim=1), torch.where(here, target, -math.inf)])
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=self.group)
-        peak, target = peaks
-        total = logits.sub_(peak[:, None]).exp_().sum(dim=1)
-        self.sum_(total)
-        return target - peak - total.log(), total, (here, index)
 
 
 def join(
@@ -106,7 +96,7 @@ def join(
                 f"the ranks of vocab_parallel_group must agree on {name}, got {values}"
             )
     _check_sizes(sizes, max(tops))
-    return VocabShard(group, sum(sizes[: dist.get_rank(group)]), max(sizes))
+    return VocabShard(group, sum(sizes[: dist.get_rank(group)]), max(sizes), sum(sizes))
 
 
 def _check_sizes(sizes: list[int], top: int) -> None:

@@ -26,8 +26,10 @@ from spoloss._arrays import check_reduction, per_pair, reduce, reduction_scale
 from spoloss.gradients import pair_grad
 from spoloss.losses import DPO, SPO, MarginLoss
 from spoloss.pairs import beta_for_gap, check_loss, log_ratio_margin, pair_loss
-from spoloss.torch._head import Head, HeadGrad, HeadOptions, head_options, once
+from spoloss.torch._head import HeadOptions, head_options
+from spoloss.torch._once import once
 from spoloss.torch._rows import Rows, select_rows
+from spoloss.torch._tiles import Head, HeadGrad, Tile
 from spoloss.torch.logps import linear_token_logps, sum_tokens
 
 if TYPE_CHECKING:
@@ -88,9 +90,12 @@ def linear_pair_loss(
 
         loss = l(h) + nll_weight * NLL,    NLL = -log pi(y_w|x) / (number of its tokens)
 
-    Memory beyond the gradients is one tile of `chunk_size` tokens, and one float32 array of the
-    weight's size if the head is trained and a pair is longer than a tile. With a head that is
-    frozen nothing of the weight's size is made. Tokens with ignored labels are never worked on.
+    With a head that is frozen, memory beyond the gradients is one block of a tile, as in
+    `linear_logps`. The weight's gradient needs tiles that are kept whole: pairs go together up to
+    48 MiB of float32 logits (1 GiB on CUDA; at least 256 tokens), a longer pair up to as much as
+    the weight takes in float32; one that is longer still is walked in tiles of the former size and,
+    if it is not the first or has an NLL, needs a float32 array of the weight's size. Tokens with
+    ignored labels are never worked on.
     Gradients are made in the forward, so nothing is left to do in the backward; without a tensor
     that requires one this is `linear_logps`. `reduction="none"` with a head that is trained needs
     each pair's upstream gradient first, and so works twice, as `linear_logps` does.
@@ -116,7 +121,7 @@ def linear_pair_loss(
       softcap: as for `linear_logps`.
       logit_scale: as for `linear_logps`.
       temperature: as for `linear_logps`.
-      chunk_size: as for `linear_logps`.
+      chunk_size: tokens of a tile, kept or not; None for the defaults above.
       vocab_parallel_group: as for `linear_logps`. The loss is the same on all ranks.
 
     Returns:
@@ -163,7 +168,9 @@ def linear_pair_loss(
         reduction,
         average,
     )
-    sides = select_rows(*labels.values(), ignore_index=ignore_index, shift=shift)
+    sides = select_rows(
+        labels, vocabulary=options.vocabulary, ignore_index=ignore_index, shift=shift
+    )
     inputs = (chosen_hidden, rejected_hidden, weight, bias)
     needed = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs)
     if not any(needed) or (reduction == "none" and (needed[2] or needed[3])):
@@ -422,7 +429,6 @@ class _Sweep:
         ]
         self.needed = {"weight": needed[2], "bias": needed[3]}
         self.grad_head = HeadGrad(head, **self.needed)
-        self.tile = head.buffer(self._count(0, self.pairs))
 
     def run(self) -> None:
         """Walk all pairs, by the way that suits each."""
@@ -432,17 +438,21 @@ class _Sweep:
             return
         scratch = None
         for first, last in self._groups():
-            if self._count(first, last) > self.head.rows:
+            if self._count(first, last) <= self.head.most_kept_rows:
+                if self._count(first, last) > 0:
+                    self._short(first, last)
+            elif self.grad_head.empty and self.terms.nll_weight == 0.0:
+                # The first pair needs no scratch: there is nothing yet to keep its sum apart from.
+                self._walk(first, last, self.grad_head)
+            else:
                 scratch = scratch or HeadGrad(self.head, **self.needed)
                 self._walk(first, last, scratch)
-            elif self._count(first, last) > 0:
-                self._short(first, last)
 
     def _groups(self) -> Iterator[tuple[int, int]]:
         first = 0
         while first < self.pairs:
             last = first + 1
-            while last < self.pairs and self._count(first, last + 1) <= self.head.rows:
+            while last < self.pairs and self._count(first, last + 1) <= self.head.kept_rows:
                 last += 1
             yield first, last
             first = last
@@ -452,52 +462,51 @@ class _Sweep:
 
     def _short(self, first: int, last: int) -> None:
         """Pairs that share a tile: their slopes first, then the gradient products."""
-        parts = [slice(rows.ends[first], rows.ends[last]) for rows in self.sides]
-        states = torch.cat([self._take(side, part) for side, part in enumerate(parts)])
-        targets = torch.cat([self.sides[side].targets[part] for side, part in enumerate(parts)])
-        logps, direction = self.head.direction(states, targets, self.tile)
-        sizes = [part.stop - part.start for part in parts]
-        for side, values in enumerate(torch.split(logps, sizes)):
-            self._note(side, parts[side], values)
         pairs = slice(first, last)
+        parts = [
+            (side, slice(rows.ends[first], rows.ends[last])) for side, rows in enumerate(self.sides)
+        ]
+        tile = self._tile(parts)
+        blocks = tile.sweep(keep=True)
+        self._note(tile, parts)
         self._sum(pairs)
         factors = self._factors(self._slopes(pairs), pairs)
         factor = torch.cat(
-            [
-                rows.mask(factors[side][rows.sequence[parts[side]] - first], parts[side])
-                for side, rows in enumerate(self.sides)
-            ]
+            [self._of_rows(factors[side], side, part, first) for side, part in parts]
         )
-        self._write_hidden(direction, factor, list(enumerate(parts)))
-        self.grad_head.add(direction, states, factor)
+        self._write_hidden(tile, factor, parts)
+        self.grad_head.add(tile, blocks, factor)
 
     def _walk(self, first: int, last: int, scratch: HeadGrad | None) -> None:
         """Products with slope 1, scaled once the slopes are known.
 
         Hidden gradients are scaled row by row, so any pairs may go together; the scratch takes the
-        weight gradient of one pair that is longer than a tile.
+        head's gradient of one pair that is longer than a tile.
         """
         pairs = slice(first, last)
+        height = self.head.rows if scratch is None else self.head.kept_rows
         for side, sign in ((0, -1.0), (1, 1.0)):
             rows = self.sides[side]
             share = sign * self.terms.token_share(rows.lengths, pairs, self.head.dtype)
-            for part in rows.slices(first, last, self.head.rows):
-                states = self._take(side, part)
-                logps, direction = self.head.direction(states, rows.targets[part], self.tile)
-                self._note(side, part, logps)
-                unit = rows.mask(torch.full_like(logps, self.head.gain), part)
-                self._write_hidden(direction, unit, [(side, part)])
+            for part in rows.slices(first, last, height):
+                tile = self._tile([(side, part)])
+                blocks = tile.sweep(keep=scratch is not None)
+                self._note(tile, [(side, part)])
+                unit = rows.mask(torch.full_like(tile.logps, self.head.gain), part)
+                self._write_hidden(tile, unit, [(side, part)])
                 if scratch is not None:
-                    scratch.add(direction, states, unit * share)
+                    scratch.add(tile, blocks, unit * share)
             if side == 0 and scratch is not None and self.terms.nll_weight != 0.0:
                 # At this moment the scratch holds the chosen side alone, all that the NLL is of.
                 nll = self.terms.nll_slopes(rows.lengths, pairs) / -share
                 self.grad_head.add_scaled(scratch, nll[0].to(self.head.dtype))
         self._sum(pairs)
         slopes = self._slopes(pairs)
-        if scratch is not None:
+        if scratch is self.grad_head:
+            scratch.scale(slopes[0])
+        elif scratch is not None:
             self.grad_head.add_scaled(scratch, slopes[0])
-            scratch.clear()
+            scratch.empty = True
         for side, factor in enumerate(self._factors(slopes, pairs)):
             self._scale_hidden(side, first, last, factor / self.head.gain)
 
@@ -514,40 +523,56 @@ class _Sweep:
         chosen, rejected = self.logps
         return self.terms.slopes(chosen, rejected, pairs)
 
-    def _take(self, side: int, part: slice) -> Tensor:
-        return self.sides[side].take(self.hidden[side], part, self.head.weight.dtype)
+    def _tile(self, parts: list[tuple[int, slice]]) -> Tile:
+        """A tile whose rows are those of the parts (side, slice of its rows) in turn."""
+        states, targets, wanted, n = [], [], [], 0
+        for side, part in parts:
+            rows, start = self.sides[side], n
+            states.append(rows.take(self.hidden[side], part, self.head.weight.dtype))
+            targets.append(rows.targets[part])
+            n += part.stop - part.start
+            if self.grad_hidden[side] is not None:
+                wanted += [start, n]
+        return Tile(
+            self.head,
+            torch.cat(states),
+            torch.cat(targets),
+            slice(wanted[0], wanted[-1]) if wanted else None,
+        )
 
-    def _note(self, side: int, part: slice, logps: Tensor) -> None:
+    def _note(self, tile: Tile, parts: list[tuple[int, slice]]) -> None:
+        sizes = [part.stop - part.start for _, part in parts]
+        for (side, part), logps in zip(parts, torch.split(tile.logps, sizes), strict=True):
+            rows = self.sides[side]
+            self.token_logps[side].view(-1)[rows.index[part]] = rows.mask(logps, part)
+
+    def _of_rows(self, of_pair: Tensor, side: int, part: slice, first: int) -> Tensor:
+        """What pairs from the first on have each, for rows; 0 for those that do not count."""
         rows = self.sides[side]
-        self.token_logps[side].view(-1)[rows.index[part]] = rows.mask(logps, part)
+        return rows.mask(of_pair[rows.sequence[part] - first], part)
 
     def _sum(self, pairs: slice) -> None:
         for side, rows in enumerate(self.sides):
             share = self.terms.token_share(rows.lengths, pairs, self.head.dtype)
             self.logps[side][pairs] = self.token_logps[side][pairs].sum(dim=1) * share
 
-    def _write_hidden(
-        self, direction: Tensor, factor: Tensor, parts: list[tuple[int, slice]]
-    ) -> None:
+    def _write_hidden(self, tile: Tile, factor: Tensor, parts: list[tuple[int, slice]]) -> None:
         """The hidden gradients of a tile, whose rows are those of the parts in turn."""
-        # One product where both sides are wanted: two of half the height take longer.
-        wanted = [self.grad_hidden[side] is not None for side, _ in parts]
-        whole = self.head.back(direction) if all(wanted) else None
-        start = 0
+        start, found = 0, None
         for side, part in parts:
-            here = slice(start, start + part.stop - part.start)
-            start = here.stop
-            grad = self.grad_hidden[side]
-            if grad is not None:
-                back = self.head.back(direction[here]) if whole is None else whole[here]
-                grad[self.sides[side].index[part]] = (back * factor[here, None]).to(grad.dtype)
+            total = self.grad_hidden[side]
+            if total is not None:
+                found = tile.hidden_grad(factor) if found is None else found
+                here = slice(start, start + part.stop - part.start)
+                total[self.sides[side].index[part]] = found[here].to(total.dtype)
+                start = here.stop
 
     def _scale_hidden(self, side: int, first: int, last: int, factor: Tensor) -> None:
         grad, rows = self.grad_hidden[side], self.sides[side]
         if grad is None:
             return
         for part in rows.slices(first, last, self.head.rows):
-            index, of_row = rows.index[part], factor[rows.sequence[part] - first]
+            index, of_row = rows.index[part], self._of_rows(factor, side, part, first)
             grad[index] = (grad[index] * of_row[:, None]).to(grad.dtype)
 
 
@@ -557,7 +582,10 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     if torch.compiler.is_compiling() or keep_graph is None or keep_graph():
         return (gradient * factor).to(gradient.dtype)
-    # A graph that is about to be freed needs its gradient no more: no second V x D.
+    # A graph that is about to be freed needs its gradient no more: no second V x D. The 1 of
+    # loss.backward() spares the pass too, where a look at it waits for nothing.
+    if upstream.ndim == 0 and upstream.device.type == "cpu" and upstream == 1.0:
+        return gradient
     return gradient.mul_(factor)
 
 

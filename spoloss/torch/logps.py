@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spoloss.torch._head import Head, HeadGrad, HeadOptions, head_options, once
+from spoloss.torch._head import HeadOptions, head_options
+from spoloss.torch._once import once
 from spoloss.torch._rows import (
     Rows,
     check_cu_seqlens,
@@ -17,6 +18,7 @@ from spoloss.torch._rows import (
     shifted,
     sum_sequences,
 )
+from spoloss.torch._tiles import Head, HeadGrad, Tile
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -94,10 +96,10 @@ def linear_logps(
 
         logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature
 
-    The head works on tiles of `chunk_size` tokens, forwards and (again) backwards; tokens whose
-    label is ignored are never worked on. Under `no_grad` it is the cheap way to a reference's
-    log-probabilities; with a gradient it is the way to any loss. For a loss of the margin
-    `linear_pair_loss` does the same in one pass.
+    The head works on tiles of `chunk_size` tokens, a block of the vocabulary at a time, forwards
+    and (again) backwards; tokens whose label is ignored are never worked on. Under `no_grad` it is
+    the cheap way to a reference's log-probabilities; with a gradient it is the way to any loss. For
+    a loss of the margin `linear_pair_loss` does the same in one pass.
 
     Args:
       hidden: last hidden states, shape [B, T, D], real floating.
@@ -105,7 +107,7 @@ def linear_logps(
         module's forward under DDP and FSDP: past the wrapper no gradient is synchronised, and none
         complains. A LoRA adapter on the head is not in it.
       labels: token ids, shape [B, T], integer. Those equal to `ignore_index` (prompt, padding) do
-        not count; others outside [0, V) are an indexing error.
+        not count; others must lie in [0, V).
       bias: the head's bias, shape [V].
       ignore_index: the label to leave out.
       shift: position t predicts label t + 1, as Transformers lays them out. False: the caller has
@@ -114,9 +116,9 @@ def linear_logps(
       softcap: the model's final logit soft-capping (Gemma), > 0; None is no capping.
       logit_scale: factor of the logits (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
-      chunk_size: tokens of a tile. None takes what fits 48 MiB of logits in float32 (64 MiB if
-        the weight requires a gradient, 1 GiB on CUDA), but at least 256. A softcap needs a second
-        tile.
+      chunk_size: tokens of a tile; None for 1,024, on CUDA 4,096. Of a tile's logits a block of
+        16 MiB (on CUDA 512 MiB), but at least 1,024 words of the vocabulary, exists at a time; a
+        softcap doubles that.
       per_token: return every token's log-probability, and not their sums.
       cu_seqlens: as for `sequence_logps`.
       vocab_parallel_group: the ranks of a head that is split over the vocabulary: `weight` and
@@ -133,8 +135,9 @@ def linear_logps(
 
     Raises:
       TypeError: a dtype does not fit, or the weight is a sharded DTensor.
-      ValueError: a shape, device or number does not fit, `average` comes with `per_token`, or the
-        ranks of `vocab_parallel_group` do not agree on their tokens or lack rows for the labels.
+      ValueError: a shape, device or number does not fit, a label is outside [0, V) (which a
+        compiled graph can't see), `average` comes with `per_token`, or the ranks of
+        `vocab_parallel_group` do not agree on their tokens or lack rows for the labels.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
     if average and per_token:
@@ -153,7 +156,13 @@ def linear_logps(
     )
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, labels)
-    (rows,) = select_rows(labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens)
+    (rows,) = select_rows(
+        {"labels": labels},
+        vocabulary=options.vocabulary,
+        ignore_index=ignore_index,
+        shift=shift,
+        cu_seqlens=cu_seqlens,
+    )
     token_logps = linear_token_logps(hidden, weight, bias, rows, options)
     if per_token:
         return token_logps
@@ -164,7 +173,8 @@ def linear_token_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, options: HeadOptions
 ) -> Tensor:
     """`linear_logps(per_token=True)` after its checks."""
-    logps: Tensor = _LinearLogps.apply(hidden, weight, bias, rows, options)  # type: ignore[no-untyped-call]
+    logps: Tensor
+    logps, _ = _LinearLogps.apply(hidden, weight, bias, rows, options)  # type: ignore[no-untyped-call]
     return logps
 
 
@@ -231,46 +241,57 @@ def _tiles(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 class _LinearLogps(torch.autograd.Function):
-    """Hidden states [B, T, D] -> log-probabilities of the rows' targets, [B, T]; tile by tile."""
+    """Hidden states [B, T, D] -> log-probabilities of the rows' targets, [B, T]; tile by tile.
+
+    Of the softmax the forward leaves one number per row, its log-sum-exp, which lets the backward
+    use each block of a tile at once.
+    """
 
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, options: HeadOptions
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             head = Head(weight, bias, options)
             flat = hidden.reshape(-1, hidden.shape[2])
             logps = torch.zeros(len(flat), dtype=head.dtype, device=hidden.device)
-            tile = head.buffer(rows.ends[-1])
+            lse = torch.zeros_like(logps)
             for part in rows.slices(0, len(rows.ends) - 1, head.rows):
                 states = rows.take(flat, part, head.weight.dtype)
-                values = head.logps(states, rows.targets[part], tile)
-                logps[rows.index[part]] = rows.mask(values, part)
-            return logps.view(hidden.shape[:2])
+                tile = Tile(head, states, rows.targets[part], wanted=None)
+                tile.sweep(keep=False)
+                logps[rows.index[part]] = rows.mask(tile.logps, part)
+                lse[rows.index[part]] = tile.lse
+            return logps.view(hidden.shape[:2]), lse
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         hidden, weight, bias, ctx.rows, ctx.options = inputs
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, *output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, logps, lse = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 5
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             head, rows, upstream = Head(weight, bias, ctx.options), ctx.rows, grad.flatten()
             flat = hidden.reshape(-1, hidden.shape[2])
             grad_hidden = torch.zeros_like(flat) if need_hidden else None
             total = HeadGrad(head, weight=need_weight, bias=need_bias)
-            tile = head.buffer(rows.ends[-1])
+            wanted = slice(None) if need_hidden else None
             for part in rows.slices(0, len(rows.ends) - 1, head.rows):
+                index = rows.index[part]
                 states = rows.take(flat, part, head.weight.dtype)
-                _, direction = head.direction(states, rows.targets[part], tile)
-                factor = rows.mask(upstream[rows.index[part]] * -head.gain, part)
+                tile = Tile(head, states, rows.targets[part], wanted)
+                tile.know(logps.flatten()[index], lse[index])
+                factor = rows.mask(upstream[index] * -head.gain, part)
+                total.add(tile, tile.blocks(), factor)
                 if grad_hidden is not None:
-                    back = head.back(direction) * factor[:, None]
-                    grad_hidden[rows.index[part]] = back.to(hidden.dtype)
-                total.add(direction, states, factor)
+                    grad_hidden[index] = tile.hidden_grad(factor).to(hidden.dtype)
             head.complete(grad_hidden)
             grads = (
                 None if grad_hidden is None else grad_hidden.view(hidden.shape),

@@ -1,0 +1,375 @@
+"""Rows of hidden states against the vocabulary: log-probabilities and gradients, never the logits.
+
+A tile is n tokens against all V words, visited in blocks [n, C] of the vocabulary. Each block is
+filled with logits and turned in place into exponentials, from which sums and hidden gradients grow
+(an online softmax: what was summed is rescaled when a larger logit comes). Of the n x V numbers
+only the gradient of the weight needs more than one block at a time.
+
+With y the target, rest = log sum of exp(z_v) over all other words v, and lse = log sum over all:
+
+    log p       = -log(1 + exp(rest - z_y))
+    p_v - [v=y] =  exp(z_v - lse)  for v != y,   -(1 - p) = -sigmoid(rest - z_y)  for y
+
+The target stays out of the sums, so that 1 - p is never a difference of two numbers near 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spoloss.torch._head import HeadOptions
+
+_BLOCK_BYTES = 16 * 2**20
+_BLOCK_BYTES_CUDA = 512 * 2**20
+_LEAST_COLUMNS = 1024
+_ROWS = 1024
+_ROWS_CUDA = 4096
+_KEPT_BYTES = 48 * 2**20
+_KEPT_BYTES_CUDA = 2**30
+_LEAST_KEPT_ROWS = 256
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Block(NamedTuple):
+    """Some columns of a tile: exp(logits - shift), 0 at the targets, times softcap's derivative."""
+
+    columns: slice
+    exps: Tensor
+    shift: Tensor
+
+
+class Head:
+    """weight [V, D], bias [V] and the options of the model. A split head's V is its shard's."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> None:
+        self.weight = weight if options.dtype is None else weight.to(options.dtype)
+        self.bias = bias
+        self.softcap = options.softcap
+        self.logit_scale = options.logit_scale
+        self.temperature = options.temperature
+        self.shard = options.shard
+        self.chunk_size = options.chunk_size
+        # Shards must cut the same tiles, or they wait for one another.
+        self.vocabulary = len(weight) if options.shard is None else options.shard.largest
+        self._room = self.weight.new_empty(0, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, log-probabilities and sums: at least float32."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def exps_dtype(self) -> torch.dtype:
+        """Of what the gradient products take: on CUDA that of the weight."""
+        return self.weight.dtype if self.weight.is_cuda else self.dtype
+
+    @property
+    def gain(self) -> float:
+        """Derivative of the logits by h W^T + b, without the factor of softcap."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def rows(self) -> int:
+        """The height of a tile whose blocks are dropped one by one."""
+        return self.chunk_size or (_ROWS_CUDA if self.weight.is_cuda else _ROWS)
+
+    @property
+    def kept_rows(self) -> int:
+        """The height of a tile that is kept whole, for the gradient of the weight."""
+        budget = _KEPT_BYTES_CUDA if self.weight.is_cuda else _KEPT_BYTES
+        fitting = budget // max(1, self.vocabulary * self.exps_dtype.itemsize)
+        return self.chunk_size or max(_LEAST_KEPT_ROWS, fitting)
+
+    @property
+    def most_kept_rows(self) -> int:
+        """The same for one pair: as much as the scratch of the weight's size that it spares."""
+        scratch = self.weight.shape[1] * self.dtype.itemsize // self.exps_dtype.itemsize
+        return self.chunk_size or max(self.kept_rows, scratch)
+
+    def blocks(self, rows: int, *, keep: bool) -> Iterator[slice]:
+        """The vocabulary in blocks of one size, for a tile of so many rows."""
+        vocabulary = len(self.weight)
+        budget = _BLOCK_BYTES_CUDA if self.weight.is_cuda else _BLOCK_BYTES
+        width = max(_LEAST_COLUMNS, budget // max(1, rows * self.dtype.itemsize))
+        # Where the exponentials that are kept take the logits' place, blocks would spare nothing.
+        if torch.compiler.is_compiling() or (keep and self.weight.dtype == self.dtype):
+            width = vocabulary
+        even = math.ceil(vocabulary / max(1, math.ceil(vocabulary / width)))
+        for start in range(0, vocabulary, even):
+            yield slice(start, min(start + even, vocabulary))
+
+    def room(self, size: int) -> Tensor | None:
+        """Memory for so many logits, the same at each call; None where a product brings its own."""
+        if torch.compiler.is_compiling() or self.weight.dtype != self.dtype:
+            return None
+        if self._room.numel() < size:
+            self._room = self._room.new_empty(0)
+            self._room = self._room.new_empty(size)
+        return self._room
+
+    def logits(
+        self, hidden: Tensor, columns: slice, out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Some columns of the logits, and softcap's derivative 1 - tanh^2 where there is one."""
+        logits = _product(hidden, self.weight[columns].t(), self.dtype, out)
+        if self.bias is not None:
+            logits.add_(self.bias[columns])
+        if self.softcap is None:
+            return (logits if self.gain == 1.0 else logits.mul_(self.gain)), None
+        logits.mul_(self.logit_scale / self.softcap).tanh_()
+        bend = 1.0 - logits * logits
+        return logits.mul_(self.softcap / self.temperature), bend
+
+    def complete(self, *grad_hidden: Tensor | None) -> None:
+        """Add to gradients by hidden states what the other shards of the head contribute."""
+        if self.shard is not None:
+            self.shard.sum_(*grad_hidden)
+
+
+class Tile:
+    """n tokens against the vocabulary.
+
+    Attributes:
+      states: [n, D].
+      logps: [n] log-probabilities of the targets, once settled or known.
+      lse: [n] the log-sum-exp of all logits, likewise.
+    """
+
+    def __init__(self, head: Head, states: Tensor, targets: Tensor, wanted: slice | None) -> None:
+        """A tile of which nothing is known yet.
+
+        Args:
+          head: the head.
+          states: [n, D].
+          targets: [n], in [0, V) of the whole head.
+          wanted: the rows whose derivative by the hidden states is wanted; None for none.
+        """
+        self.head, self.states, self._wanted = head, states, wanted
+        self._targets = targets if head.shard is None else targets - head.shard.start
+        self._shift = states.new_full(targets.shape, torch.finfo(head.dtype).min, dtype=head.dtype)
+        self._others = torch.zeros_like(self._shift)
+        self._target = torch.full_like(self._shift, -math.inf)
+        self._back = None if wanted is None else torch.zeros_like(states[wanted], dtype=head.dtype)
+
+    def know(self, logps: Tensor, lse: Tensor) -> None:
+        """Take over what an earlier sweep found, so that each block can be used at once."""
+        self.logps, self.lse, self._doubt = logps, lse, -torch.expm1(logps)
+        self._shift = lse
+
+    def sweep(self, *, keep: bool) -> list[Block]:
+        """Visit the vocabulary and settle; the blocks are returned if they are kept."""
+        blocks = []
+        for block in self.blocks(keep=keep):
+            if keep:
+                blocks.append(block)
+        shift, others, target = self._shift, self._others, self._target
+        if self.head.shard is not None:
+            shift, others, target = self.head.shard.join_sums(shift, others, target)
+        rest = shift + others.log()
+        self.logps = F.logsigmoid(target - rest)
+        self.lse = torch.logaddexp(target, rest)
+        self._doubt = torch.sigmoid(rest - target)
+        return blocks
+
+    def blocks(self, *, keep: bool = False) -> Iterator[Block]:
+        """Visit the vocabulary. A block that is not to be kept lasts until the next one comes."""
+        n = len(self.states)
+        for columns in self.head.blocks(n, keep=keep):
+            size = n * (columns.stop - columns.start)
+            room = self.head.room(size)
+            out = None if room is None else room[:size].view(n, -1)
+            exps, bend = self._exponentials(columns, out)
+            if bend is not None:
+                exps = exps.mul_(bend)
+            if self._back is not None:
+                _accumulate(self._back, exps[self._wanted], self.head.weight[columns], self.head)
+            yield Block(columns, exps, self._shift)
+
+    def hidden_grad(self, factor: Tensor) -> Tensor:
+        """(softmax - onehot) @ weight, times a factor of each row, for the wanted rows; once."""
+        wanted = self._wanted
+        assert self._back is not None
+        assert wanted is not None
+        column, share = self.target_share()
+        of_blocks = factor * (self._shift - self.lse).exp()
+        of_target = self.head.weight[column[wanted]] * (factor * share)[wanted, None]
+        return self._back.mul_(of_blocks[wanted, None]).sub_(of_target)
+
+    def target_share(self) -> tuple[Tensor, Tensor]:
+        """The targets' columns and what -(softmax - onehot) is there; 0 where not in this shard."""
+        here = (self._targets >= 0) & (self._targets < len(self.head.weight))
+        share = self._doubt
+        if self.head.softcap is not None:
+            bent = self._target * (self.head.temperature / self.head.softcap)
+            share = share * (1.0 - bent * bent)
+        return torch.where(here, self._targets, 0), torch.where(here, share, 0.0)
+
+    def _exponentials(self, columns: slice, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The exponentials of a block, and softcap's derivative; what is summed grows by them."""
+        logits, bend = self.head.logits(self.states, columns, out)
+        column = self._targets - columns.start
+        here = (column >= 0) & (column < logits.shape[1])
+        at_target = logits.gather(1, torch.where(here, column, 0)[:, None]).squeeze(1)
+        self._target = torch.where(here, at_target, self._target)
+        sums = (torch.where(here, column, -1), self._shift, self._others)
+        if torch.compiler.is_compiling():
+            exps, shift, others = exponentials(logits, *sums, self._target, self.head.exps_dtype)
+        elif logits.is_cuda and _HAS_TRITON:
+            exps, shift, others = _compiled()(logits, *sums, self._target, self.head.exps_dtype)
+        else:
+            exps, shift, others = exponentials_(logits, *sums)
+            exps = exps.to(self.head.exps_dtype)
+        if self._back is not None:
+            self._back.mul_((self._shift - shift).exp()[self._wanted, None])
+        self._shift, self._others = shift, others
+        return exps, bend
+
+
+class HeadGrad:
+    """The gradient of a head, gathered over tiles in at least float32.
+
+    An empty one holds memory that the first tile writes over, for zeros would be one pass more.
+    """
+
+    def __init__(self, head: Head, *, weight: bool, bias: bool) -> None:
+        self.head = head
+        self.empty = True
+        self.weight = torch.empty_like(head.weight, dtype=head.dtype) if weight else None
+        self.bias = (
+            torch.empty_like(head.bias, dtype=head.dtype)
+            if bias and head.bias is not None
+            else None
+        )
+
+    def add(self, tile: Tile, blocks: Iterable[Block], factor: Tensor) -> None:
+        """Add (factor of each row * (softmax - onehot))^T @ hidden, without the head's gain."""
+        beta = 0.0 if self.empty else 1.0
+        for columns, exps, shift in blocks:
+            # The factor goes where the array is small: on n x D, not on n x V.
+            of_row = (factor * (shift - tile.lse).exp())[:, None]
+            if self.weight is not None:
+                rows = tile.states * of_row
+                _accumulate(self.weight[columns], exps.t(), rows, self.head, beta=beta)
+            if self.bias is not None:
+                _accumulate(self.bias[columns, None], exps.t(), of_row, self.head, beta=beta)
+        column, share = tile.target_share()
+        of_target = -factor * share
+        if self.weight is not None:
+            _add_rows(self.weight, column, tile.states * of_target[:, None])
+        if self.bias is not None:
+            _add_rows(self.bias, column, of_target)
+        self.empty = False
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply by a 0-d factor."""
+        for grad in (self.weight, self.bias):
+            if grad is not None:
+                grad.mul_(factor)
+
+    def add_scaled(self, other: HeadGrad, factor: Tensor) -> None:
+        """Add another gradient times a 0-d factor, without a temporary of its size."""
+        if other.empty:
+            return
+        for total, more in ((self.weight, other.weight), (self.bias, other.bias)):
+            if total is None or more is None:
+                continue
+            if self.empty:
+                torch.mul(more, factor, out=total)
+            else:
+                total.addcmul_(more, factor)
+        self.empty = False
+
+    def like(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The two gradients, in the dtypes of what they are gradients of."""
+        for grad in (self.weight, self.bias):
+            if grad is not None and self.empty:
+                grad.zero_()
+        return (
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """A matrix product in `dtype`: not rounded to half precision first where CUDA can do so."""
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, head: Head, *, beta: float = 1.0) -> None:
+    """Add a @ b to beta * total; half-precision products are summed in the dtype of `total`."""
+    dtype = head.exps_dtype
+    a, b = a.to(dtype), b.to(dtype)
+    if dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    else:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows at an index that may name one twice, the same to the last bit each time."""
+    rows = rows.to(total.dtype)
+    if total.is_cuda:
+        total.index_put_((index,), rows, accumulate=True)
+    else:  # where it is four times as fast
+        total.index_add_(0, index, rows)
+
+
+def exponentials(
+    logits: Tensor,
+    target: Tensor,
+    shift: Tensor,
+    others: Tensor,
+    at_target: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One block of the online softmax, for a compiler to fuse.
+
+    The shift is the log-sum-exp of all that was seen, so that float16 holds the exponentials and
+    the rows that they are multiplied with, whose factor is then the loss's alone.
+
+    Args:
+      logits: [n, C].
+      target: [n] the target's column, -1 where it is not in this block.
+      shift: [n] what was subtracted so far.
+      others: [n] the sum of exp(logit - shift) so far, without the target.
+      at_target: [n] the target's logit, -inf where it was not seen yet.
+      dtype: of the exponentials.
+
+    Returns:
+      exp(logits - shift) [n, C] with 0 at the target, and the new shift and others.
+    """
+    peak = torch.maximum(shift, logits.amax(dim=1))
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+    exps = torch.where(is_target, 0.0, (logits - peak[:, None]).exp())
+    others = others * (shift - peak).exp() + exps.sum(dim=1)
+    # The largest term is 1; it is less only if all logits are -inf or the shift was given.
+    total = (others + (at_target - peak).exp()).clamp(min=1.0)
+    return (exps / total[:, None]).to(dtype), peak + total.log(), others / total
+
+
+def exponentials_(
+    logits: Tensor, target: Tensor, shift: Tensor, others: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in place; the shift is the largest logit, which spares a pass."""
+    peak = torch.maximum(shift, logits.amax(dim=1))
+    exps = logits.sub_(peak[:, None]).exp_()
+    column = target.clamp(min=0)[:, None]
+    exps.scatter_(1, column, torch.where(target[:, None] >= 0, 0.0, exps.gather(1, column)))
+    return exps, peak, others * (shift - peak).exp() + exps.sum(dim=1)
+
+
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(exponentials, dynamic=True)
