@@ -32,8 +32,8 @@ _BLOCK_BYTES_CUDA = 512 * 2**20
 _LEAST_COLUMNS = 1024
 _ROWS = 1024
 _ROWS_CUDA = 4096
-_KEPT_BYTES = 48 * 2**20
-_KEPT_BYTES_CUDA = 2**30
+_KEPT_BYTES = 64 * 2**20
+_KEPT_BYTES_CUDA = 2 * 2**30
 _LEAST_KEPT_ROWS = 256
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -89,18 +89,22 @@ class Head:
         return self.chunk_size or max(_LEAST_KEPT_ROWS, fitting)
 
     @property
+    def grouped_rows(self) -> int:
+        """The same for pairs that share a tile: a lower one is as fast, and they are in no need."""
+        return self.chunk_size or self.kept_rows // 2
+
+    @property
     def most_kept_rows(self) -> int:
         """The same for one pair: as much as the scratch of the weight's size that it spares."""
         scratch = self.weight.shape[1] * self.dtype.itemsize // self.exps_dtype.itemsize
         return self.chunk_size or max(self.kept_rows, scratch)
 
-    def blocks(self, rows: int, *, keep: bool) -> Iterator[slice]:
+    def blocks(self, rows: int) -> Iterator[slice]:
         """The vocabulary in blocks of one size, for a tile of so many rows."""
         vocabulary = len(self.weight)
         budget = _BLOCK_BYTES_CUDA if self.weight.is_cuda else _BLOCK_BYTES
         width = max(_LEAST_COLUMNS, budget // max(1, rows * self.dtype.itemsize))
-        # Where the exponentials that are kept take the logits' place, blocks would spare nothing.
-        if torch.compiler.is_compiling() or (keep and self.weight.dtype == self.dtype):
+        if torch.compiler.is_compiling():
             width = vocabulary
         even = math.ceil(vocabulary / max(1, math.ceil(vocabulary / width)))
         for start in range(0, vocabulary, even):
@@ -182,10 +186,11 @@ class Tile:
     def blocks(self, *, keep: bool = False) -> Iterator[Block]:
         """Visit the vocabulary. A block that is not to be kept lasts until the next one comes."""
         n = len(self.states)
-        for columns in self.head.blocks(n, keep=keep):
+        for columns in self.head.blocks(n):
             size = n * (columns.stop - columns.start)
-            room = self.head.room(size)
-            out = None if room is None else room[:size].view(n, -1)
+            room = self.head.room(n * len(self.head.weight) if keep else size)
+            start = n * columns.start if keep else 0
+            out = None if room is None else room[start : start + size].view(n, -1)
             exps, bend = self._exponentials(columns, out)
             if bend is not None:
                 exps = exps.mul_(bend)

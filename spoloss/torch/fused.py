@@ -91,11 +91,11 @@ def linear_pair_loss(
         loss = l(h) + nll_weight * NLL,    NLL = -log pi(y_w|x) / (number of its tokens)
 
     With a head that is frozen, memory beyond the gradients is one block of a tile, as in
-    `linear_logps`. The weight's gradient needs tiles that are kept whole: pairs go together up to
-    48 MiB of float32 logits (1 GiB on CUDA; at least 256 tokens), a longer pair up to as much as
-    the weight takes in float32; one that is longer still is walked in tiles of the former size and,
-    if it is not the first or has an NLL, needs a float32 array of the weight's size. Tokens with
-    ignored labels are never worked on.
+    `linear_logps`. The weight's gradient needs tiles that are kept whole: pairs share one of up to
+    32 MiB of float32 (1 GiB on CUDA), but at least 128 tokens; a longer pair takes one of up to
+    64 MiB (2 GiB; 256 tokens) or the weight's size in float32, whichever is more; a pair that is
+    longer still is walked in tiles of 64 MiB and, if it is not the first or has an NLL, needs a
+    float32 array of the weight's size. Tokens with ignored labels are never worked on.
     Gradients are made in the forward, so nothing is left to do in the backward; without a tensor
     that requires one this is `linear_logps`. `reduction="none"` with a head that is trained needs
     each pair's upstream gradient first, and so works twice, as `linear_logps` does.
@@ -452,7 +452,7 @@ class _Sweep:
         first = 0
         while first < self.pairs:
             last = first + 1
-            while last < self.pairs and self._count(first, last + 1) <= self.head.kept_rows:
+            while last < self.pairs and self._count(first, last + 1) <= self.head.grouped_rows:
                 last += 1
             yield first, last
             first = last
