@@ -4,12 +4,13 @@
     python -m benchmarks.bench_fused --quick             one tiny shape, the table alone
     python -m benchmarks.bench_fused --device cuda       the head of Qwen2.5-7B in bfloat16
 
-Every measurement is a fresh process: it warms up, then times forward and backward together and
-keeps the fastest repetition, as timeit does. The ways take turns, and a round gives one ratio per
-way: medians over the rounds are quoted, since absolute times drift on any shared machine. Memory
-is the growth of the process's peak over what it held before the first full call, gradients
-included. The error is the largest of loss and gradients against full logits in float64. A row
-says so where other processes were at work during a measurement: then measure again.
+Every measurement is a fresh process: it warms up, then times forward and backward together, three
+times and for five seconds at least, and keeps the fastest repetition, as timeit does. The ways take
+turns, and a round gives one ratio per way: medians over the rounds are quoted, since absolute times
+drift on any shared machine. Memory is the growth of the process's peak over what it held before the
+first full call, gradients included. The error is the largest of loss and gradients against full
+logits in float64. A row says so where other processes were at work during a measurement: then
+measure again.
 """
 
 from __future__ import annotations

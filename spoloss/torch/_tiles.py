@@ -110,6 +110,13 @@ class Head:
         for start in range(0, vocabulary, even):
             yield slice(start, min(start + even, vocabulary))
 
+    def reserve(self, rows: int) -> None:
+        """Make room at once for the kept tiles of so many rows in all.
+
+        An allocator finds memory of one size again at the next call, and of heights that vary not.
+        """
+        self.room(min(rows, self.kept_rows) * len(self.weight))
+
     def room(self, size: int) -> Tensor | None:
         """Memory for so many logits, the same at each call; None where a product brings its own."""
         if torch.compiler.is_compiling() or self.weight.dtype != self.dtype:

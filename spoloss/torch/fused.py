@@ -419,6 +419,9 @@ class _Sweep:
         self.head, self.sides, self.terms = head, sides, terms
         self.hidden = [states.reshape(-1, states.shape[2]) for states in hidden]
         self.pairs = len(hidden[0])
+        self.needed = {"weight": needed[2], "bias": needed[3]}
+        if any(needed[2:]):
+            head.reserve(self._count(0, self.pairs))
         self.logps = [states.new_zeros(self.pairs, dtype=head.dtype) for states in hidden]
         self.token_logps = [
             states.new_zeros(states.shape[:2], dtype=head.dtype) for states in hidden
@@ -427,7 +430,6 @@ class _Sweep:
             torch.zeros_like(states) if need else None
             for states, need in zip(self.hidden, needed[:2], strict=True)
         ]
-        self.needed = {"weight": needed[2], "bias": needed[3]}
         self.grad_head = HeadGrad(head, **self.needed)
 
     def run(self) -> None:
