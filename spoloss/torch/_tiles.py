@@ -57,8 +57,6 @@ class Head:
         self.temperature = options.temperature
         self.shard = options.shard
         self.chunk_size = options.chunk_size
-        # Shards must cut the same tiles, or they wait for one another.
-        self.vocabulary = len(weight) if options.shard is None else options.shard.largest
         self._room = self.weight.new_empty(0, dtype=self.dtype)
 
     @property
@@ -85,17 +83,19 @@ class Head:
     def kept_rows(self) -> int:
         """The height of a tile that is kept whole, for the gradient of the weight."""
         budget = _KEPT_BYTES_CUDA if self.weight.is_cuda else _KEPT_BYTES
-        fitting = budget // max(1, self.vocabulary * self.exps_dtype.itemsize)
+        # Shards of any size must cut the same tiles, or they wait for one another.
+        widest = len(self.weight) if self.shard is None else self.shard.largest
+        fitting = budget // max(1, widest * self.exps_dtype.itemsize)
         return self.chunk_size or max(_LEAST_KEPT_ROWS, fitting)
 
     @property
     def grouped_rows(self) -> int:
-        """The same for pairs that share a tile: a lower one is as fast, and they are in no need."""
+        """The same for short pairs that share a tile, which no scratch would replace."""
         return self.chunk_size or self.kept_rows // 2
 
     @property
     def most_kept_rows(self) -> int:
-        """The same for one pair: as much as the scratch of the weight's size that it spares."""
+        """The same for one pair: up to the memory of the scratch that it does without."""
         scratch = self.weight.shape[1] * self.dtype.itemsize // self.exps_dtype.itemsize
         return self.chunk_size or max(self.kept_rows, scratch)
 
@@ -111,9 +111,9 @@ class Head:
             yield slice(start, min(start + even, vocabulary))
 
     def reserve(self, rows: int) -> None:
-        """Make room at once for the kept tiles of so many rows in all.
+        """Make room at the start for the tallest kept tile of so many rows in all.
 
-        An allocator finds memory of one size again at the next call, and of heights that vary not.
+        Room that grew with the tiles would leave an allocator with holes of many sizes.
         """
         self.room(min(rows, self.kept_rows) * len(self.weight))
 
@@ -122,7 +122,7 @@ class Head:
         if torch.compiler.is_compiling() or self.weight.dtype != self.dtype:
             return None
         if self._room.numel() < size:
-            self._room = self._room.new_empty(0)
+            self._room = self._room.new_empty(0)  # the old one goes before the new one comes
             self._room = self._room.new_empty(size)
         return self._room
 
@@ -232,10 +232,9 @@ class Tile:
         at_target = logits.gather(1, torch.where(here, column, 0)[:, None]).squeeze(1)
         self._target = torch.where(here, at_target, self._target)
         sums = (torch.where(here, column, -1), self._shift, self._others)
-        if torch.compiler.is_compiling():
-            exps, shift, others = exponentials(logits, *sums, self._target, self.head.exps_dtype)
-        elif logits.is_cuda and _HAS_TRITON:
-            exps, shift, others = _compiled()(logits, *sums, self._target, self.head.exps_dtype)
+        if torch.compiler.is_compiling() or (logits.is_cuda and _HAS_TRITON):
+            fused = exponentials if torch.compiler.is_compiling() else _compiled()
+            exps, shift, others = fused(logits, *sums, self._target, self.head.exps_dtype)
         else:
             exps, shift, others = exponentials_(logits, *sums)
             exps = exps.to(self.head.exps_dtype)
@@ -334,7 +333,7 @@ def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     rows = rows.to(total.dtype)
     if total.is_cuda:
         total.index_put_((index,), rows, accumulate=True)
-    else:  # where it is four times as fast
+    else:  # in one order there, and quicker
         total.index_add_(0, index, rows)
 
 
