@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +25,10 @@ import jax.numpy as jnp
 import lightning
 import numpy as np
 import optax
+import processes
 import pytest
 import torch
+import trainers_worker
 import trl
 from datasets import Dataset
 from flax import nnx
@@ -437,93 +437,12 @@ def test_accelerate(size) -> None:
         assert relative_error(grads, exact) < EXACT
 
 
-RANK = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from accelerate import Accelerator
-from recipes_oracle import Recorder, load, toy
-from transformers import Trainer, TrainingArguments
-pairs = toy.pairs(10)
-
-accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
-policy, reference = toy.models(dtype=torch.float64)
-by_hand = Recorder(policy)
-policy, optimizer = accelerator.prepare(policy, by_hand)
-parts = [[pairs[:4], pairs[4:6]], [pairs[6:9], pairs[9:]]][rank]
-loader = [toy.collate(part) for part in parts]
-train = load("accelerate_loop").train
-losses = list(train(policy, reference, loader, optimizer, accelerator, micro_batches=2, beta=0.1))
-
-policy, reference = toy.models(dtype=torch.float64)
-by_trainer = Recorder(policy)
-arguments = TrainingArguments(
-    sys.argv[2],
-    per_device_train_batch_size=3,
-    gradient_accumulation_steps=2,
-    max_steps=1,
-    logging_steps=1,
-    max_grad_norm=0.0,
-    use_cpu=True,
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
-    remove_unused_columns=False,
-    accelerator_config={"even_batches": False},
-)
-names = ("input_ids", "attention_mask", "labels")
-trainer = load("transformers_trainer").ExactSPOTrainer(
-    policy,
-    arguments,
-    lambda pairs: dict(zip(names, toy.collate(pairs), strict=True)),
-    pairs,
-    optimizers=(by_trainer, None),
-    reference=reference,
-    beta=0.1,
-)
-trainer.train()
-losses.append(trainer.state.log_history[0]["loss"])
-
-recipe = load("transformers_loss_func")
-model = recipe.PolicyAndReference(*toy.models(dtype=torch.float64))
-by_func = Recorder(model.policy)
-arguments.label_names = ["labels"]
-named = lambda batch: dict(zip(("input_ids", "attention_mask", "targets"), batch, strict=True))
-trainer = Trainer(
-    model,
-    arguments,
-    lambda pairs: {**named(toy.collate(pairs)), "labels": torch.zeros(len(pairs))},
-    pairs,
-    optimizers=(by_func, None),
-    compute_loss_func=recipe.mean_over_step,
-)
-trainer.train()
-losses.append(trainer.state.log_history[0]["loss"])
-steps = by_hand.steps + by_trainer.steps + by_func.steps
-torch.save((losses, steps), f"{sys.argv[2]}/{rank}.pt")
-"""
-
-
 def test_accelerate_and_trainer_on_two_uneven_ranks(tmp_path) -> None:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", RANK, str(Path(__file__).parent), str(tmp_path)]
-    ranks = []
-    for rank in range(2):
-        place = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen(command, env={**os.environ, **place}))
-    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
-    loss, exact = exact_step(*models(), toy.pairs(10), BETA)
-    for rank in range(2):
-        losses, steps = torch.load(tmp_path / f"{rank}.pt")
+    ranks = processes.run(trainers_worker.work, 2, tmp_path, tmp_path / "trainer")
+    loss, exact = exact_step(*models(), trainers_worker.PAIRS, BETA)
+    for losses, steps in ranks:
         assert losses == pytest.approx([loss] * 3, rel=EXACT)
         assert [relative_error(grads, exact) < EXACT for grads in steps] == [True] * 3
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_accelerate_steps_too_often_when_batches_are_drawn_ahead() -> None:
