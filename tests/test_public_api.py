@@ -27,6 +27,7 @@ FLOORS = (
     "spoloss.torch._rows",
     "spoloss.torch._vocab_parallel",
     "spoloss.torch._head",
+    "spoloss.torch._device",
     "spoloss.torch._tiles",
     "spoloss.torch._once",
     "spoloss.torch.logps",

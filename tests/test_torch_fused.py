@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spoloss import DPO, SPO, Squared, pair_loss, spo_grad, spo_loss
 from spoloss.torch import (
+    _device,
     _tiles,
     linear_dpo_loss,
     linear_logps,
@@ -36,6 +37,7 @@ class Case:
 
     need: tuple[bool, ...] = ALL
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
     tensors: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,15 +46,17 @@ class Case:
         label = lambda *shape: torch.randint(0, V, shape, generator=generator)  # noqa: E731
         shapes = ((P, T, D), (P, OTHER_T, D), (V, D), (V,))
         self.tensors = {
-            name: normal(*shape).to(self.dtype).requires_grad_(need)
+            name: normal(*shape).to(self.device, self.dtype).requires_grad_(need)
             for name, shape, need in zip(INPUTS, shapes, self.need, strict=True)
         }
         chosen, rejected = label(P, T), label(P, OTHER_T)
         chosen[0, :3], rejected[1, 4:], chosen[2] = -100, -100, -100
-        self.labels = (chosen, rejected)
-        self.reference = (-5 * normal(P).abs(), -5 * normal(P).abs())
-        self.beta = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.5], dtype=torch.float64)
-        self.weights = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+        self.labels = (chosen.to(self.device), rejected.to(self.device))
+        references = (-5 * normal(P).abs(), -5 * normal(P).abs())
+        self.reference = tuple(logps.to(self.device) for logps in references)
+        number = {"dtype": torch.float64, "device": self.device}
+        self.beta = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.5], **number)
+        self.weights = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0], **number)
 
     def fused(self, loss: Any, **options: Any) -> Any:
         chosen, rejected, weight, bias = self.tensors.values()
@@ -96,7 +100,7 @@ class Case:
         return value + nll_weight * {"mean": nll.mean(), "sum": nll.sum(), "none": nll}[reduction]
 
     def grads(self, loss: Tensor) -> list[Tensor]:
-        upstream = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0], dtype=loss.dtype)[: loss.numel()]
+        upstream = loss.new_tensor([1.0, -2.0, 0.5, 3.0, 1.0])[: loss.numel()]
         wanted = [tensor for tensor in self.tensors.values() if tensor.requires_grad]
         scalar = (loss.flatten() * 1.5 * upstream).sum()
         return [
@@ -152,7 +156,7 @@ def test_every_subset_of_gradients(
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one or five of the 13 words."""
     monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", request.param)
-    monkeypatch.setattr(_tiles, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(_device, "CPU", _device.CPU._replace(block_bytes=1))
 
 
 @pytest.mark.usefixtures("narrow")
@@ -367,12 +371,12 @@ def test_a_vocabulary_of_one_word() -> None:
     assert (weight.grad == 0).all()
 
 
-def check_half_precision(dtype: torch.dtype, chunk_size: int | None) -> None:
+def check_half_precision(dtype: torch.dtype, chunk_size: int | None, device: str = "cpu") -> None:
     """Three ways: float64, the path through half-precision logits, and ours."""
-    truth = Case()
-    for name, tensor in Case(dtype=dtype).tensors.items():
+    truth = Case(device=device)
+    for name, tensor in Case(dtype=dtype, device=device).tensors.items():
         truth.tensors[name] = tensor.detach().double().requires_grad_()
-    naive, ours = Case(dtype=dtype), Case(dtype=dtype)
+    naive, ours = (Case(dtype=dtype, device=device) for _ in range(2))
     exact = truth.unfused(SPO())
     by_logits = naive.unfused(SPO())
     fused = ours.fused(SPO(), chunk_size=chunk_size).loss
@@ -605,7 +609,7 @@ def test_only_a_block_of_the_vocabulary_exists_where_no_tile_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", 16)
-    monkeypatch.setattr(_tiles, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(_device, "CPU", _device.CPU._replace(block_bytes=1))
     block, head = 128 * 16 * 4, 512 * 8 * 4
     hidden = torch.randn(2, 128, 8, requires_grad=True)
     weight = torch.randn(512, 8)

@@ -14,7 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from spoloss import SPO
-from spoloss.torch import _tiles, _vocab_parallel, linear_logps, linear_pair_loss, linear_spo_loss
+from spoloss.torch import (
+    _device,
+    _tiles,
+    _vocab_parallel,
+    linear_logps,
+    linear_pair_loss,
+    linear_spo_loss,
+)
 
 SIZES = {2: ((7, 6), (1, 12)), 3: ((5, 5, 3),)}  # rows of V = 13 by rank, for 2 and 3 ranks
 FROZEN_HEAD = (True, True, False, False)
@@ -91,7 +98,8 @@ def three(rank: int) -> dict[str, Any]:
 
 
 def two(rank: int) -> dict[str, Any]:
-    _tiles._LEAST_COLUMNS, _tiles._BLOCK_BYTES = 4, 1  # each shard in blocks
+    _tiles._LEAST_COLUMNS = 4  # each shard in blocks
+    _device.CPU = _device.CPU._replace(block_bytes=1)
     right = {str(sizes): all_ways(rank, sizes) for sizes in SIZES[2]}
     return {**right, "uses": other_uses(rank), "wrong": wrong_ways(rank, SIZES[2][0])}
 

@@ -16,7 +16,6 @@ The target stays out of the sums, so that 1 - p is never a difference of two num
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -25,17 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spoloss.torch._device import accumulate, add_rows, device_of, product
 from spoloss.torch._head import HeadOptions
 
-_BLOCK_BYTES = 16 * 2**20
-_BLOCK_BYTES_CUDA = 512 * 2**20
 _LEAST_COLUMNS = 1024
-_ROWS = 1024
-_ROWS_CUDA = 4096
-_KEPT_BYTES = 64 * 2**20
-_KEPT_BYTES_CUDA = 2 * 2**30
 _LEAST_KEPT_ROWS = 256
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Block(NamedTuple):
@@ -52,6 +45,7 @@ class Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> None:
         self.weight = weight if options.dtype is None else weight.to(options.dtype)
         self.bias = bias
+        self.device = device_of(self.weight)
         self.softcap = options.softcap
         self.logit_scale = options.logit_scale
         self.temperature = options.temperature
@@ -66,8 +60,13 @@ class Head:
 
     @property
     def exps_dtype(self) -> torch.dtype:
-        """Of what the gradient products take: on CUDA that of the weight."""
-        return self.weight.dtype if self.weight.is_cuda else self.dtype
+        """Of what the gradient products take: that of the weight where their sums are wider."""
+        return self.weight.dtype if self.device.wide_sums else self.dtype
+
+    @property
+    def in_place(self) -> bool:
+        """Whether exponentials take the place of their logits."""
+        return not (torch.compiler.is_compiling() or self.device.compiles)
 
     @property
     def gain(self) -> float:
@@ -77,15 +76,14 @@ class Head:
     @property
     def rows(self) -> int:
         """The height of a tile whose blocks are dropped one by one."""
-        return self.chunk_size or (_ROWS_CUDA if self.weight.is_cuda else _ROWS)
+        return self.chunk_size or self.device.rows
 
     @property
     def kept_rows(self) -> int:
         """The height of a tile that is kept whole, for the gradient of the weight."""
-        budget = _KEPT_BYTES_CUDA if self.weight.is_cuda else _KEPT_BYTES
         # Shards of any size must cut the same tiles, or they wait for one another.
         widest = len(self.weight) if self.shard is None else self.shard.largest
-        fitting = budget // max(1, widest * self.exps_dtype.itemsize)
+        fitting = self.device.kept_bytes // max(1, widest * self.exps_dtype.itemsize)
         return self.chunk_size or max(_LEAST_KEPT_ROWS, fitting)
 
     @property
@@ -102,8 +100,8 @@ class Head:
     def blocks(self, rows: int) -> Iterator[slice]:
         """The vocabulary in blocks of one size, for a tile of so many rows."""
         vocabulary = len(self.weight)
-        budget = _BLOCK_BYTES_CUDA if self.weight.is_cuda else _BLOCK_BYTES
-        width = max(_LEAST_COLUMNS, budget // max(1, rows * self.dtype.itemsize))
+        fitting = self.device.block_bytes // max(1, rows * self.dtype.itemsize)
+        width = max(_LEAST_COLUMNS, fitting)
         if torch.compiler.is_compiling():
             width = vocabulary
         even = math.ceil(vocabulary / max(1, math.ceil(vocabulary / width)))
@@ -115,7 +113,8 @@ class Head:
 
         Room that grew with the tiles would leave an allocator with holes of many sizes.
         """
-        self.room(min(rows, self.kept_rows) * len(self.weight))
+        if self.in_place:
+            self.room(min(rows, self.kept_rows) * len(self.weight))
 
     def room(self, size: int) -> Tensor | None:
         """Memory for so many logits, the same at each call; None where a product brings its own."""
@@ -130,7 +129,7 @@ class Head:
         self, hidden: Tensor, columns: slice, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Some columns of the logits, and softcap's derivative 1 - tanh^2 where there is one."""
-        logits = _product(hidden, self.weight[columns].t(), self.dtype, out)
+        logits = product(hidden, self.weight[columns].t(), self.dtype, self.device, out)
         if self.bias is not None:
             logits.add_(self.bias[columns])
         if self.softcap is None:
@@ -195,14 +194,16 @@ class Tile:
         n = len(self.states)
         for columns in self.head.blocks(n):
             size = n * (columns.stop - columns.start)
-            room = self.head.room(n * len(self.head.weight) if keep else size)
-            start = n * columns.start if keep else 0
+            apart = keep and self.head.in_place
+            room = self.head.room(n * len(self.head.weight) if apart else size)
+            start = n * columns.start if apart else 0
             out = None if room is None else room[start : start + size].view(n, -1)
             exps, bend = self._exponentials(columns, out)
             if bend is not None:
                 exps = exps.mul_(bend)
             if self._back is not None:
-                _accumulate(self._back, exps[self._wanted], self.head.weight[columns], self.head)
+                words = self.head.weight[columns]
+                accumulate(self._back, exps[self._wanted], words, self.head.device)
             yield Block(columns, exps, self._shift)
 
     def hidden_grad(self, factor: Tensor) -> Tensor:
@@ -232,12 +233,12 @@ class Tile:
         at_target = logits.gather(1, torch.where(here, column, 0)[:, None]).squeeze(1)
         self._target = torch.where(here, at_target, self._target)
         sums = (torch.where(here, column, -1), self._shift, self._others)
-        if torch.compiler.is_compiling() or (logits.is_cuda and _HAS_TRITON):
-            fused = exponentials if torch.compiler.is_compiling() else _compiled()
-            exps, shift, others = fused(logits, *sums, self._target, self.head.exps_dtype)
-        else:
+        if self.head.in_place:
             exps, shift, others = exponentials_(logits, *sums)
             exps = exps.to(self.head.exps_dtype)
+        else:
+            fused = exponentials if torch.compiler.is_compiling() else _compiled()
+            exps, shift, others = fused(logits, *sums, self._target, self.head.exps_dtype)
         if self._back is not None:
             self._back.mul_((self._shift - shift).exp()[self._wanted, None])
         self._shift, self._others = shift, others
@@ -262,22 +263,24 @@ class HeadGrad:
 
     def add(self, tile: Tile, blocks: Iterable[Block], factor: Tensor) -> None:
         """Add (factor of each row * (softmax - onehot))^T @ hidden, without the head's gain."""
-        beta = 0.0 if self.empty else 1.0
         for columns, exps, shift in blocks:
             # The factor goes where the array is small: on n x D, not on n x V.
             of_row = (factor * (shift - tile.lse).exp())[:, None]
             if self.weight is not None:
-                rows = tile.states * of_row
-                _accumulate(self.weight[columns], exps.t(), rows, self.head, beta=beta)
+                self._add(self.weight[columns], exps, tile.states * of_row)
             if self.bias is not None:
-                _accumulate(self.bias[columns, None], exps.t(), of_row, self.head, beta=beta)
+                self._add(self.bias[columns, None], exps, of_row)
         column, share = tile.target_share()
         of_target = -factor * share
         if self.weight is not None:
-            _add_rows(self.weight, column, tile.states * of_target[:, None])
+            add_rows(self.weight, column, tile.states * of_target[:, None])
         if self.bias is not None:
-            _add_rows(self.bias, column, of_target)
+            add_rows(self.bias, column, of_target)
         self.empty = False
+
+    def _add(self, total: Tensor, exps: Tensor, rows: Tensor) -> None:
+        rows = rows.to(self.head.exps_dtype)
+        accumulate(total, exps.t(), rows, self.head.device, empty=self.empty)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply by a 0-d factor."""
@@ -307,34 +310,6 @@ class HeadGrad:
             None if self.weight is None else self.weight.to(weight.dtype),
             None if self.bias is None or bias is None else self.bias.to(bias.dtype),
         )
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """A matrix product in `dtype`: not rounded to half precision first where CUDA can do so."""
-    if a.dtype == dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, head: Head, *, beta: float = 1.0) -> None:
-    """Add a @ b to beta * total; half-precision products are summed in the dtype of `total`."""
-    dtype = head.exps_dtype
-    a, b = a.to(dtype), b.to(dtype)
-    if dtype == total.dtype:
-        total.addmm_(a, b, beta=beta)
-    else:
-        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-
-
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Add rows at an index that may name one twice, the same to the last bit each time."""
-    rows = rows.to(total.dtype)
-    if total.is_cuda:
-        total.index_put_((index,), rows, accumulate=True)
-    else:  # in one order there, and quicker
-        total.index_add_(0, index, rows)
 
 
 def exponentials(

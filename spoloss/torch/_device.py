@@ -1,0 +1,84 @@
+"""What the fused head does by device: how large its tiles are, and its products in half precision.
+
+A CPU has half-precision products of its own only where they are rounded to half precision; there
+what must not be rounded is widened first. CUDA multiplies half precision and sums in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Before 2.10 addmm takes no total that is wider than its factors (pytorch/pytorch#167931).
+_WIDE_TOTALS = torch.__version__ >= "2.10"
+
+
+class Device(NamedTuple):
+    """How the head works on one kind of device.
+
+    Attributes:
+      block_bytes: memory of a block of logits.
+      rows: the height of a tile whose blocks are dropped one by one.
+      kept_bytes: memory of a tile that is kept whole.
+      wide_sums: whether products of half precision can be summed and returned in float32.
+      compiles: whether a compiler makes one pass of a block's exponentials.
+    """
+
+    block_bytes: int
+    rows: int
+    kept_bytes: int
+    wide_sums: bool
+    compiles: bool
+
+
+CPU = Device(16 * 2**20, 1024, 64 * 2**20, wide_sums=False, compiles=False)
+CUDA = Device(
+    512 * 2**20,
+    4096,
+    2 * 2**30,
+    wide_sums=True,
+    compiles=importlib.util.find_spec("triton") is not None,
+)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The kind of device that a tensor is on."""
+    return CUDA if tensor.is_cuda else CPU
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, device: Device, out: Tensor | None) -> Tensor:
+    """The product in `dtype`, in `out` if given: not rounded to half precision where possible."""
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=out)
+    if device.wide_sums:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, device: Device, *, empty: bool = False) -> None:
+    """Add a @ b to `total`, which holds nothing yet if it is empty.
+
+    Factors of half precision are summed in the dtype of `total`.
+    """
+    if device.wide_sums and a.dtype != total.dtype:
+        # Inductor of 2.13 has no addmm with an out_dtype (pytorch/pytorch#163880).
+        if _WIDE_TOTALS and not torch.compiler.is_compiling():
+            beta = 0.0 if empty else 1.0
+            torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+            return
+        more = product(a, b, total.dtype, device, None)
+        total.copy_(more) if empty else total.add_(more)
+        return
+    total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0.0 if empty else 1.0)
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows at an index that may name one twice, the same to the last bit each time."""
+    rows = rows.to(total.dtype)
+    if total.is_cuda:
+        total.index_put_((index,), rows, accumulate=True)
+    else:  # in one order there, and quicker
+        total.index_add_(0, index, rows)

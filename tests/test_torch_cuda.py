@@ -1,0 +1,165 @@
+"""The fused head as it works on CUDA: on a card where there is one, and on a stand-in everywhere.
+
+The stand-in is the CPU with CUDA's ways: its tiles, tiles of half precision, the compiled block,
+and the two products of half precision that are summed in float32, which no CPU has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from test_torch_fused import ALL, HALF, OPTIONS, Case, check_fused, check_half_precision, largest
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+
+from spoloss import SPO
+from spoloss.torch import _device, _tiles, linear_logps, linear_spo_loss
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test runs, and whether its blocks are compiled."""
+
+    device: str
+    compiles: bool
+
+
+PLACES = [Place("cpu", compiles=False), Place("cpu", compiles=True)]
+if torch.cuda.is_available():
+    PLACES += [Place("cuda", compiles=False), Place("cuda", compiles=True)]
+
+
+def mm_dtype(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.mm(a.to(out_dtype), b.to(out_dtype))
+
+
+def addmm_dtype_out(
+    total: Tensor,
+    a: Tensor,
+    b: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    out: Tensor,
+) -> Tensor:
+    assert alpha == 1.0
+    assert out.dtype == out_dtype
+    # In two steps: a kernel that calls its own operator with the same `out` would not end.
+    more = mm_dtype(a, b, out_dtype)
+    return out.copy_(more if beta == 0.0 else total + more)
+
+
+@pytest.fixture(params=PLACES, ids=str)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """Blocks of five of the 13 words."""
+    cuda = _device.CUDA._replace(block_bytes=1, compiles=request.param.compiles)
+    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", 5)
+    monkeypatch.setattr(_tiles, "device_of", lambda _: cuda)
+    if request.param.device == "cuda":
+        yield request.param
+        return
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("mm.dtype", mm_dtype, "CPU")
+        library.impl("addmm.dtype_out", addmm_dtype_out, "CPU")
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("chunk_size", [3, 20, None])
+def test_half_precision_is_no_worse_than_the_naive_path(
+    place: Place, dtype: torch.dtype, chunk_size: int | None
+) -> None:
+    check_half_precision(dtype, chunk_size, place.device)
+
+
+@pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_where_a_total_is_as_wide_as_its_factors(
+    place: Place, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.8 and 2.9."""
+    monkeypatch.setattr(_device, "_WIDE_TOTALS", False)
+    monkeypatch.setattr(torch, "addmm", None)
+    check_half_precision(dtype, 3, place.device)
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("need", [ALL, (True, True, False, False), (False, False, True, True)])
+def test_fused_is_unfused(
+    place: Place, need: tuple[bool, ...], options: dict[str, Any], chunk_size: int | None
+) -> None:
+    case = Case(need, device=place.device)
+    check_fused(case, SPO(), case.fused, chunk_size=chunk_size, **options)
+
+
+def test_linear_logps(place: Place) -> None:
+    case = Case(device=place.device)
+    hidden, _, weight, bias = case.tensors.values()
+    got = linear_logps(hidden, weight, case.labels[0], bias=bias, chunk_size=3)
+    logits = (hidden @ weight.t() + bias).log_softmax(dim=2)[:, :-1]
+    targets = case.labels[0][:, 1:]
+    logps = logits.gather(2, targets.clamp(min=0)[..., None]).squeeze(2)
+    want = torch.where(targets >= 0, logps, 0.0).sum(1)
+    torch.testing.assert_close(got, want)
+    inputs, upstream = (hidden, weight, bias), torch.ones_like(want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream)
+    )
+
+
+@pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
+@pytest.mark.parametrize("wrong", ["forgets what was there", "adds to what was not there"])
+def test_the_check_catches_a_wrong_total(
+    place: Place, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accumulate(total: Tensor, *factors: Any, empty: bool = False) -> None:
+        if empty:
+            total.fill_(1.0)
+        _device.accumulate(total, *factors, empty=wrong.startswith("forgets"))
+
+    monkeypatch.setattr(_tiles, "accumulate", accumulate)
+    with pytest.raises(AssertionError):
+        check_half_precision(torch.bfloat16, 3, place.device)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
+def test_half_precision_compiles_into_one_graph(place: Place) -> None:
+    """Inductor knows no addmm that is summed in another dtype: none may be in the graph."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    def loss(case: Case) -> Tensor:
+        chosen, rejected, weight, _ = case.tensors.values()
+        return linear_spo_loss(chosen, rejected, weight, *case.labels, *case.reference).loss
+
+    torch.compiler.reset()
+    case = Case(dtype=torch.bfloat16, device=place.device)
+    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    got, want = compiled(case), loss(case)
+    close = {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(got, want, **close)
+    for mine, theirs in zip(case.grads(got), case.grads(want), strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
+    assert "aten.mm.dtype(" in graphs[0]
+    assert "addmm" not in "".join(graphs)
+
+
+def test_a_tile_is_not_made_twice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where exponentials do not replace their logits, the logits need one block's room alone."""
+    monkeypatch.setattr(_tiles, "_compiled", lambda: _tiles.exponentials)
+    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", 16)
+    block, tile, head = (4 * size for size in (16 * 16, 16 * 64, 64 * 8))
+    found = largest(2, 8, frozen=False, chunk_size=16)
+    assert found == (head if place.compiles else tile)
+    assert block < head < tile
