@@ -19,6 +19,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from spoloss import SPO
 from spoloss.torch import _device, _tiles, linear_logps, linear_spo_loss
+from spoloss.torch._head import HeadOptions
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def addmm_dtype_out(
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Blocks of five of the 13 words."""
     cuda = _device.CUDA._replace(block_bytes=1, compiles=request.param.compiles)
-    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", 5)
+    monkeypatch.setattr(_tiles, "_COLUMNS", 5)
     monkeypatch.setattr(_tiles, "device_of", lambda _: cuda)
     if request.param.device == "cuda":
         yield request.param
@@ -158,8 +159,25 @@ def test_half_precision_compiles_into_one_graph(place: Place) -> None:
 def test_a_tile_is_not_made_twice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where exponentials do not replace their logits, the logits need one block's room alone."""
     monkeypatch.setattr(_tiles, "_compiled", lambda: _tiles.exponentials)
-    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", 16)
+    monkeypatch.setattr(_tiles, "_COLUMNS", 16)
     block, tile, head = (4 * size for size in (16 * 16, 16 * 64, 64 * 8))
     found = largest(2, 8, frozen=False, chunk_size=16)
     assert found == (head if place.compiles else tile)
     assert block < head < tile
+
+
+@pytest.mark.parametrize("vocabulary", [1, 1024, 32_001, 50_257, 152_064])
+@pytest.mark.parametrize("rows", [1, 342, 4096])
+@pytest.mark.parametrize("device", [_device.CPU, _device.CUDA])
+def test_blocks_are_aligned_and_keep_to_their_memory(
+    device: _device.Device, rows: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_tiles, "device_of", lambda _: device)
+    options = HeadOptions(None, 1.0, 1.0, None, None, None, vocabulary)
+    head = _tiles.Head(torch.empty(vocabulary, 1), None, options)
+    blocks = list(head.blocks(rows))
+    assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
+    assert (blocks[0].start, blocks[-1].stop) == (0, vocabulary)
+    widths = [block.stop - block.start for block in blocks]
+    assert all(width % 64 == 0 for width in widths[:-1])
+    assert 4 * rows * max(widths) <= max(device.block_bytes, 4 * rows * 1024)

@@ -155,7 +155,7 @@ def test_every_subset_of_gradients(
 @pytest.fixture(params=[1, 5])
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one or five of the 13 words."""
-    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", request.param)
+    monkeypatch.setattr(_tiles, "_COLUMNS", request.param)
     monkeypatch.setattr(_device, "CPU", _device.CPU._replace(block_bytes=1))
 
 
@@ -608,7 +608,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary() -> None:
 def test_only_a_block_of_the_vocabulary_exists_where_no_tile_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", 16)
+    monkeypatch.setattr(_tiles, "_COLUMNS", 16)
     monkeypatch.setattr(_device, "CPU", _device.CPU._replace(block_bytes=1))
     block, head = 128 * 16 * 4, 512 * 8 * 4
     hidden = torch.randn(2, 128, 8, requires_grad=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from spoloss.torch._device import accumulate, add_rows, device_of, product
 from spoloss.torch._head import HeadOptions
 
-_LEAST_COLUMNS = 1024
+_COLUMNS = 1024
 _LEAST_KEPT_ROWS = 256
 
 
@@ -98,13 +98,18 @@ class Head:
         return self.chunk_size or max(self.kept_rows, scratch)
 
     def blocks(self, rows: int) -> Iterator[slice]:
-        """The vocabulary in blocks of one size, for a tile of so many rows."""
+        """The vocabulary in blocks of about one size, for a tile of so many rows.
+
+        All but the last are a multiple of 1,024 wide: a width of 30,413 would put rows at odd
+        addresses, where a GPU's matrix products can't use their fast kernels.
+        """
         vocabulary = len(self.weight)
         fitting = self.device.block_bytes // max(1, rows * self.dtype.itemsize)
-        width = max(_LEAST_COLUMNS, fitting)
+        widest = max(1, fitting // _COLUMNS)
+        units = max(1, math.ceil(vocabulary / _COLUMNS))
+        even = _COLUMNS * math.ceil(units / math.ceil(units / widest))
         if torch.compiler.is_compiling():
-            width = vocabulary
-        even = math.ceil(vocabulary / max(1, math.ceil(vocabulary / width)))
+            even = vocabulary
         for start in range(0, vocabulary, even):
             yield slice(start, min(start + even, vocabulary))
 
