@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_fused import ALL, HALF, OPTIONS, Case, check_fused, check_half_precision, largest
+from test_torch_fused import (
+    ALL,
+    HALF,
+    OPTIONS,
+    Case,
+    check_fused,
+    check_half_precision,
+    cut_blocks,
+    largest,
+)
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -60,7 +69,7 @@ def addmm_dtype_out(
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Blocks of five of the 13 words."""
     cuda = _device.CUDA._replace(block_bytes=1, compiles=request.param.compiles)
-    monkeypatch.setattr(_tiles, "_COLUMNS", 5)
+    cut_blocks(monkeypatch, 5)
     monkeypatch.setattr(_tiles, "device_of", lambda _: cuda)
     if request.param.device == "cuda":
         yield request.param
@@ -159,7 +168,7 @@ def test_half_precision_compiles_into_one_graph(place: Place) -> None:
 def test_a_tile_is_not_made_twice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where exponentials do not replace their logits, the logits need one block's room alone."""
     monkeypatch.setattr(_tiles, "_compiled", lambda: _tiles.exponentials)
-    monkeypatch.setattr(_tiles, "_COLUMNS", 16)
+    cut_blocks(monkeypatch, 16)
     block, tile, head = (4 * size for size in (16 * 16, 16 * 64, 64 * 8))
     found = largest(2, 8, frozen=False, chunk_size=16)
     assert found == (head if place.compiles else tile)

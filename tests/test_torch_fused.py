@@ -152,11 +152,17 @@ def test_every_subset_of_gradients(
     check_fused(case, SPO(), case.fused, **options)
 
 
+def cut_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Blocks of so many words, however little memory they take."""
+    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", columns)
+    monkeypatch.setattr(_tiles, "_ALIGNED", columns)
+    monkeypatch.setattr(_device, "CPU", _device.CPU._replace(block_bytes=1))
+
+
 @pytest.fixture(params=[1, 5])
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one or five of the 13 words."""
-    monkeypatch.setattr(_tiles, "_COLUMNS", request.param)
-    monkeypatch.setattr(_device, "CPU", _device.CPU._replace(block_bytes=1))
+    cut_blocks(monkeypatch, request.param)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -608,8 +614,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary() -> None:
 def test_only_a_block_of_the_vocabulary_exists_where_no_tile_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_tiles, "_COLUMNS", 16)
-    monkeypatch.setattr(_device, "CPU", _device.CPU._replace(block_bytes=1))
+    cut_blocks(monkeypatch, 16)
     block, head = 128 * 16 * 4, 512 * 8 * 4
     hidden = torch.randn(2, 128, 8, requires_grad=True)
     weight = torch.randn(512, 8)

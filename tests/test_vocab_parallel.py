@@ -98,7 +98,7 @@ def three(rank: int) -> dict[str, Any]:
 
 
 def two(rank: int) -> dict[str, Any]:
-    _tiles._COLUMNS = 4  # each shard in blocks
+    _tiles._LEAST_COLUMNS = _tiles._ALIGNED = 4  # each shard in blocks
     _device.CPU = _device.CPU._replace(block_bytes=1)
     right = {str(sizes): all_ways(rank, sizes) for sizes in SIZES[2]}
     return {**right, "uses": other_uses(rank), "wrong": wrong_ways(rank, SIZES[2][0])}

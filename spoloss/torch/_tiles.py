@@ -27,7 +27,8 @@ from torch import Tensor
 from spoloss.torch._device import accumulate, add_rows, device_of, product
 from spoloss.torch._head import HeadOptions
 
-_COLUMNS = 1024
+_LEAST_COLUMNS = 1024
+_ALIGNED = 64
 _LEAST_KEPT_ROWS = 256
 
 
@@ -100,14 +101,14 @@ class Head:
     def blocks(self, rows: int) -> Iterator[slice]:
         """The vocabulary in blocks of about one size, for a tile of so many rows.
 
-        All but the last are a multiple of 1,024 wide: a width of 30,413 would put rows at odd
+        All but the last are a multiple of 64 wide: a width of 30,413 would put rows at odd
         addresses, where a GPU's matrix products can't use their fast kernels.
         """
         vocabulary = len(self.weight)
         fitting = self.device.block_bytes // max(1, rows * self.dtype.itemsize)
-        widest = max(1, fitting // _COLUMNS)
-        units = max(1, math.ceil(vocabulary / _COLUMNS))
-        even = _COLUMNS * math.ceil(units / math.ceil(units / widest))
+        widest = max(_LEAST_COLUMNS, fitting) // _ALIGNED
+        units = max(1, math.ceil(vocabulary / _ALIGNED))
+        even = _ALIGNED * math.ceil(units / math.ceil(units / widest))
         if torch.compiler.is_compiling():
             even = vocabulary
         for start in range(0, vocabulary, even):
