@@ -63,16 +63,14 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, device: Device, *, empty: bo
 
     Factors of half precision are summed in the dtype of `total`.
     """
-    if device.wide_sums and a.dtype != total.dtype:
-        # Inductor of 2.13 has no addmm with an out_dtype (pytorch/pytorch#163880).
-        if _WIDE_TOTALS and not torch.compiler.is_compiling():
-            beta = 0.0 if empty else 1.0
-            torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-            return
+    beta = 0.0 if empty else 1.0
+    if not device.wide_sums or a.dtype == total.dtype:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+    elif _WIDE_TOTALS and not torch.compiler.is_compiling():
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    else:  # Inductor of 2.13 has no addmm with an out_dtype (pytorch/pytorch#163880)
         more = product(a, b, total.dtype, device, None)
         total.copy_(more) if empty else total.add_(more)
-        return
-    total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0.0 if empty else 1.0)
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
