@@ -36,6 +36,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from recipes_oracle import RECIPES, Grads, Recorder, exact_step, load, relative_error, toy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from trainers_worker import trainer_arguments
 from transformers import Trainer, TrainingArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,21 +118,6 @@ def test_the_comparison_sees_a_mean_of_means_and_swapped_pairs() -> None:
 
 
 # --------------------------------------------------------------------- Transformers and TRL
-
-
-def trainer_arguments(directory: Path, size: int) -> dict[str, Any]:
-    return {
-        "output_dir": str(directory),
-        "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
 
 
 def transformers_step(trainer_class: type, directory: Path, size: int) -> tuple[Any, Grads]:

@@ -256,10 +256,11 @@ def test_spellings() -> None:
         linear_spo_loss(*inputs, softcapp=3.0)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str)
-def test_linear_logps(chunk_size: int | None, options: dict[str, Any]) -> None:
-    case = Case()
+def check_linear_logps(
+    chunk_size: int | None, options: dict[str, Any], device: str = "cpu"
+) -> None:
+    """Sums, averages and single tokens, and gradients, to 1e-10 of those by `sequence_logps`."""
+    case = Case(device=device)
     hidden, _, weight, bias = case.tensors.values()
     z = (hidden @ weight.t() + bias) * options.get("logit_scale", 1.0)
     z = 2.0 * torch.tanh(z / 2.0) if options else z
@@ -275,7 +276,7 @@ def test_linear_logps(chunk_size: int | None, options: dict[str, Any]) -> None:
         )
         want = sequence_logps(z, case.labels[0], average=average)
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-        inputs, upstream = (hidden, weight, bias), torch.arange(1.0, P + 1, dtype=torch.float64)
+        inputs, upstream = (hidden, weight, bias), torch.arange(1.0, P + 1).to(got)
         got_grads = torch.autograd.grad(got, inputs, upstream)
         want_grads = torch.autograd.grad(want, inputs, upstream, retain_graph=True)
         torch.testing.assert_close(got_grads, want_grads, rtol=1e-10, atol=1e-12)
@@ -288,11 +289,17 @@ def test_linear_logps(chunk_size: int | None, options: dict[str, Any]) -> None:
     assert (tokens[:, -1] == 0).all()
 
 
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str)
+def test_linear_logps(chunk_size: int | None, options: dict[str, Any]) -> None:
+    check_linear_logps(chunk_size, options)
+
+
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("chunk_size", [1, 3, None])
 def test_linear_logps_block_by_block(chunk_size: int | None) -> None:
-    test_linear_logps(chunk_size, {})
-    test_linear_logps(chunk_size, {"softcap": 2.0, "logit_scale": 0.5})
+    check_linear_logps(chunk_size, {})
+    check_linear_logps(chunk_size, {"softcap": 2.0, "logit_scale": 0.5})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

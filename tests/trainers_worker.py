@@ -76,19 +76,26 @@ def by_loss_func(folder: Path) -> Step:
     return step_of(trainer, recorder)
 
 
+def trainer_arguments(directory: Path, size: int) -> dict[str, Any]:
+    """One optimiser step of two micro-batches, for `TrainingArguments` and `DPOConfig`."""
+    return {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    """Three pairs to a micro-batch and two micro-batches: ten pairs are uneven over two ranks."""
+    """Three pairs to a micro-batch: the ten are uneven over two ranks."""
     return TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=2,
-        max_steps=1,
-        logging_steps=1,
-        max_grad_norm=0.0,
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **trainer_arguments(folder, size=3),
         remove_unused_columns=False,
         accelerator_config={"even_batches": False},
         **options,

@@ -200,9 +200,9 @@ class Tile:
         n = len(self.states)
         for columns in self.head.blocks(n):
             size = n * (columns.stop - columns.start)
-            apart = keep and self.head.in_place
-            room = self.head.room(n * len(self.head.weight) if apart else size)
-            start = n * columns.start if apart else 0
+            whole = keep and self.head.in_place
+            room = self.head.room(n * len(self.head.weight) if whole else size)
+            start = n * columns.start if whole else 0
             out = None if room is None else room[start : start + size].view(n, -1)
             exps, bend = self._exponentials(columns, out)
             if bend is not None:
