@@ -6,11 +6,12 @@ and the two products of half precision that are summed in float32, which no CPU 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import test_torch_fused
 import torch
 from test_torch_fused import (
     ALL,
@@ -26,6 +27,7 @@ from test_torch_fused import (
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from spoloss import SPO
 from spoloss.torch import _device, _tiles, linear_spo_loss
@@ -66,9 +68,10 @@ def addmm_dtype_out(
 
 @pytest.fixture(params=PLACES, ids=str)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """Blocks of five of the 13 words."""
+    """Blocks of 16 of 40 words, and the eight that are left over."""
     cuda = _device.CUDA._replace(block_bytes=1, compiles=request.param.compiles)
-    cut_blocks(monkeypatch, 5)
+    monkeypatch.setattr(test_torch_fused, "V", 40)
+    cut_blocks(monkeypatch, 16)
     monkeypatch.setattr(_tiles, "device_of", lambda _: cuda)
     if request.param.device == "cuda":
         yield request.param
@@ -158,7 +161,6 @@ def test_half_precision_compiles_into_one_graph(place: Place) -> None:
 def test_a_tile_is_not_made_twice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where exponentials do not replace their logits, the logits need one block's room alone."""
     monkeypatch.setattr(_tiles, "_compiled", lambda: _tiles.exponentials)
-    cut_blocks(monkeypatch, 16)
     block, tile, head = (4 * size for size in (16 * 16, 16 * 64, 64 * 8))
     found = largest(2, 8, frozen=False, chunk_size=16)
     assert found == (head if place.compiles else tile)
@@ -179,4 +181,27 @@ def test_blocks_are_aligned_and_keep_to_their_memory(
     assert (blocks[0].start, blocks[-1].stop) == (0, vocabulary)
     widths = [block.stop - block.start for block in blocks]
     assert all(width % 64 == 0 for width in widths[:-1])
+    assert widths[-1] % 64 == 0 or widths[-1] == vocabulary % 64
     assert 4 * rows * max(widths) <= max(device.block_bytes, 4 * rows * 1024)
+
+
+@pytest.mark.parametrize(
+    ("block", "known"), [(_tiles._of_aligned, True), (_tiles.exponentials, False)]
+)
+def test_the_compiler_knows_that_a_block_is_aligned(
+    block: Callable[..., Any], *, known: bool
+) -> None:
+    """Of any height and width: one graph for all, in which loads of 16 bytes are allowed."""
+    facts = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        (logits,) = graph.graph.find_nodes(op="placeholder", target="L_logits_")
+        facts.append(statically_known_true(logits.meta["example_value"].shape[1] % 16 == 0))
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(block, dynamic=True, backend=keep)
+    for rows, width in ((3, 32), (5, 64), (7, 48)):
+        none, sums = torch.full((rows,), -1), torch.zeros(rows)
+        compiled(torch.zeros(rows, width), none, sums, sums, sums - torch.inf, torch.float32)
+    assert facts == [known]
