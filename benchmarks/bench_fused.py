@@ -337,10 +337,10 @@ def print_table(rows: Sequence[Row]) -> None:
     """Print the rows of one group, at once: a run is long and may be watched through a pipe."""
     for title in dict.fromkeys(_title(row.cell) for row in rows):
         heads = "".join(f"{head:>{len(head) + 2}}" for head, _ in COLUMNS.values())
-        print(f"\n{title}\n{'':<18}{heads}  note")
+        print(f"\n{title}\n{'':<24}{heads}  note")
         for row in rows:
             if _title(row.cell) == title:
-                print(f"{row.cell.way:<18}{_numbers(row)}  {row.note}".rstrip(), flush=True)
+                print(f"{row.cell.way:<24}{_numbers(row)}  {row.note}".rstrip(), flush=True)
 
 
 def _numbers(row: Row) -> str:

@@ -289,8 +289,8 @@ def torch_linear_ce() -> Step:
     return _dpo_of(token_logps)
 
 
-def cut_cross_entropy() -> Step:
-    """Apple's cut-cross-entropy kernels with their defaults."""
+def cut_cross_entropy(impl: str) -> Step:
+    """Apple's cut-cross-entropy kernels, in one of the variants that they offer."""
     if not torch.cuda.is_available():
         raise UnavailableError("its kernels need CUDA")
     from cut_cross_entropy import linear_cross_entropy
@@ -302,6 +302,7 @@ def cut_cross_entropy() -> Step:
             problem.labels,
             ignore_index=IGNORED,
             reduction="none",
+            impl=impl,
         ).float()
 
     return _dpo_of(token_logps)
@@ -368,8 +369,11 @@ WAYS = {
     ),
     "torch_linear_ce": Way(torch_linear_ce, "tab:green"),
     "cut_cross_entropy": Way(
-        cut_cross_entropy, "tab:olive", note="skips what is small in the softmax"
+        lambda: cut_cross_entropy("cce"),
+        "tab:olive",
+        note="leaves small gradients out; the head's is summed in its own dtype",
     ),
+    "cut_cross_entropy_exact": Way(lambda: cut_cross_entropy("cce_exact"), "tab:brown"),
     "spoloss": Way(lambda: spoloss("linear_dpo_loss"), "tab:red"),
     "spoloss_spo": Way(lambda: spoloss("linear_spo_loss"), "tab:orange", formula=spo),
 }
