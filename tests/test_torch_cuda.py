@@ -7,7 +7,8 @@ and the two products of half precision that are summed in float32, which no CPU 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -24,13 +25,13 @@ from test_torch_fused import (
     cut_blocks,
     largest,
 )
-from torch import Tensor
+from torch import Tensor, is_tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from spoloss import SPO
-from spoloss.torch import _device, _tiles, linear_spo_loss
+from spoloss.torch import _device, _rows, _tiles, fused, linear_logps, linear_spo_loss, logps
 from spoloss.torch._head import HeadOptions
 
 
@@ -77,8 +78,9 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield request.param
         return
     with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("mm.dtype", mm_dtype, "CPU")
-        library.impl("addmm.dtype_out", addmm_dtype_out, "CPU")
+        for device in ("CPU", "Meta"):
+            library.impl("mm.dtype", mm_dtype, device)
+            library.impl("addmm.dtype_out", addmm_dtype_out, device)
         yield request.param
 
 
@@ -167,6 +169,42 @@ def test_a_tile_is_not_made_twice(place: Place, monkeypatch: pytest.MonkeyPatch)
     assert block < head < tile
 
 
+@pytest.mark.parametrize("place", PLACES[:1], ids=str, indirect=True)
+@pytest.mark.parametrize("chunk_size", [3, 20, None])
+@pytest.mark.parametrize("need", [ALL, (True, True, False, False)])
+def test_nothing_waits_for_the_device_but_the_choice_of_rows(
+    place: Place,  # noqa: ARG001
+    need: tuple[bool, ...],
+    chunk_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The meta device has no numbers to wait for: what asks for one is an error there."""
+    case, known = Case(need, torch.bfloat16, "meta"), Case()
+    labels = dict(zip(("chosen_labels", "rejected_labels"), known.labels, strict=True))
+    labels["labels"] = known.labels[0]
+
+    def select(names: Any, **options: Any) -> list[_rows.Rows]:
+        chosen = _rows.select_rows({name: labels[name] for name in names}, **options)
+        return [
+            replace(rows, **{k: v.to("meta") for k, v in vars(rows).items() if is_tensor(v)})
+            for rows in chosen
+        ]
+
+    for module in (fused, logps):
+        monkeypatch.setattr(module, "select_rows", select)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # unknown there
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    chosen, _, weight, bias = case.tensors.values()
+    for value in (
+        case.fused(SPO(), chunk_size=chunk_size).loss,
+        case.fused(SPO(), chunk_size=chunk_size, nll_weight=0.5).loss,
+        linear_logps(chosen, weight, case.labels[0], bias=bias, chunk_size=chunk_size).sum(),
+    ):
+        value.backward()
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        value.item()
+
+
 @pytest.mark.parametrize("vocabulary", [1, 1024, 32_001, 50_257, 152_064])
 @pytest.mark.parametrize("rows", [1, 342, 4096])
 @pytest.mark.parametrize("device", [_device.CPU, _device.CUDA])
@@ -186,7 +224,7 @@ def test_blocks_are_aligned_and_keep_to_their_memory(
 
 
 @pytest.mark.parametrize(
-    ("block", "known"), [(_tiles._of_aligned, True), (_tiles.exponentials, False)]
+    ("block", "known"), [(_tiles._aligned_exponentials, True), (_tiles.exponentials, False)]
 )
 def test_the_compiler_knows_that_a_block_is_aligned(
     block: Callable[..., Any], *, known: bool
