@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,6 +204,29 @@ def test_nothing_waits_for_the_device_but_the_choice_of_rows(
         value.backward()
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
         value.item()
+
+
+@pytest.mark.parametrize(
+    ("major", "hip", "wide_totals", "wide"),
+    [
+        (8, None, False, True),
+        (9, None, True, True),
+        (7, None, True, False),
+        (9, "7.0", True, True),
+        (9, "7.0", False, False),
+    ],
+)
+def test_cards_that_cannot_sum_half_precision_in_float32(
+    monkeypatch: pytest.MonkeyPatch, major: int, hip: str | None, *, wide_totals: bool, wide: bool
+) -> None:
+    """They work as a CPU does, with the tiles of a card."""
+    card = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(_device, "_WIDE_TOTALS", wide_totals)
+    found = _device.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
+    ways = {"wide_sums": wide, "compiles": wide and _device.CUDA.compiles}
+    assert found == _device.CUDA._replace(**ways)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 1024, 32_001, 50_257, 152_064])

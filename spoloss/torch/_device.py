@@ -1,7 +1,8 @@
 """What the fused head does by device: how large its tiles are, and its products in half precision.
 
-A CPU has half-precision products of its own only where they are rounded to half precision; there
-what must not be rounded is widened first. CUDA multiplies half precision and sums in float32.
+A CPU, and a card before Ampere, has half-precision products of its own only where they are rounded
+to half precision; there what must not be rounded is widened first. CUDA multiplies half precision
+and sums in float32.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ CUDA = Device(
 
 def device_of(tensor: Tensor) -> Device:
     """The kind of device that a tensor is on."""
-    return CUDA if tensor.is_cuda else CPU
+    if not tensor.is_cuda:
+        return CPU
+    # NVIDIA's cards before Ampere refuse a wider result, as ROCm did before PyTorch 2.10.
+    ampere = torch.cuda.get_device_properties(tensor.device).major >= 8
+    wide = ampere and (torch.version.hip is None or _WIDE_TOTALS)
+    return CUDA if wide else CUDA._replace(wide_sums=False, compiles=False)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, device: Device, out: Tensor | None) -> Tensor:

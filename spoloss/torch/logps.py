@@ -101,6 +101,9 @@ def linear_logps(
     the cheap way to a reference's log-probabilities; with a gradient it is the way to any loss. For
     a loss of the margin `linear_pair_loss` does the same in one pass.
 
+    On CUDA, where Triton is installed, the softmax of a block is compiled at the first call, for
+    which torch.compile wants a C compiler; TORCH_COMPILE_DISABLE=1 does without, in more passes.
+
     Args:
       hidden: last hidden states, shape [B, T, D], real floating.
       weight: the head's weight, shape [V, D], in the dtype of `hidden`. Take it inside the wrapped
