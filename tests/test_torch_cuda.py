@@ -93,6 +93,11 @@ def test_half_precision_is_no_worse_than_the_naive_path(
     check_half_precision(dtype, chunk_size, place.device)
 
 
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_a_loss_scale_keeps_small_gradients(place: Place, chunk_size: int | None) -> None:
+    check_half_precision(torch.float16, chunk_size, place.device, loss_scale=2.0**24)
+
+
 @pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_where_a_total_is_as_wide_as_its_factors(

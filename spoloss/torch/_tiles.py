@@ -290,8 +290,15 @@ class HeadGrad:
         self.empty = False
 
     def _add(self, total: Tensor, exps: Tensor, rows: Tensor) -> None:
-        rows = rows.to(self.head.exps_dtype)
-        accumulate(total, exps.t(), rows, self.head.device, empty=self.empty)
+        dtype, device = self.head.exps_dtype, self.head.device
+        if dtype != torch.float16:
+            accumulate(total, exps.t(), rows.to(dtype), device, empty=self.empty)
+            return
+        # A pair's slope may be too small for float16: the largest number of the rows becomes 1.
+        largest = rows.abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)
+        more = product(exps.t(), (rows / largest).to(dtype), total.dtype, device, None)
+        more.mul_(largest)
+        total.copy_(more) if self.empty else total.add_(more)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply by a 0-d factor."""
@@ -312,14 +319,16 @@ class HeadGrad:
                 total.addcmul_(more, factor)
         self.empty = False
 
-    def like(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The two gradients, in the dtypes of what they are gradients of."""
+    def to(
+        self, weight: torch.dtype, bias: torch.dtype | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The two gradients in these dtypes."""
         for grad in (self.weight, self.bias):
             if grad is not None and self.empty:
                 grad.zero_()
         return (
-            None if self.weight is None else self.weight.to(weight.dtype),
-            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+            None if self.weight is None else self.weight.to(weight),
+            None if self.bias is None else self.bias.to(bias),
         )
 
 
@@ -333,8 +342,8 @@ def exponentials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One block of the online softmax, for a compiler to fuse.
 
-    The shift is the log-sum-exp of all that was seen, so that float16 holds the exponentials and
-    the rows that they are multiplied with, whose factor is then the loss's alone.
+    The shift is the log-sum-exp of all that was seen, so that half precision holds the
+    exponentials. In float16, which ends at 6e-8, they are 2**14 times as large.
 
     Args:
       logits: [n, C].
@@ -353,6 +362,7 @@ def exponentials(
     others = others * (shift - peak).exp() + exps.sum(dim=1)
     # The largest term is 1; it is less only if all logits are -inf or the shift was given.
     total = (others + (at_target - peak).exp()).clamp(min=1.0)
+    total = total * (2.0**-14 if dtype == torch.float16 else 1.0)
     return (exps / total[:, None]).to(dtype), peak + total.log(), others / total
 
 

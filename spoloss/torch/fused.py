@@ -384,7 +384,7 @@ class _OnePass(torch.autograd.Function):
                     None if grad is None else grad.view(states.shape)
                     for grad, states in zip(sweep.grad_hidden, (chosen, rejected), strict=True)
                 ),
-                *sweep.grad_head.like(weight, bias),
+                *sweep.grad_head.to(_held(weight), None if bias is None else _held(bias)),
             )
 
     @staticmethod
@@ -401,7 +401,10 @@ class _OnePass(torch.autograd.Function):
         if upstream is None:
             return (None,) * 8
         with torch.no_grad():
-            scaled = tuple(None if g is None else _scale(g, upstream) for g in gradients)
+            scaled = tuple(
+                None if grad is None else _scale(grad, upstream).to(tensor.dtype)
+                for grad, tensor in zip(gradients, inputs, strict=True)
+            )
         return *once(scaled, *inputs), None, None, None, None
 
 
@@ -427,7 +430,7 @@ class _Sweep:
             states.new_zeros(states.shape[:2], dtype=head.dtype) for states in hidden
         ]
         self.grad_hidden = [
-            torch.zeros_like(states) if need else None
+            torch.zeros_like(states, dtype=_held(states)) if need else None
             for states, need in zip(self.hidden, needed[:2], strict=True)
         ]
         self.grad_head = HeadGrad(head, **self.needed)
@@ -576,6 +579,14 @@ class _Sweep:
         for part in rows.slices(first, last, self.head.rows):
             index, of_row = rows.index[part], self._of_rows(factor, side, part, first)
             grad[index] = (grad[index] * of_row[:, None]).to(grad.dtype)
+
+
+def _held(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a gradient waits for the upstream one.
+
+    With float16 that is a loss scale, which is there to keep small gradients from vanishing.
+    """
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:

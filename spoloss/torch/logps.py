@@ -298,6 +298,6 @@ class _LinearLogps(torch.autograd.Function):
             head.complete(grad_hidden)
             grads = (
                 None if grad_hidden is None else grad_hidden.view(hidden.shape),
-                *total.like(weight, bias),
+                *total.to(weight.dtype, None if bias is None else bias.dtype),
             )
         return *once(grads, hidden, weight, bias), None, None
