@@ -43,6 +43,7 @@ CUDA = Device(
     wide_sums=True,
     compiles=importlib.util.find_spec("triton") is not None,
 )
+BEFORE_AMPERE = CUDA._replace(wide_sums=False, compiles=False)
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -52,7 +53,7 @@ def device_of(tensor: Tensor) -> Device:
     # NVIDIA's cards before Ampere refuse a wider result, as ROCm did before PyTorch 2.10.
     ampere = torch.cuda.get_device_properties(tensor.device).major >= 8
     wide = ampere and (torch.version.hip is None or _WIDE_TOTALS)
-    return CUDA if wide else CUDA._replace(wide_sums=False, compiles=False)
+    return CUDA if wide else BEFORE_AMPERE
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, device: Device, out: Tensor | None) -> Tensor:

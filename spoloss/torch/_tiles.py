@@ -362,7 +362,8 @@ def exponentials(
     others = others * (shift - peak).exp() + exps.sum(dim=1)
     # The largest term is 1; it is less only if all logits are -inf or the shift was given.
     total = (others + (at_target - peak).exp()).clamp(min=1.0)
-    total = total * (2.0**-14 if dtype == torch.float16 else 1.0)
+    if dtype == torch.float16:
+        total = total * 2.0**-14
     return (exps / total[:, None]).to(dtype), peak + total.log(), others / total
 
 

@@ -103,6 +103,7 @@ def linear_logps(
 
     On CUDA, where Triton is installed, the softmax of a block is compiled at the first call, for
     which torch.compile wants a C compiler; TORCH_COMPILE_DISABLE=1 does without, in more passes.
+    Cards before Ampere compile nothing, and widen half precision to float32 before its sums.
 
     Args:
       hidden: last hidden states, shape [B, T, D], real floating.
