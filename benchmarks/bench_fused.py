@@ -4,12 +4,12 @@
     python -m benchmarks.bench_fused --quick             one tiny shape, the table alone
     python -m benchmarks.bench_fused --device cuda       the head of Qwen2.5-7B in bfloat16
 
-Every way has a process of its own, which warms up and waits; then they take turns, each repeating
-forward and backward once a round. A round gives one ratio per way, of repetitions that lie seconds
-apart: medians over the rounds are quoted, since absolute times drift on any shared machine. (A card
-holds one way at a time.) Memory is the growth of the process's peak over what it held before the
+Every measurement is a fresh process: it warms up, then times forward and backward together, three
+times and for five seconds at least, and keeps the fastest repetition, as timeit does. The ways take
+turns, and a round gives one ratio per way: medians over the rounds are quoted, since absolute times
+drift on any shared machine. Memory is the growth of the process's peak over what it held before the
 first full call, gradients included. The error is the largest of loss and gradients against full
-logits in float64. A row says so where other processes were at work during a repetition: then
+logits in float64. A row says so where other processes were at work during a measurement: then
 measure again.
 """
 
@@ -25,12 +25,11 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -56,8 +55,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "spoloss")
 IGNORED_SHARE = 0.6
-MARK = "@"
-"""What a process has to say starts with it; libraries may print other lines."""
+REPETITIONS, LEAST_SECONDS = 3, 5.0
 CHECK_FLOP = {"cpu": 1e12, "cuda": 1e15}
 """Up to this many floating-point operations, a solution is checked against float64."""
 
@@ -75,12 +73,7 @@ class Cell:
     device: str
     frozen: bool
     ignored: float = 0.0
-
-    @property
-    def is_checked(self) -> bool:
-        """Whether float64 is not too slow for it."""
-        flop = 16 * self.pairs * self.tokens * self.width * self.vocab
-        return flop <= CHECK_FLOP[self.device]
+    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ class Measured:
     """What a cell found.
 
     Attributes:
-      seconds: of each round.
+      seconds: of each repetition.
       memory_mib: growth of peak memory; None where nobody keeps it.
       error: against float64; None where that was not computed.
       others: the share of the processor that other processes took meanwhile.
@@ -102,6 +95,11 @@ class Measured:
     others: float = 0.0
     note: str = ""
     missing: str = ""
+
+    @property
+    def fastest(self) -> float:
+        """Seconds of the fastest repetition."""
+        return min(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -179,32 +177,20 @@ class CardGauge:
         return start.elapsed_time(end) / 1e3
 
 
-class Stage:
-    """A step on a problem, warm, to be repeated."""
-
-    def __init__(self, step: Step, problem: Problem, gauge: HostGauge | CardGauge) -> None:
-        self.step, self.problem, self.gauge = step, problem, gauge
-        # Two labels a row load every library, so that their memory does not count as the loss's.
-        step(problem.middle(2))
+def measure(step: Step, problem: Problem, gauge: HostGauge | CardGauge) -> Measured:
+    """Warm up, then time a step again and again."""
+    # Two labels a row load every library, so that their memory does not count as the loss's.
+    step(problem.middle(2))
+    problem.clear()
+    gauge.reset()
+    step(problem)
+    seconds: list[float] = []
+    before = _processor_seconds()
+    while len(seconds) < REPETITIONS or sum(seconds) < LEAST_SECONDS:
         problem.clear()
-        gauge.reset()
-        step(problem)
-        self.seconds: list[float] = []
-        self.elapsed = self.others = 0.0
-
-    def repeat(self) -> None:
-        """Time the step once more."""
-        self.problem.clear()
-        before = _processor_seconds()
-        self.seconds.append(self.gauge.seconds(lambda: self.step(self.problem)))
-        elapsed, others = (b - a for a, b in zip(before, _processor_seconds(), strict=True))
-        self.elapsed += elapsed
-        self.others += others
-
-    def measured(self) -> Measured:
-        """What was found so far."""
-        others = max(0.0, self.others / self.elapsed) if self.elapsed else 0.0
-        return Measured(self.seconds, self.gauge.growth_mib(), others=others)
+        seconds.append(gauge.seconds(lambda: step(problem)))
+    elapsed, others = (b - a for a, b in zip(before, _processor_seconds(), strict=True))
+    return Measured(seconds, gauge.growth_mib(), others=max(0.0, others / elapsed))
 
 
 def _processor_seconds() -> tuple[float, float]:
@@ -218,8 +204,11 @@ def _processor_seconds() -> tuple[float, float]:
     return sum(ticks), sum(ticks) - ticks[3] - ticks[4] - time.process_time()
 
 
-def fastest_floor(problem: Problem, gauge: HostGauge | CardGauge) -> tuple[Step, str]:
-    """The floor with the height of its tiles that is fastest in a trial, and a note of it."""
+def measure_floor(problem: Problem, gauge: HostGauge | CardGauge) -> Measured:
+    """The height of its tiles that is fastest in a first trial, measured as any way is.
+
+    The fastest of full measurements of all heights would have had four times the repetitions.
+    """
     count = problem.labels.numel()
     heights = [rows for rows in FLOOR_ROWS if rows is None or rows < count]
 
@@ -229,21 +218,20 @@ def fastest_floor(problem: Problem, gauge: HostGauge | CardGauge) -> tuple[Step,
 
     trial(heights[0])  # the first products of a process are slow
     rows = min(heights, key=trial)
-    return floor(rows), f"tiles of {rows or 'all'} rows"
+    measured = measure(floor(rows), problem, gauge)
+    return replace(measured, note=f"tiles of {rows or 'all'} rows")
 
 
-def serve(cell: Cell) -> None:
-    """Repeat a way in this process, once for each line that comes in; say what was found."""
+def run_cell(cell: Cell) -> Measured:
+    """Measure one way in this process, and check what it computes."""
     way = WAYS[cell.way]
     gauge = CardGauge() if cell.device == "cuda" else HostGauge()
     try:
-        step, note = way.load(), way.note
+        step = way.load()
     except UnavailableError as error:
-        _say(asdict(Measured(missing=f"cannot run here: {error}")))
-        return
+        return Measured(missing=f"cannot run here: {error}")
     except ModuleNotFoundError as error:
-        _say(asdict(Measured(missing=f"not installed: {error}")))
-        return
+        return Measured(missing=f"not installed: {error}")
     problem = make_problem(
         cell.pairs,
         cell.tokens,
@@ -255,126 +243,84 @@ def serve(cell: Cell) -> None:
         ignored=cell.ignored,
     )
     if cell.way == FLOOR:
-        step, note = fastest_floor(problem, gauge)
+        return measure_floor(problem, gauge)
     if not way.takes_reference:
         problem = problem.without_reference()
-    stage = Stage(step, problem, gauge)
-    _say("ready")
-    for _ in sys.stdin:
-        stage.repeat()
-        _say(stage.seconds[-1])
-    measured = replace(stage.measured(), note=note)
-    if cell.is_checked and cell.way != FLOOR:
-        problem.clear()
-        loss = step(problem).item()
-        measured = replace(measured, error=max_error(problem, loss, way.formula))
-    _say(asdict(measured))
-
-
-def _say(what: object) -> None:
-    print(f"{MARK}{json.dumps(what)}", flush=True)
+    measured = replace(measure(step, problem, gauge), note=way.note)
+    if not cell.check:
+        return measured
+    problem.clear()
+    loss = step(problem).item()
+    return replace(measured, error=max_error(problem, loss, way.formula))
 
 
 # ------------------------------------------------------------------------- from processes to rows
 
 
-class Worker:
-    """A cell in a process of its own."""
-
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "benchmarks.bench_fused", "--cell"]
-        self._process = subprocess.Popen(
-            [*command, json.dumps(asdict(cell))],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        self._found = self._answer()
-
-    def repeat(self) -> str:
-        """Repeat once; what came of it, in words."""
-        if isinstance(self._found, Measured):
-            return self._found.missing
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write("again\n")
-            self._process.stdin.flush()
-        self._found = self._answer()
-        if isinstance(self._found, Measured):
-            return self._found.missing
-        return f"{self._found:.3f} s"
-
-    def finish(self) -> Measured:
-        """End the process: what it measured, or why nothing."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        if not isinstance(self._found, Measured):
-            self._found = self._answer()
-        self._process.wait()
-        self._log.close()
-        return self._found
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                answer = json.loads(line[len(MARK) :])
-                return Measured(**answer) if isinstance(answer, dict) else answer
-        status = self._process.wait()
-        if status < 0:
-            return Measured(missing=f"killed by signal {-status}")
-        self._log.seek(0)
-        last = (self._log.read().strip().splitlines() or ["no message"])[-1]
-        return Measured(missing=f"failed: {last[:200]}")
+def run_apart(cell: Cell) -> Measured:
+    """Measure a cell in a process of its own; if that dies, the measurement is missing."""
+    command = [sys.executable, "-m", "benchmarks.bench_fused", "--cell", json.dumps(asdict(cell))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode < 0:
+        return Measured(missing=f"killed by signal {-done.returncode}")
+    if done.returncode > 0:
+        return Measured(missing=f"failed: {done.stderr.strip().splitlines()[-1][:200]}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def run_group(cells: Sequence[Cell], rounds: int) -> list[Row]:
-    """Measure cells in turn, round after round; every other round runs backwards."""
-    found: dict[Cell, Measured] = {}
-    # A card keeps its speed from way to way, but could not hold what all of them hold.
-    together = [[cell] for cell in cells] if cells[0].device == "cuda" else [list(cells)]
-    for part in together:
-        workers = [Worker(cell) for cell in part]
-        for turn in range(rounds):
-            for worker in workers[:: -1 if turn % 2 else 1]:
-                time.sleep(0.1)  # the threads of the last one may spin for a while
-                what = f"{_title(worker.cell)}: {worker.cell.way}: {worker.repeat()}"
-                print(f"round {turn + 1}/{rounds}: {what}", file=sys.stderr)
-        found |= {worker.cell: worker.finish() for worker in workers}
+    """Measure cells in turn, round after round; odd rounds run backwards, so none is always last.
+
+    The first round also checks the solutions, where float64 is not too slow.
+    """
+    found: dict[Cell, list[Measured]] = {cell: [] for cell in cells}
+    for turn in range(rounds):
+        for cell in cells[:: -1 if turn % 2 else 1]:
+            flop = 16 * cell.pairs * cell.tokens * cell.width * cell.vocab
+            check = turn == 0 and flop <= CHECK_FLOP[cell.device]
+            measured = run_apart(replace(cell, check=check))
+            found[cell].append(measured)
+            took = [measured.missing] if measured.missing else [f"{measured.fastest:.3f} s"]
+            what = ", ".join(took + _disturbed([measured]))
+            print(f"round {turn + 1}/{rounds}: {_title(cell)}: {cell.way}: {what}", file=sys.stderr)
     return [_row(cell, found) for cell in cells]
 
 
-def _row(cell: Cell, found: dict[Cell, Measured]) -> Row:
+def _row(cell: Cell, found: dict[Cell, list[Measured]]) -> Row:
     mine = found[cell]
-    full = replace(cell, way=FULL)
+    good = [measured for measured in mine if not measured.missing]
+    bad = [measured.missing for measured in mine if measured.missing]
 
     def time_of(other: Cell) -> float | None:
-        theirs = found.get(other, Measured())
-        return _median([a / b for a, b in zip(mine.seconds, theirs.seconds, strict=False)])
+        return _median_ratio(mine, found.get(other, []), "fastest")
 
-    memory, of_full = mine.memory_mib, found.get(full, Measured()).memory_mib
+    full = replace(cell, way=FULL)
     return Row(
         cell,
-        seconds=_median(mine.seconds),
+        seconds=_median([measured.fastest for measured in good]),
         of_floor=time_of(replace(cell, way=FLOOR)),
         of_full_logits=time_of(full),
         of_nothing_ignored=time_of(replace(cell, ignored=0.0)) if cell.ignored else None,
-        memory_mib=memory,
-        memory_of_full_logits=memory / of_full if memory is not None and of_full else None,
-        max_error=mine.error,
-        note="; ".join(filter(None, (mine.note, mine.missing, _disturbed(mine)))),
+        memory_mib=_median([m.memory_mib for m in good if m.memory_mib is not None]),
+        memory_of_full_logits=_median_ratio(mine, found.get(full, []), "memory_mib"),
+        max_error=mine[0].error,
+        note="; ".join(dict.fromkeys([m.note for m in good if m.note] + bad + _disturbed(good))),
     )
 
 
-def _disturbed(measured: Measured) -> str:
+def _disturbed(measured: Sequence[Measured]) -> list[str]:
     # Threads that wait for each other pay for a neighbour many times over: say so.
-    others = measured.others
-    return f"other processes took {others:.0%} of the cores" if others > 0.05 else ""
+    others = max((m.others for m in measured), default=0.0)
+    return [f"other processes took {others:.0%} of the cores"] if others > 0.05 else []
+
+
+def _median_ratio(ours: list[Measured], others: list[Measured], name: str) -> float | None:
+    pairs = [
+        (getattr(a, name), getattr(b, name))
+        for a, b in zip(ours, others, strict=False)
+        if not (a.missing or b.missing)
+    ]
+    return _median([a / b for a, b in pairs if a is not None and b])
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -424,7 +370,7 @@ def write_csv(rows: Sequence[Row], machine: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(f"# {machine}\n")
-        names = [field.name for field in fields(Cell)]
+        names = [field.name for field in fields(Cell) if field.name != "check"]
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*names, *COLUMNS, "note"])
         for row in rows:
@@ -536,7 +482,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
     heads = ("trained", "frozen")
     add("--heads", nargs="+", choices=heads, default=heads, help="default: both")
-    add("--rounds", type=int, help="default: 5")
+    add("--rounds", type=int, help="default: 3")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add(
         "--output", type=Path, help=f"a folder for CSV and PNG; default: {RESULTS.name} beside this"
@@ -544,7 +490,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.rounds is None:
-        options.rounds = 1 if options.quick else 5
+        options.rounds = 1 if options.quick else 3
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -558,7 +504,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure group after group; each is printed and written as soon as it is complete."""
     options = parse_options(argv)
     if options.cell is not None:
-        serve(Cell(**json.loads(options.cell)))
+        print(json.dumps(asdict(run_cell(Cell(**json.loads(options.cell))))))
         return
     rows: list[Row] = []
     machine = describe(*PEERS)
