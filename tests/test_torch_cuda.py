@@ -142,7 +142,8 @@ def test_the_check_catches_a_wrong_total(
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
-def test_half_precision_compiles_into_one_graph(place: Place) -> None:
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_compiles_into_one_graph(place: Place, dtype: torch.dtype) -> None:
     """Inductor knows no addmm that is summed in another dtype: none may be in the graph."""
     graphs = []
 
@@ -155,7 +156,7 @@ def test_half_precision_compiles_into_one_graph(place: Place) -> None:
         return linear_spo_loss(chosen, rejected, weight, *case.labels, *case.reference).loss
 
     torch.compiler.reset()
-    case = Case(dtype=torch.bfloat16, device=place.device)
+    case = Case(dtype=dtype, device=place.device)
     compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
     got, want = compiled(case), loss(case)
     close = {"rtol": 0.02, "atol": 0.02}

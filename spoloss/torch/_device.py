@@ -56,7 +56,9 @@ def device_of(tensor: Tensor) -> Device:
     return CUDA if wide else BEFORE_AMPERE
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype, device: Device, out: Tensor | None) -> Tensor:
+def product(
+    a: Tensor, b: Tensor, dtype: torch.dtype, device: Device, out: Tensor | None = None
+) -> Tensor:
     """The product in `dtype`, in `out` if given: not rounded to half precision where possible."""
     if a.dtype == dtype:
         return torch.mm(a, b, out=out)
@@ -68,16 +70,31 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, device: Device, out: Tenso
 def accumulate(total: Tensor, a: Tensor, b: Tensor, device: Device, *, empty: bool = False) -> None:
     """Add a @ b to `total`, which holds nothing yet if it is empty.
 
-    Factors of half precision are summed in the dtype of `total`.
+    Factors of half precision are summed in the dtype of `total`, for which a `b` that is wider than
+    `a` is narrowed.
     """
     beta = 0.0 if empty else 1.0
     if not device.wide_sums or a.dtype == total.dtype:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
-    elif _WIDE_TOTALS and not torch.compiler.is_compiling():
+        return
+    b, unit = _narrowed(b, a.dtype)
+    if unit is None and _WIDE_TOTALS and not torch.compiler.is_compiling():
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-    else:  # Inductor of 2.13 has no addmm with an out_dtype (pytorch/pytorch#163880)
-        more = product(a, b, total.dtype, device, None)
-        total.copy_(more) if empty else total.add_(more)
+        return
+    # Inductor of 2.13 has no addmm with an out_dtype (pytorch/pytorch#163880).
+    more = product(a, b, total.dtype, device)
+    if unit is not None:
+        more.mul_(unit)
+    total.copy_(more) if empty else total.add_(more)
+
+
+def _narrowed(b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`b` in `dtype`, and the 0-d unit that it is then counted in, if any."""
+    if b.dtype == dtype or dtype != torch.float16:
+        return b.to(dtype), None
+    # float16 may be too narrow for a pair's slope: the largest number becomes 1.
+    unit = b.abs().amax().clamp(min=torch.finfo(b.dtype).tiny)
+    return (b / unit).to(dtype), unit
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -274,13 +274,15 @@ class HeadGrad:
 
     def add(self, tile: Tile, blocks: Iterable[Block], factor: Tensor) -> None:
         """Add (factor of each row * (softmax - onehot))^T @ hidden, without the head's gain."""
+        device, empty = self.head.device, self.empty
         for columns, exps, shift in blocks:
             # The factor goes where the array is small: on n x D, not on n x V.
             of_row = (factor * (shift - tile.lse).exp())[:, None]
             if self.weight is not None:
-                self._add(self.weight[columns], exps, tile.states * of_row)
+                rows = tile.states * of_row
+                accumulate(self.weight[columns], exps.t(), rows, device, empty=empty)
             if self.bias is not None:
-                self._add(self.bias[columns, None], exps, of_row)
+                accumulate(self.bias[columns, None], exps.t(), of_row, device, empty=empty)
         column, share = tile.target_share()
         of_target = -factor * share
         if self.weight is not None:
@@ -288,17 +290,6 @@ class HeadGrad:
         if self.bias is not None:
             add_rows(self.bias, column, of_target)
         self.empty = False
-
-    def _add(self, total: Tensor, exps: Tensor, rows: Tensor) -> None:
-        dtype, device = self.head.exps_dtype, self.head.device
-        if dtype != torch.float16:
-            accumulate(total, exps.t(), rows.to(dtype), device, empty=self.empty)
-            return
-        # A pair's slope may be too small for float16: the largest number of the rows becomes 1.
-        largest = rows.abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)
-        more = product(exps.t(), (rows / largest).to(dtype), total.dtype, device, None)
-        more.mul_(largest)
-        total.copy_(more) if self.empty else total.add_(more)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply by a 0-d factor."""
@@ -379,7 +370,8 @@ def exponentials_(
 
 
 def _aligned_exponentials(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    # A compiler that knows this reads and writes 16 bytes at once, where it would 4 and 2.
+    # A compiler that knows this reads and writes 16 bytes at once, where it would 4 and 2. It asks
+    # for multiples of 16, and does not conclude them from 64.
     torch._check(logits.shape[1] % 16 == 0)  # type: ignore[no-untyped-call]
     return exponentials(logits, *others)
 
