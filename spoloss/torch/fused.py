@@ -72,8 +72,8 @@ def linear_pair_loss(
       chosen_hidden: last hidden states of the chosen sequences, shape [P, T, D], real floating.
       rejected_hidden: last hidden states of the rejected sequences, shape [P, T', D].
       weight: the head's weight, shape [V, D], in the dtype of the hidden states. Under DDP, FSDP
-        and DeepSpeed, read it inside the forward of the wrapped module: outside, its gradient is not
-        synchronised, and no error is raised. The update of a LoRA adapter on the head is not in it.
+        and DeepSpeed, read it inside the forward of the wrapped module: outside, its gradient is
+        not synchronised, and no error is raised. A LoRA adapter on the head is not in it.
       chosen_labels: token ids, shape [P, T], integer. Labels equal to `ignore_index` (prompt,
         padding) do not count and cost nothing. Others must lie in [0, V).
       rejected_labels: token ids of the rejected sequences, shape [P, T'].

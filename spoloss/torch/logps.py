@@ -114,7 +114,7 @@ def linear_logps(
       hidden: last hidden states, shape [B, T, D], real floating.
       weight: the head's weight, shape [V, D], in the dtype of `hidden`. Under DDP, FSDP and
         DeepSpeed, read it inside the forward of the wrapped module: outside, its gradient is not
-        synchronised, and no error is raised. The update of a LoRA adapter on the head is not in it.
+        synchronised, and no error is raised. A LoRA adapter on the head is not in it.
       labels: token ids, shape [B, T], integer. Labels equal to `ignore_index` (prompt, padding) do
         not count. Others must lie in [0, V).
       bias: the head's bias, shape [V].
@@ -145,7 +145,7 @@ def linear_logps(
     Raises:
       TypeError: a dtype does not fit, an option is not a number, or `weight` is a sharded DTensor.
       ValueError: a shape, device or number does not fit, a label is outside [0, V), `cu_seqlens`
-        are out of order, `average` and `per_token` are both given, `weight` is partitioned by ZeRO-3,
+        are out of order, `average` and `per_token` are both given, ZeRO-3 has partitioned `weight`,
         or the ranks of `vocab_parallel_group` do not agree or lack rows for the labels.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
