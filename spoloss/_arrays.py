@@ -20,6 +20,7 @@ or the array of another library that follows the Python array API standard."""
 
 REDUCTIONS = ("mean", "sum", "none")
 
+_NUMBERS = (int, float, numpy.integer, numpy.floating)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -54,8 +55,7 @@ def namespace(array: Any, name: str = "the argument", *, or_number: bool = False
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a number of Python or NumPy: no array, no tracer, no boolean."""
-    kinds = (int, float, numpy.integer, numpy.floating)
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def cast(xp: Any, array: Any, dtype: Any) -> Any:
@@ -180,12 +180,12 @@ def shares(values: Any, reduction: str) -> Any:
 def quiet(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let a function reach 0, inf and nan in NumPy as silently as in the other libraries.
 
-    The arrays must be among its positional arguments.
+    The second argument of `function` must be an array: it tells the library of them all.
     """
 
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        for value in args:
+        for value in args[1:2] or kwargs.values():
             if isinstance(value, (numpy.ndarray, numpy.generic)):
                 with numpy.errstate(all="ignore"):
                     return function(*args, **kwargs)
@@ -194,7 +194,6 @@ def quiet(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return wrapper
 
 
-@quiet
 def reduce(values: Any, reduction: str) -> Any:
     """Reduce over all elements: their mean (nan for none), their sum, or "none": unreduced."""
     if reduction == "none":

@@ -278,6 +278,7 @@ def dpo_prob_grad(
     )
 
 
+@quiet
 def reduced_grad(
     loss: MarginLoss, *logps: Any, beta: Any, weights: Any, reduction: str, reward_gap: Any = None
 ) -> PairGrad:

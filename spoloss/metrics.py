@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from spoloss._arrays import ArrayT, cast, detach, is_number, namespace, per_pair, quiet, reduce
-from spoloss.pairs import implied
+from spoloss.pairs import implicit_rewards
 
 
+@quiet
 def preference_metrics(
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
@@ -30,20 +29,13 @@ def preference_metrics(
     | logps/chosen, logps/rejected | the policy's log-probability, nats |
 
     """
-    return _metrics(
+    chosen, rejected = implicit_rewards(
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
         beta=beta,
-        reward_gap=reward_gap,
-        weights=weights,
     )
-
-
-@quiet
-def _metrics(*logps: Any, beta: Any, reward_gap: Any, weights: Any) -> dict[str, Any]:
-    chosen, rejected = implied(*logps, beta=beta)
     margins = chosen - rejected
     target = 1.0 if reward_gap is None else per_pair("reward_gap", reward_gap, chosen)
     values = {
@@ -53,8 +45,8 @@ def _metrics(*logps: Any, beta: Any, reward_gap: Any, weights: Any) -> dict[str,
         "rewards/accuracies": margins > 0.0,
         "rewards/margins_below_0": margins < 0.0,
         "rewards/margins_above_1": margins > target,
-        "logps/chosen": detach(logps[0]),
-        "logps/rejected": detach(logps[1]),
+        "logps/chosen": detach(policy_chosen_logps),
+        "logps/rejected": detach(policy_rejected_logps),
     }
     xp = namespace(chosen)
     values = {key: cast(xp, value, chosen.dtype) for key, value in values.items()}

@@ -258,6 +258,7 @@ def pair_loss(
     )
 
 
+@quiet
 def log_ratio_margin(
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
@@ -289,6 +290,7 @@ def log_ratio_margin(
     )
 
 
+@quiet
 def implicit_rewards(
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
@@ -313,15 +315,17 @@ def implicit_rewards(
       TypeError: as `spo_loss`.
       ValueError: as `spo_loss`.
     """
-    return implied(
+    chosen, rejected = log_ratios(
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta=beta,
     )
+    beta = per_pair("beta", beta, chosen)
+    return Rewards(detach(beta * chosen), detach(beta * rejected))
 
 
+@quiet
 def reduced_loss(
     loss: MarginLoss,
     *logps: ArrayT | float,
@@ -343,19 +347,10 @@ def log_ratios(*logps: Any) -> tuple[Any, Any]:
     return pc - rc, pr - rr
 
 
-@quiet
 def margins(*logps: Any) -> Any:
     """The margin of each pair, after all checks."""
     chosen, rejected = log_ratios(*logps)
     return chosen - rejected
-
-
-@quiet
-def implied(*logps: Any, beta: Any) -> Rewards:
-    """The implicit rewards of each pair, constants to autograd, after all checks."""
-    chosen, rejected = log_ratios(*logps)
-    beta = per_pair("beta", beta, chosen)
-    return Rewards(detach(beta * chosen), detach(beta * rejected))
 
 
 def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
@@ -369,7 +364,6 @@ def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
     return beta
 
 
-@quiet
 def weighted(function: Any, margin: Any, beta: Any, reward_gap: Any, weights: Any) -> Any:
     """A loss's value or slope for each pair, times the pair's weight."""
     if weights is None:
