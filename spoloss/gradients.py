@@ -1,4 +1,4 @@
-"""Floor 2: the analytic gradients, for NumPy (no autograd) and for checking the others.
+"""Layer 2: the analytic gradients, for NumPy (no autograd) and for checking the others.
 
 By log-probability, where a network's gradient lives: `spo_grad`, `dpo_grad`, `squared_grad`. By
 probability, as the paper states them: equations 7 and 8, `dpo_prob_grad` and `spo_prob_grad`.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from spoloss._arrays import ArrayT, check_reduction, conform, per_pair, reduction_scale
+from spoloss._arrays import ArrayT, check_reduction, conform, quiet, shares
 from spoloss.losses import DPO, SPO, MarginLoss, SignedLog, Squared
-from spoloss.pairs import LOGPS, beta_for_gap, check_loss, log_ratio_margin, weighted
+from spoloss.pairs import IPO_GAP, LOGPS, beta_for_gap, check_loss, margins, weighted
 
 
 class PairGrad(NamedTuple):
@@ -36,7 +36,7 @@ def spo_grad(
     beta: ArrayT | float = 0.1,
     reward_gap: ArrayT | float | None = None,
     linear_below: float | None = None,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
     """The gradient of `spo_loss` with the same arguments, by the policy's log-probabilities.
@@ -51,13 +51,14 @@ def spo_grad(
       TypeError: as `spo_loss`.
       ValueError: as `spo_loss`.
     """
-    return pair_grad(
+    return reduced_grad(
         SPO(linear_below),
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta=beta_for_gap(beta, reward_gap, policy_chosen_logps),
+        beta=beta,
+        reward_gap=reward_gap,
         weights=weights,
         reduction=reduction,
     )
@@ -71,7 +72,7 @@ def dpo_grad(
     *,
     beta: ArrayT | float = 0.1,
     label_smoothing: float = 0.0,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
     """The gradient of `dpo_loss` with the same arguments, by the policy's log-probabilities.
@@ -85,7 +86,7 @@ def dpo_grad(
       TypeError: as `spo_loss`.
       ValueError: as `spo_loss`.
     """
-    return pair_grad(
+    return reduced_grad(
         DPO(label_smoothing),
         policy_chosen_logps,
         policy_rejected_logps,
@@ -105,7 +106,7 @@ def squared_grad(
     *,
     beta: ArrayT | float = 0.1,
     reward_gap: ArrayT | float | None = None,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
     """The gradient of `squared_loss` with the same arguments, by the policy's log-probabilities.
@@ -119,13 +120,41 @@ def squared_grad(
       TypeError: as `spo_loss`.
       ValueError: as `spo_loss`.
     """
-    return pair_grad(
+    return reduced_grad(
         Squared(),
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta=beta_for_gap(beta, reward_gap, policy_chosen_logps),
+        beta=beta,
+        reward_gap=reward_gap,
+        weights=weights,
+        reduction=reduction,
+    )
+
+
+def ipo_grad(
+    policy_chosen_logps: ArrayT,
+    policy_rejected_logps: ArrayT,
+    reference_chosen_logps: ArrayT | float,
+    reference_rejected_logps: ArrayT | float,
+    *,
+    beta: ArrayT | float = 0.1,
+    weights: ArrayT | float | None = None,
+    reduction: str = "mean",
+) -> PairGrad:
+    """The gradient of `ipo_loss` with the same arguments, by the policy's log-probabilities.
+
+    dl/dh = 2 * (h - 1 / (2 * beta))
+    """
+    return reduced_grad(
+        Squared(),
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=IPO_GAP,
         weights=weights,
         reduction=reduction,
     )
@@ -139,7 +168,7 @@ def pair_grad(
     reference_rejected_logps: ArrayT | float,
     *,
     beta: ArrayT | float,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
     """The gradient of `pair_loss` with the same arguments, from the loss's own slope.
@@ -151,17 +180,16 @@ def pair_grad(
       TypeError: as `pair_loss`.
       ValueError: as `pair_loss`.
     """
-    check_loss(loss)
-    check_reduction(reduction)
-    margin = log_ratio_margin(
+    return reduced_grad(
+        loss,
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
+        beta=beta,
+        weights=weights,
+        reduction=reduction,
     )
-    slope = weighted(loss.slope, margin, beta, weights)
-    slope = slope * reduction_scale(slope, reduction)
-    return PairGrad(slope, -slope)
 
 
 def spo_prob_grad(
@@ -205,7 +233,8 @@ def spo_prob_grad(
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta_for_gap(beta, reward_gap, policy_chosen_logps),
+        beta=beta,
+        reward_gap=reward_gap,
     )
 
 
@@ -245,13 +274,25 @@ def dpo_prob_grad(
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta,
+        beta=beta,
     )
 
 
-def _prob_grad(loss: SPO | DPO, pc: Any, pr: Any, rc: Any, rr: Any, beta: Any) -> PairProbGrad:
-    margin = log_ratio_margin(pc, pr, rc, rr)
-    sign, log_abs = loss.log_slope(margin, per_pair("beta", beta, margin))
+@quiet
+def reduced_grad(
+    loss: MarginLoss, *logps: Any, beta: Any, weights: Any, reduction: str, reward_gap: Any = None
+) -> PairGrad:
+    """`pair_grad` by the four log-probabilities, with a reward gap where the loss takes one."""
+    check_loss(loss)
+    check_reduction(reduction)
+    slopes = shares(weighted(loss.slope, margins(*logps), beta, reward_gap, weights), reduction)
+    return PairGrad(slopes, -slopes)
+
+
+@quiet
+def _prob_grad(loss: SPO | DPO, *logps: Any, beta: Any, reward_gap: Any = None) -> PairProbGrad:
+    margin = margins(*logps)
+    sign, log_abs = loss.log_slope(margin, beta_for_gap(beta, reward_gap, margin))
     # d(log pi)/d(pi) = 1 / pi is a subtraction of logs.
-    pc, pr = conform(LOGPS[:2], (pc, pr), numbers_from=2)
+    pc, pr = conform(LOGPS[:2], logps[:2], numbers_from=2)
     return PairProbGrad(SignedLog(sign, log_abs - pc), SignedLog(-sign, log_abs - pr))

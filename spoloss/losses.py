@@ -69,32 +69,34 @@ class SPO:
             raise TypeError(f"linear_below must be a number or None, got {type(x0).__name__}")
         if not -700.0 < x0 < 1.0:
             raise ValueError(f"linear_below must lie in (-700, 1), got {x0}")
+        # A NumPy scalar would carry its own dtype into the result.
+        object.__setattr__(self, "linear_below", float(x0))
 
     @quiet
     def value(self, margin: Any, beta: Any) -> Any:
         """l(h) = -x * e^(-x)."""
-        xp = namespace(margin)
+        xp = namespace(margin, "margin")
         z = at_least(xp, margin * -beta, _VANISHED)  # z = -x, so that l = z * e^z
-        if self.linear_below is None:
-            return z * xp.exp(z)
-        z0 = -self.linear_below
+        z0 = self._greatest_z
+        if z0 == math.inf or z0 * math.exp(z0) > float(xp.finfo(margin.dtype).max):
+            return z * xp.exp(z)  # a tangent of which no value fits the dtype is no other curve
         below = z > z0
         # The side not taken must stay finite: 0 * inf in its gradient would be nan.
-        curve = xp.where(below, z0, z)
-        tangent = math.exp(z0) * ((1.0 + z0) * z - z0 * z0)
+        curve, rise = xp.where(below, z0, z), xp.where(below, z - z0, 0.0)
+        tangent = math.exp(z0) * (z0 + (1.0 + z0) * rise)
         return xp.where(below, tangent, curve * xp.exp(curve))
 
     @quiet
     def slope(self, margin: Any, beta: Any) -> Any:
         """dl/dh = beta * (x - 1) * e^(-x)."""
-        xp = namespace(margin)
+        xp = namespace(margin, "margin")
         z = xp.clip(margin * -beta, _VANISHED, self._greatest_z)
         return -beta * (1.0 + z) * xp.exp(z)
 
     @quiet
     def log_slope(self, margin: Any, beta: Any) -> SignedLog:
         """dl/dh as sign and log-magnitude, for margins where e^(-x) fits no float."""
-        xp = namespace(margin)
+        xp = namespace(margin, "margin")
         z = xp.clip(margin * -beta, None, self._greatest_z)
         factor = -beta * (1.0 + z)
         return SignedLog(xp.sign(factor), xp.log(xp.abs(factor)) + z)
@@ -127,11 +129,13 @@ class DPO:
             raise TypeError(f"label_smoothing must be a number, got {type(e).__name__}")
         if not 0.0 <= e < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {e}")
+        # A NumPy scalar would carry its own dtype into the result.
+        object.__setattr__(self, "label_smoothing", float(e))
 
     @quiet
     def value(self, margin: Any, beta: Any) -> Any:
         """l(h) = -(1-e) * log s(x) - e * log s(-x)."""
-        xp = namespace(margin)
+        xp = namespace(margin, "margin")
         x = margin * beta
         if self.label_smoothing == 0.0:  # 0 * log s(-inf) would be nan
             return -log_sigmoid(xp, x)
@@ -148,7 +152,7 @@ class DPO:
     @quiet
     def log_slope(self, margin: Any, beta: Any) -> SignedLog:
         """dl/dh as sign and log-magnitude, for margins where s(-x) fits no float."""
-        xp = namespace(margin)
+        xp = namespace(margin, "margin")
         if self.label_smoothing > 0.0:
             # Then |dl/dh| stays in range by itself: it tends to e * beta.
             slope = self.slope(margin, beta)

@@ -1,13 +1,12 @@
-"""Floor 2: what to log about a batch of pairs."""
+"""Layer 2: what to log about a batch of pairs."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from spoloss._arrays import ArrayT, cast, detach, namespace
+from spoloss._arrays import ArrayT, cast, detach, is_number, namespace, per_pair, quiet, reduce
 from spoloss.pairs import implicit_rewards
 
 
+@quiet
 def preference_metrics(
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
@@ -15,6 +14,8 @@ def preference_metrics(
     reference_rejected_logps: ArrayT | float,
     *,
     beta: ArrayT | float,
+    reward_gap: ArrayT | float | None = None,
+    weights: ArrayT | float | None = None,
 ) -> dict[str, ArrayT]:
     """Means over the batch under TRL's key names, and the two shares that SPO users watch.
 
@@ -24,22 +25,9 @@ def preference_metrics(
     | rewards/margins | x = beta * h, the difference of the two |
     | rewards/accuracies | x > 0 (a tie, as at step 0, counts as wrong) |
     | rewards/margins_below_0 | x < 0: on SPO's steep side, mis-ordered |
-    | rewards/margins_above_1 | x > 1: past SPO's target, pulled back |
+    | rewards/margins_above_1 | x > reward_gap (1 where unknown): past SPO's target, pulled back |
     | logps/chosen, logps/rejected | the policy's log-probability, nats |
 
-    Args:
-      policy_chosen_logps: as for `spo_loss`.
-      policy_rejected_logps: as for `spo_loss`.
-      reference_chosen_logps: as for `spo_loss`.
-      reference_rejected_logps: as for `spo_loss`.
-      beta: 1 / nats, > 0: a number or shape [B].
-
-    Returns:
-      name -> 0-d array, constant to autograd, still on its device: nothing here waits for it.
-
-    Raises:
-      TypeError: as `spo_loss`.
-      ValueError: as `spo_loss`.
     """
     chosen, rejected = implicit_rewards(
         policy_chosen_logps,
@@ -48,19 +36,27 @@ def preference_metrics(
         reference_rejected_logps,
         beta=beta,
     )
-    xp = namespace(chosen)
-
-    def mean(array: Any) -> Any:
-        return xp.mean(cast(xp, array, chosen.dtype))
-
     margins = chosen - rejected
+    target = 1.0 if reward_gap is None else per_pair("reward_gap", reward_gap, chosen)
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > 0.0,
+        "rewards/margins_below_0": margins < 0.0,
+        "rewards/margins_above_1": margins > target,
+        "logps/chosen": detach(policy_chosen_logps),
+        "logps/rejected": detach(policy_rejected_logps),
+    }
+    xp = namespace(chosen)
+    values = {key: cast(xp, value, chosen.dtype) for key, value in values.items()}
+    if weights is None:
+        return {key: reduce(value, "mean") for key, value in values.items()}
+    weights = per_pair("weights", weights, chosen, positive=False)
+    weights = xp.full_like(chosen, weights) if is_number(weights) else detach(weights)
+    total = reduce(weights, "mean")
     return {
-        "rewards/chosen": mean(chosen),
-        "rewards/rejected": mean(rejected),
-        "rewards/margins": mean(margins),
-        "rewards/accuracies": mean(margins > 0.0),
-        "rewards/margins_below_0": mean(margins < 0.0),
-        "rewards/margins_above_1": mean(margins > 1.0),
-        "logps/chosen": mean(detach(policy_chosen_logps)),
-        "logps/rejected": mean(detach(policy_rejected_logps)),
+        # Not weights * value alone: 0 times the nan of a padded pair would be nan.
+        key: reduce(xp.where(weights == 0.0, 0.0, weights * value), "mean") / total
+        for key, value in values.items()
     }

@@ -1,4 +1,4 @@
-"""Floor 2: from the four log-probabilities of a batch of pairs to a loss.
+"""Layer 2: from the four log-probabilities of a batch of pairs to a loss.
 
 The four come in the order that DPO's reference code set and most trainers follow:
 policy chosen, policy rejected, reference chosen, reference rejected. Each is the summed
@@ -7,9 +7,21 @@ log-probability of a completion, in nats, of shape [B].
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
-from spoloss._arrays import ArrayT, check_reduction, conform, detach, namespace, per_pair, reduce
+from spoloss._arrays import (
+    ArrayT,
+    check_positive,
+    check_reduction,
+    conform,
+    detach,
+    is_number,
+    namespace,
+    per_pair,
+    quiet,
+    reduce,
+)
 from spoloss.losses import DPO, SPO, MarginLoss, Squared
 
 LOGPS = (
@@ -18,6 +30,9 @@ LOGPS = (
     "reference_chosen_logps",
     "reference_rejected_logps",
 )
+
+IPO_GAP = 0.5
+"""IPO is the squared loss at this reward gap: its target is 1 / (2 * beta)."""
 
 
 class Rewards(NamedTuple):
@@ -36,7 +51,7 @@ def spo_loss(
     beta: ArrayT | float = 0.1,
     reward_gap: ArrayT | float | None = None,
     linear_below: float | None = None,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
     """Stable Preference Optimization (Tan 2025; not predict-then-optimize), paper eq. 6.
@@ -68,14 +83,14 @@ def spo_loss(
       TypeError: an argument is not a real floating array, or of another library than the first.
       ValueError: shapes differ, a number is out of range, or the reduction does not exist.
     """
-    beta = beta_for_gap(beta, reward_gap, policy_chosen_logps)
-    return pair_loss(
+    return reduced_loss(
         SPO(linear_below),
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
         beta=beta,
+        reward_gap=reward_gap,
         weights=weights,
         reduction=reduction,
     )
@@ -89,7 +104,7 @@ def dpo_loss(
     *,
     beta: ArrayT | float = 0.1,
     label_smoothing: float = 0.0,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
     """Direct Preference Optimization, DPO eq. 7 (arXiv:2305.18290).
@@ -134,7 +149,7 @@ def squared_loss(
     *,
     beta: ArrayT | float = 0.1,
     reward_gap: ArrayT | float | None = None,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
     """Squared error to the optimal margin, the candidate of the paper's section 2.2.
@@ -161,14 +176,41 @@ def squared_loss(
       TypeError: as `spo_loss`.
       ValueError: as `spo_loss`.
     """
-    beta = beta_for_gap(beta, reward_gap, policy_chosen_logps)
-    return pair_loss(
+    return reduced_loss(
         Squared(),
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
         beta=beta,
+        reward_gap=reward_gap,
+        weights=weights,
+        reduction=reduction,
+    )
+
+
+def ipo_loss(
+    policy_chosen_logps: ArrayT,
+    policy_rejected_logps: ArrayT,
+    reference_chosen_logps: ArrayT | float,
+    reference_rejected_logps: ArrayT | float,
+    *,
+    beta: ArrayT | float = 0.1,
+    weights: ArrayT | float | None = None,
+    reduction: str = "mean",
+) -> ArrayT:
+    """Identity Preference Optimization (IPO).
+
+    l = (h - 1 / (2 * beta))^2
+    """
+    return reduced_loss(
+        Squared(),
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=IPO_GAP,
         weights=weights,
         reduction=reduction,
     )
@@ -182,7 +224,7 @@ def pair_loss(
     reference_rejected_logps: ArrayT | float,
     *,
     beta: ArrayT | float,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
     """Any loss of the margin, reduced over a batch of pairs; PyTorch and JAX differentiate it.
@@ -204,17 +246,19 @@ def pair_loss(
       TypeError: as `spo_loss`, or `loss` is no loss object.
       ValueError: as `spo_loss`.
     """
-    check_loss(loss)
-    check_reduction(reduction)
-    margin = log_ratio_margin(
+    return reduced_loss(
+        loss,
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
+        beta=beta,
+        weights=weights,
+        reduction=reduction,
     )
-    return reduce(weighted(loss.value, margin, beta, weights), reduction)  # type: ignore[no-any-return]
 
 
+@quiet
 def log_ratio_margin(
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
@@ -238,15 +282,15 @@ def log_ratio_margin(
       TypeError: an argument is not a real floating array, or of another library than the first.
       ValueError: the shapes differ.
     """
-    chosen, rejected = log_ratios(
+    return margins(  # type: ignore[no-any-return]
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    return chosen - rejected  # type: ignore[no-any-return]
 
 
+@quiet
 def implicit_rewards(
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
@@ -281,42 +325,74 @@ def implicit_rewards(
     return Rewards(detach(beta * chosen), detach(beta * rejected))
 
 
-def log_ratios(
-    policy_chosen_logps: Any,
-    policy_rejected_logps: Any,
-    reference_chosen_logps: Any,
-    reference_rejected_logps: Any,
-) -> tuple[Any, Any]:
+@quiet
+def reduced_loss(
+    loss: MarginLoss,
+    *logps: ArrayT | float,
+    beta: ArrayT | float,
+    weights: ArrayT | float | None,
+    reduction: str,
+    reward_gap: ArrayT | float | None = None,
+) -> ArrayT:
+    """`pair_loss` of the four log-probabilities, with a reward gap where the loss takes one."""
+    check_loss(loss)
+    check_reduction(reduction)
+    values = weighted(loss.value, margins(*logps), beta, reward_gap, weights)
+    return reduce(values, reduction)  # type: ignore[no-any-return]
+
+
+def log_ratios(*logps: Any) -> tuple[Any, Any]:
     """log(pi / pi_ref) of the chosen and of the rejected completions, after all checks."""
-    pc, pr, rc, rr = conform(
-        LOGPS,
-        (
-            policy_chosen_logps,
-            policy_rejected_logps,
-            reference_chosen_logps,
-            reference_rejected_logps,
-        ),
-        numbers_from=2,
-    )
+    pc, pr, rc, rr = conform(LOGPS, logps, numbers_from=2)
     return pc - rc, pr - rr
 
 
+def margins(*logps: Any) -> Any:
+    """The margin of each pair, after all checks."""
+    chosen, rejected = log_ratios(*logps)
+    return chosen - rejected
+
+
 def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
-    """A known gap is a beta per pair: the target reward_gap / beta is 1 / (beta / reward_gap)."""
+    """The beta of each pair: a known gap has its target at reward_gap / beta, as beta / gap has."""
+    beta = per_pair("beta", beta, logps)
     if reward_gap is None:
         return beta
-    return per_pair("beta", beta, logps) / per_pair("reward_gap", reward_gap, logps)
+    beta = beta / per_pair("reward_gap", reward_gap, logps)
+    if is_number(beta):
+        check_positive("beta / reward_gap", beta)
+    return beta
 
 
-def weighted(function: Any, margin: Any, beta: Any, weights: Any) -> Any:
+def weighted(function: Any, margin: Any, beta: Any, reward_gap: Any, weights: Any) -> Any:
     """A loss's value or slope for each pair, times the pair's weight."""
-    beta = per_pair("beta", beta, margin)
     if weights is None:
-        return function(margin, beta)
+        return function(margin, beta_for_gap(beta, reward_gap, margin))
+    xp = namespace(margin)
     weights = per_pair("weights", weights, margin, positive=False)
-    # A pair of weight 0 may hold inf or nan (padding): 0 times that would be nan.
-    margin = namespace(margin).where(weights == 0.0, 0.0, margin)
-    return weights * function(margin, beta)
+    if is_number(weights):
+        weights = xp.full_like(margin, weights)
+    # 0 * inf and 0 * nan are nan, in derivatives too, so what weight 0 leaves out must be finite.
+    # Finite pairs of weight 0 stay as they are: the derivative by the weight is their loss.
+    usable = _usable(function, margin, beta, reward_gap)
+    lost = xp.logical_and(weights == 0.0, xp.logical_not(usable))
+    margin, beta, reward_gap = (
+        value if value is None or is_number(value) else xp.where(lost, 1.0, value)
+        for value in (margin, beta, reward_gap)
+    )
+    values = function(margin, beta_for_gap(beta, reward_gap, margin))
+    return weights * xp.where(lost, 0.0, values)
+
+
+def _usable(function: Any, margin: Any, beta: Any, reward_gap: Any) -> Any:
+    """Where a pair's value is finite, and the derivatives of what it is made of."""
+    beta = beta_for_gap(beta, reward_gap, margin)
+    terms = [margin, beta, function(margin, beta)]
+    if reward_gap is not None:
+        terms.append(beta / per_pair("reward_gap", reward_gap, margin))
+    xp = namespace(margin)
+    finite = (xp.isfinite(term) for term in terms if not is_number(term))
+    return functools.reduce(xp.logical_and, finite)
 
 
 def check_loss(loss: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spoloss._arrays import reduce, reduction_scale
+from spoloss._arrays import is_number, reduce, reduction_scale
 from spoloss.gradients import pair_grad
 from spoloss.losses import MarginLoss
 from spoloss.pairs import pair_loss
@@ -64,9 +64,10 @@ class Objective:
         if self.nll_weight == 0.0:
             return value
         nll = self._nll_per_logp(chosen.dtype) * chosen
-        if self.weights is not None:
-            # A pair of weight 0 is left out even if its log-probability is -inf.
-            nll = torch.where(zero_weights(self.weights, chosen), 0.0, nll)
+        left_out = zero_weights(self.weights, chosen)
+        if left_out is not None:
+            # 0 times a log-probability of -inf would be nan.
+            nll = torch.where(left_out, 0.0, nll)
         total: Tensor = value + reduce(nll, self.reduction)
         return total
 
@@ -122,8 +123,10 @@ class Objective:
         return torch.stack([chosen, -rejected])
 
 
-def zero_weights(weights: Tensor | float, like: Tensor) -> Tensor:
-    """Which pairs have weight 0, as booleans of the shape of `like`."""
+def zero_weights(weights: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """Which pairs have weight 0, as booleans of the shape of `like`; None if none can have."""
+    if weights is None or (is_number(weights) and weights != 0.0):
+        return None
     return torch.as_tensor(weights, device=like.device).expand(like.shape) == 0.0
 
 

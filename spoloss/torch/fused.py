@@ -140,7 +140,9 @@ def linear_pair_loss(
         "beta": beta,
         "weights": weights,
     }
-    like = no_logps(chosen_hidden, sides[0].sequences)
+    like = like_margins(
+        chosen_hidden, sides[0].sequences, reference_chosen_logps, reference_rejected_logps
+    )
     _check_constants(like, constants)
     sequences = [
         Sequences(
@@ -148,7 +150,7 @@ def linear_pair_loss(
             targets_of(side.labels, ignore_index, shift=shift, cu_seqlens=side.cu_seqlens),
             ignore_index,
             side.cu_seqlens,
-            None if weights is None else zero_weights(weights, like),
+            zero_weights(weights, like),
         )
         for side in sides
     ]
@@ -168,9 +170,12 @@ def linear_pair_loss(
     return fused_loss(inputs, sequences, objective, options)
 
 
-def no_logps(hidden: Tensor, pairs: int) -> Tensor:
-    """An array [P] of the dtype and device of the log-probabilities, for checks of its kind."""
+def like_margins(hidden: Tensor, pairs: int, *references: Tensor | float) -> Tensor:
+    """An array of the margins' shape [P], dtype and device, to check other arguments against."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    for reference in references:
+        if isinstance(reference, Tensor) and reference.is_floating_point():
+            dtype = torch.promote_types(dtype, reference.dtype)
     return hidden.new_zeros(pairs, dtype=dtype)
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from spoloss.losses import DPO, SPO, Squared
-from spoloss.pairs import beta_for_gap
+from spoloss.pairs import IPO_GAP, beta_for_gap
 from spoloss.torch._fused import LinearPairLoss
-from spoloss.torch.fused import linear_pair_loss, no_logps
+from spoloss.torch.fused import like_margins, linear_pair_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,7 +92,14 @@ def linear_spo_loss(
         (references, `beta`, `reward_gap`, `weights`) requires a gradient.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
-    gapped_beta = _with_gap(beta, reward_gap, chosen_hidden, chosen_cu_seqlens)
+    gapped_beta = _with_gap(
+        beta,
+        reward_gap,
+        chosen_hidden,
+        chosen_cu_seqlens,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
     return linear_pair_loss(
         SPO(linear_below),
         chosen_hidden,
@@ -296,7 +303,14 @@ def linear_squared_loss(
         (references, `beta`, `reward_gap`, `weights`) requires a gradient.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
-    gapped_beta = _with_gap(beta, reward_gap, chosen_hidden, chosen_cu_seqlens)
+    gapped_beta = _with_gap(
+        beta,
+        reward_gap,
+        chosen_hidden,
+        chosen_cu_seqlens,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
     return linear_pair_loss(
         Squared(),
         chosen_hidden,
@@ -397,7 +411,14 @@ def linear_ipo_loss(
         (references, `beta`, `weights`) requires a gradient.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
-    gapped_beta = _with_gap(beta, 0.5, chosen_hidden, chosen_cu_seqlens)
+    gapped_beta = _with_gap(
+        beta,
+        IPO_GAP,
+        chosen_hidden,
+        chosen_cu_seqlens,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
     return linear_pair_loss(
         Squared(),
         chosen_hidden,
@@ -430,8 +451,11 @@ def _with_gap(
     reward_gap: Tensor | float | None,
     hidden: Tensor,
     cu_seqlens: Tensor | None,
+    *references: Tensor | float,
 ) -> Tensor | float:
     """The beta whose target 1 / beta is reward_gap / beta."""
     pairs = len(hidden) if cu_seqlens is None else len(cu_seqlens) - 1
-    result: Tensor | float = beta_for_gap(beta, reward_gap, no_logps(hidden, pairs))
+    result: Tensor | float = beta_for_gap(
+        beta, reward_gap, like_margins(hidden, pairs, *references)
+    )
     return result

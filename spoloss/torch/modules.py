@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spoloss._arrays import check_positive, check_reduction, is_number
 from spoloss.losses import DPO, SPO, MarginLoss, Squared
-from spoloss.pairs import beta_for_gap, implicit_rewards, pair_loss
+from spoloss.pairs import implicit_rewards, reduced_loss
 
 
 class PreferenceOutput(NamedTuple):
@@ -29,7 +29,7 @@ class _PairModule(nn.Module):
             raise TypeError(f"beta must be a number, got {type(beta).__name__}")
         check_positive("beta", beta)
         self.loss = loss
-        self.beta = beta
+        self.beta = float(beta)
         self.reduction = reduction
 
     def extra_repr(self) -> str:
@@ -39,12 +39,13 @@ class _PairModule(nn.Module):
         self,
         logps: tuple[Tensor, Tensor, Tensor | float, Tensor | float],
         reward_gap: Tensor | float | None,
-        weights: Tensor | None,
+        weights: Tensor | float | None,
     ) -> PreferenceOutput:
-        losses = pair_loss(
+        losses = reduced_loss(
             self.loss,
             *logps,
-            beta=beta_for_gap(self.beta, reward_gap, logps[0]),
+            beta=self.beta,
+            reward_gap=reward_gap,
             weights=weights,
             reduction=self.reduction,
         )
@@ -77,7 +78,7 @@ class SPOLoss(_PairModule):
         reference_rejected_logps: Tensor | float,
         *,
         reward_gap: Tensor | float | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | float | None = None,
     ) -> PreferenceOutput:
         """Arguments, shapes and errors are those of `spoloss.spo_loss`."""
         logps = (
@@ -114,7 +115,7 @@ class DPOLoss(_PairModule):
         reference_chosen_logps: Tensor | float,
         reference_rejected_logps: Tensor | float,
         *,
-        weights: Tensor | None = None,
+        weights: Tensor | float | None = None,
     ) -> PreferenceOutput:
         """Arguments, shapes and errors are those of `spoloss.dpo_loss`."""
         logps = (
@@ -149,7 +150,7 @@ class SquaredLoss(_PairModule):
         reference_rejected_logps: Tensor | float,
         *,
         reward_gap: Tensor | float | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | float | None = None,
     ) -> PreferenceOutput:
         """Arguments, shapes and errors are those of `spoloss.squared_loss`."""
         logps = (
