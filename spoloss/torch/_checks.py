@@ -11,7 +11,7 @@ from spoloss._options import check_head_options
 from spoloss.torch._devices import device_of
 from spoloss.torch._head import HeadOptions, factor_dtype_of
 from spoloss.torch._labels import check_cu_seqlens, check_labels
-from spoloss.torch._vocab_parallel import VocabShard, join
+from spoloss.torch._vocab_parallel import VocabShard, join, refuse_compilation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -116,9 +116,7 @@ def _join(
     chunk_size: int | None,
     dtype: torch.dtype | None,
 ) -> VocabShard:
-    if torch.compiler.is_compiling():
-        # Dynamo runs the call outside its graph, or reports this under fullgraph=True.
-        raise RuntimeError("vocab_parallel_group cannot be part of a compiled graph")
+    refuse_compilation()
     tensors: dict[str, Tensor | None] = {f"{side.prefix}hidden": side.hidden for side in sides}
     tensors |= {"weight": weight, "bias": bias}
     facts = {f"the number of tokens of {side.prefix}labels": side.labels.numel() for side in sides}

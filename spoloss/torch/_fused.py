@@ -82,6 +82,13 @@ def _two_passes(
     return LinearPairLoss(objective.value(logps), *logps.detach())
 
 
+class _Kind(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class _OnePass(torch.autograd.Function):
     """Loss, log-probabilities and gradients in the forward; the backward only scales them."""
 
@@ -114,7 +121,7 @@ class _OnePass(torch.autograd.Function):
         chosen, rejected, weight, bias, anchor, ctx.table, *_ = inputs
         # Shapes and dtypes alone: saving the inputs would keep them alive until the backward.
         ctx.kinds = [
-            None if tensor is None else torch.empty_like(tensor, device="meta")
+            None if tensor is None else _Kind(tensor.shape, tensor.dtype)
             for tensor in (chosen, rejected, weight, bias)
         ]
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))

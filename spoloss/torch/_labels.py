@@ -44,7 +44,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, labels_name: str, labels: Te
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind}")
+        raise TypeError(f"{name} must be int32 or int64, got {kind}")
     if len(labels) != 1:
         raise ValueError(
             f"{name} cuts one row into sequences: {labels_name} must have shape [1, T], "

@@ -21,6 +21,7 @@ from spoloss.torch._head import Head, HeadOptions
 from spoloss.torch._plan import tiles
 from spoloss.torch._softmax import Sums, Workspace, known_softmax, softmax_of, visit
 from spoloss.torch._tokens import Batch, Sequences, TokenTable, make_table
+from spoloss.torch._vocab_parallel import refuse_compilation
 
 
 def token_logps(
@@ -31,6 +32,8 @@ def token_logps(
     options: HeadOptions,
 ) -> Tensor:
     """Log-probabilities of the targets, [B, T]; 0 where a label does not count. Differentiable."""
+    if options.shard is not None:
+        refuse_compilation()
     if torch.compiler.is_compiling():
         logps, _ = _forward_operator(
             hidden,

@@ -59,6 +59,18 @@ class VocabShard:
         dist.all_reduce(partial, group=self.group)
 
 
+def refuse_compilation() -> None:
+    """Keep a split head out of a compiled graph.
+
+    Dynamo then runs the call eagerly, or reports the error under fullgraph=True.
+
+    Raises:
+      RuntimeError: under torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("vocab_parallel_group cannot be part of a compiled graph")
+
+
 def join(
     group: ProcessGroup,
     weight: Tensor,

@@ -191,7 +191,6 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None]:
@@ -206,14 +205,6 @@ class _TokenLogps(torch.autograd.Function):
             # A row that does not count may hold nan (padding), and 0 * nan is not 0.
             grad_logits[rows] = torch.where(counts[rows, None], product, 0.0).to(logits.dtype)
         return grad_logits, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        logits, targets, counts = ctx.saved_tensors
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        tangent, softmax = tangent.to(wide), logits.to(wide).softmax(dim=1)
-        moved = tangent.gather(1, targets[:, None]).squeeze(1) - (softmax * tangent).sum(dim=1)
-        return torch.where(counts, moved, 0.0)
 
 
 def _tiles(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
