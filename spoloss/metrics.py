@@ -17,17 +17,50 @@ def preference_metrics(
     reward_gap: ArrayT | float | None = None,
     weights: ArrayT | float | None = None,
 ) -> dict[str, ArrayT]:
-    """Means over the batch under TRL's key names, and the two shares that SPO users watch.
+    """What to log about a batch of pairs, under the names that TRL uses.
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
 
     | key | mean over the pairs of |
     |---|---|
-    | rewards/chosen, rewards/rejected | beta * log(pi / pi_ref) |
+    | rewards/chosen | beta * (log pi(y_w) - log pi_ref(y_w)), the implicit reward |
+    | rewards/rejected | beta * (log pi(y_l) - log pi_ref(y_l)) |
     | rewards/margins | x = beta * h, the difference of the two |
-    | rewards/accuracies | x > 0 (a tie, as at step 0, counts as wrong) |
-    | rewards/margins_below_0 | x < 0: on SPO's steep side, mis-ordered |
-    | rewards/margins_above_1 | x > reward_gap (1 where unknown): past SPO's target, pulled back |
-    | logps/chosen, logps/rejected | the policy's log-probability, nats |
+    | rewards/accuracies | 1 where x > 0, else 0; a tie, as in the first step, counts 0 |
+    | rewards/margins_below_0 | 1 where x < 0: mis-ordered, on the steep side of SPO |
+    | rewards/margins_above_1 | 1 where x > reward_gap: above the target; SPO pulls back |
+    | logps/chosen | log pi(y_w), in nats |
+    | logps/rejected | log pi(y_l), in nats |
 
+    With `weights` each mean is sum(weights * values) / sum(weights). The divisor is not B, as it is
+    in the losses: a batch that is half padding would otherwise show half the accuracy.
+
+    Args:
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
+        0-d or of shape [B].
+      reward_gap: Known difference of the two rewards, r_w - r_l, which is the target of x. A
+        number, or an array that is 0-d or of shape [B]. None means 1.
+      weights: Weight of each pair in the means: a number, or an array that is 0-d or of shape [B].
+        A pair of weight 0 is left out, whatever its log-probabilities, beta or reward gap hold
+        (nan, inf). None means 1.
+
+    Returns:
+      A dict from each key to a 0-d array, on the device of the log-probabilities: nothing here
+      waits for the device. Automatic differentiation treats them as constants. float64 if any of
+      the four log-probabilities is, else float32. nan for an empty batch, or weights that sum to 0.
+
+    Raises:
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     chosen, rejected = implicit_rewards(
         policy_chosen_logps,
