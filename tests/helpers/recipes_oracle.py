@@ -22,11 +22,11 @@ from torch import Tensor, nn
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 
 
-def load(name: str) -> ModuleType:
+def load(name: str, folder: Path = RECIPES) -> ModuleType:
     """A file of docs/recipes as a module; `toy` among them, under the name that recipes import."""
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
