@@ -37,12 +37,12 @@ def namespace(array: Any) -> Any:
 
 
 def log_sigmoid(x: Any) -> Any:
-    """log s(x), with exact tails and an exact gradient."""
+    """The log of s(x); right in both tails, and by autograd at every x."""
     return -DPO().value(x, 1.0)
 
 
 def sigmoid(x: Any) -> Any:
-    """s(x)."""
+    """The logistic function s(x), right by autograd at every x."""
     return namespace(x).exp(log_sigmoid(x))
 
 

@@ -18,6 +18,7 @@ import torch
 from helpers import checks
 from helpers.backends import Backend
 from helpers.fused import Case, check_fused
+from helpers.mutants import mutants, passed
 from helpers.recipes_oracle import load, relative_error
 from helpers.trl_losses import (
     Numbers,
@@ -209,7 +210,7 @@ def test_average_log_probabilities_give_two_more_of_trl(loss_type, loss, beta, t
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_autograd_and_differences_give_the_slope(name) -> None:
+def test_autograd_gives_the_slope(name) -> None:
     loss = ENTRIES[name].loss
     for beta in checks.BETAS:
         margin = torch.tensor(checks.POINTS, requires_grad=True)
@@ -255,6 +256,9 @@ def test_compiled_and_jitted(name) -> None:
     want = loss.value(margin, 0.5)
     by_jax = jax.jit(lambda h: loss.value(h, 0.5))(jnp.asarray(margin))
     np.testing.assert_allclose(by_jax, want, rtol=1e-12)
+    pairs = jax.jit(pair_loss, static_argnums=0, static_argnames="reduction")
+    by_pairs = pairs(loss, margin, *jnp.zeros((3, 11)), beta=0.5, reduction="none")
+    np.testing.assert_allclose(by_pairs, want, rtol=1e-12)
     by_torch = torch.compile(lambda h: loss.value(h, 0.5), fullgraph=True, backend="eager")
     np.testing.assert_allclose(by_torch(torch.tensor(margin)), want, rtol=1e-12)
 
@@ -269,37 +273,6 @@ def test_discopop_is_finite_where_trl_is_nan(tmp_path) -> None:
 # -------------------------------------------------------------------------------- wrong on purpose
 
 
-@dataclass(frozen=True)
-class Changed:
-    """A loss with something wrong in it."""
-
-    loss: Any
-    value_of: Callable[[Any, Any, Any], Any]
-    slope_of: Callable[[Any, Any, Any], Any]
-
-    def value(self, margin: Any, beta: Any) -> Any:
-        return self.value_of(self.loss, margin, beta)
-
-    def slope(self, margin: Any, beta: Any) -> Any:
-        return self.slope_of(self.loss, margin, beta)
-
-
-def value(loss: Any, h: Any, beta: Any) -> Any:
-    return loss.value(h, beta)
-
-
-def slope(loss: Any, h: Any, beta: Any) -> Any:
-    return loss.slope(h, beta)
-
-
-MUTANTS = {
-    "sign of both": (lambda m, h, b: -m.value(h, b), lambda m, h, b: -m.slope(h, b)),
-    "sign of the slope": (value, lambda m, h, b: -m.slope(h, b)),
-    "sign of the margin": (lambda m, h, b: m.value(-h, b), lambda m, h, b: -m.slope(-h, b)),
-    "beta lost": (lambda m, h, b: m.value(h, 1.0), lambda m, h, b: m.slope(h, 1.0)),
-    "beta lost in the slope": (value, lambda m, h, b: m.slope(h, b) / b),
-    "slope cut": (lambda m, h, b: m.value(h.detach(), b) + 0.0 * h, slope),
-}
 OPTIONS = {
     "robust": {"flip_rate": 0.0},
     "simpo": {"gamma": 0.0},
@@ -308,35 +281,21 @@ OPTIONS = {
 }
 
 
-def mutants(name: str) -> dict[str, Any]:
+def wrong_losses(name: str) -> dict[str, Any]:
     loss = ENTRIES[name].loss
-    made = {what: Changed(loss, *methods) for what, methods in MUTANTS.items()}
-    if name in OPTIONS:
-        made["option lost"] = replace(loss, **OPTIONS[name])
-    return made
-
-
-def passed(check: Callable[..., None], wrong: dict[str, Any], *arguments: Any) -> list[str]:
-    """The wrong losses that the check takes for right."""
-    names = []
-    for name, loss in wrong.items():
-        try:
-            check(loss, *arguments)
-        except AssertionError:
-            continue
-        names.append(name)
-    return names
+    lost = {"option lost": replace(loss, **OPTIONS[name])} if name in OPTIONS else {}
+    return mutants(loss) | lost
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_wrong_losses_are_caught(name, numbers) -> None:
-    assert passed(check_against_trl, mutants(name), numbers(name)) == []
+    assert passed(check_against_trl, wrong_losses(name), numbers(name)) == []
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_wrong_losses_are_caught_through_the_fused_head(name, tmp_path) -> None:
     # The fused head takes its gradients from the slope: what autograd makes of the value is unseen.
-    wrong = {what: loss for what, loss in mutants(name).items() if what != "slope cut"}
+    wrong = {what: loss for what, loss in wrong_losses(name).items() if what != "slope cut"}
     assert passed(check_fused_against_trl, wrong, name, tmp_path) == []
 
 

@@ -108,8 +108,10 @@ def _float64_constants() -> Iterator[None]:
     # TRL puts EXO's label smoothing into a tensor of the default dtype before it takes the log.
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _arguments(folder: Path) -> dict[str, Any]:
