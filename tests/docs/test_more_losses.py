@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import mlx.core as mx
 import numpy as np
 import pytest
-
 import torch
+from torch import Tensor
+
 from helpers import checks
 from helpers.backends import Backend
 from helpers.fused import Case, check_fused
@@ -30,7 +31,6 @@ from helpers.trl_losses import (
 )
 from spoloss import DPO, MarginLoss, Squared, pair_grad, pair_loss
 from spoloss.torch import linear_logps, linear_pair_loss
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import torch
+
 from helpers.mutants import CONSISTENT, mutants, passed
 from helpers.pages import table_below
 from helpers.recipes_oracle import load

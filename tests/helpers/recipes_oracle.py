@@ -11,9 +11,10 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,6 +51,20 @@ class Recorder(torch.optim.SGD):
         loss = None if closure is None else closure()
         self.steps.append({name: p.grad.clone() for name, p in self.trained.items()})
         return loss
+
+
+class MeanOfEmbeddings(nn.Module):
+    """The model of toy_jax.py and toy_mlx.py for the oracle."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        super().__init__()
+        for name, array in params.items():
+            setattr(self, name, nn.Parameter(torch.tensor(np.asarray(array))))
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        count = torch.arange(1, input_ids.shape[1] + 1)[:, None]
+        states = self.embed[input_ids].cumsum(dim=1) / count
+        return SimpleNamespace(logits=torch.tanh(states) @ self.head)
 
 
 def exact_step(

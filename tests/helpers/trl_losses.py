@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset
-
-import torch
-from helpers.recipes_oracle import toy
 from torch import Tensor, nn
+
+from helpers.recipes_oracle import toy
 
 Batch = dict[str, Tensor]
 
