@@ -41,6 +41,7 @@ pytestmark = [
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 more = load("more_losses", EXAMPLES)
 BETAS = (0.1, 2.0)
+BETA = 0.5  # of the whole models
 
 
 @dataclass(frozen=True)
@@ -168,23 +169,40 @@ def fused_step_of_cpo(trainer: Any, loss: Any, *, beta: float) -> Tensor:
     ).loss
 
 
-def check_fused_against_trl(loss: Any, name: str, folder: Path) -> None:
-    """A whole model: loss and every gradient are TRL's, whose log-probabilities are float32."""
-    beta, entry = 0.5, ENTRIES[name]
+@dataclass(frozen=True)
+class Step:
+    """A trainer of TRL, and its loss and gradient on its first batch."""
+
+    trainer: Any
+    loss: Tensor
+    grads: dict[str, Tensor]
+
+
+@pytest.fixture
+def trl_of(name: str, tmp_path: Path) -> Step:
+    """TRL's step with the entry's loss."""
+    entry = ENTRIES[name]
     if name == "simpo":
-        trainer = cpo_trainer(folder, beta, **entry.options)
-        mine = fused_step_of_cpo(trainer, loss, beta=beta)
+        trainer = cpo_trainer(tmp_path, BETA, **entry.options)
     else:
-        trainer = dpo_trainer(folder, entry.loss_type, beta, **entry.options)
-        mine = fused_step_of_dpo(trainer, loss, beta=beta)
-    value, grads = trl_step(trainer)
-    assert mine.item() == pytest.approx(value.item(), rel=1e-5)
-    assert relative_error(gradients(mine, trainer.model), grads) < 1e-5
+        trainer = dpo_trainer(tmp_path, entry.loss_type, BETA, **entry.options)
+    return Step(trainer, *trl_step(trainer))
+
+
+def check_fused_against_trl(loss: Any, trl_of: Step) -> None:
+    """A whole model: loss and every gradient are TRL's, whose log-probabilities are float32."""
+    fused_step = fused_step_of_dpo if hasattr(trl_of.trainer, "ref_model") else fused_step_of_cpo
+    check_same_step(fused_step(trl_of.trainer, loss, beta=BETA), trl_of)
+
+
+def check_same_step(mine: Tensor, trl: Step) -> None:
+    assert mine.item() == pytest.approx(trl.loss.item(), rel=1e-4)
+    assert relative_error(gradients(mine, trl.trainer.model), trl.grads) < 1e-4
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_trl_through_the_fused_head(name, tmp_path) -> None:
-    check_fused_against_trl(ENTRIES[name].loss, name, tmp_path)
+def test_trl_through_the_fused_head(name, trl_of) -> None:
+    check_fused_against_trl(ENTRIES[name].loss, trl_of)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -196,14 +214,12 @@ def test_fused_is_unfused(name, chunk_size) -> None:
 
 @pytest.mark.parametrize(
     ("loss_type", "loss", "beta"),
-    [("sigmoid_norm", DPO(), 0.5), ("ipo", Squared(), 1.0)],
+    [("sigmoid_norm", DPO(), BETA), ("ipo", Squared(), 2.0 * BETA)],
 )
 def test_average_log_probabilities_give_two_more_of_trl(loss_type, loss, beta, tmp_path) -> None:
-    trainer = dpo_trainer(tmp_path, loss_type, beta=0.5)
+    trainer = dpo_trainer(tmp_path, loss_type, BETA)
     mine = fused_step_of_dpo(trainer, loss, beta=beta, average=True)
-    value, grads = trl_step(trainer)
-    assert mine.item() == pytest.approx(value.item(), rel=1e-5)
-    assert relative_error(gradients(mine, trainer.model), grads) < 1e-5
+    check_same_step(mine, Step(trainer, *trl_step(trainer)))
 
 
 # ------------------------------------------------------------ the slope, by every array library
@@ -293,10 +309,10 @@ def test_wrong_losses_are_caught(name, numbers) -> None:
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_wrong_losses_are_caught_through_the_fused_head(name, tmp_path) -> None:
+def test_wrong_losses_are_caught_through_the_fused_head(name, trl_of) -> None:
     # The fused head takes its gradients from the slope: what autograd makes of the value is unseen.
     wrong = {what: loss for what, loss in wrong_losses(name).items() if what != "slope cut"}
-    assert passed(check_fused_against_trl, wrong, name, tmp_path) == []
+    assert passed(check_fused_against_trl, wrong, trl_of) == []
 
 
 def test_the_file_runs_as_a_script(capsys) -> None:
