@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-import torch
 from helpers.pages import ROOT
 from spoloss import DPO, SPO, MarginLoss, Squared, dpo_prob_grad, spo_prob_grad
 
