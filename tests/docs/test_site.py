@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
 from helpers.pages import ROOT
 
 DOCS = ROOT / "docs"
@@ -73,9 +74,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[Path, Page]) -
 
 
 @pytest.mark.slow
-def test_home_is_one_click_from_the_one_line_replacement(
-    site: Path, pages: dict[Path, Page]
-) -> None:
+def test_home_is_one_click_from_the_one_line_replacement(site: Path) -> None:
     (row,) = re.findall(r"<tr.*?train with DPO.*?</tr>", (site / "index.html").read_text(), re.S)
     (target,) = re.findall(r'href="([^"]*)"', row)
     text = (site / target).read_text()
