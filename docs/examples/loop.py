@@ -10,6 +10,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
 from arguments import Options
 from curves import draw_curves
 from models import build_model, load_model
@@ -26,6 +31,8 @@ from scoring import (
     score_by_reference,
     score_pairs,
 )
+from spoloss import pair_loss, preference_metrics
+from spoloss.torch import linear_pair_loss, sequence_logps
 from tokens import (
     IGNORED,
     ScoredPair,
@@ -36,14 +43,7 @@ from tokens import (
     pad,
     pad_pairs,
 )
-from tqdm import tqdm
-from transformers import PreTrainedModel
 from updater import Updater
-
-import torch
-from spoloss import pair_loss, preference_metrics
-from spoloss.torch import linear_pair_loss, sequence_logps
-from torch import Tensor
 
 GOOD_LOSS = {
     "spo": "good values are negative, down to -1/e = -0.368",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from errors import InputError
-from pairs import Pair
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +17,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-import torch
+from errors import InputError
+from pairs import Pair
 
 MAX_VOCABULARY = 2048
 

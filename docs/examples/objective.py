@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
 from arguments import Options
 from errors import InputError
 from pairs import Pair
-
 from spoloss import DPO, SPO, MarginLoss, Squared
 
 LOSSES: dict[str, Callable[[], MarginLoss]] = {"spo": SPO, "dpo": DPO, "squared": Squared}

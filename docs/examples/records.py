@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from arguments import Options
 from errors import InputError
-
-import torch
 
 # The preference metrics as people read them; x = beta * margin, the reward of chosen over rejected.
 METRICS = {

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from arguments import Options
-from errors import InputError
-from tokens import Batch, ScoredPair, TokenPair, pad_pairs
+import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import torch
+from arguments import Options
+from errors import InputError
 from spoloss.torch import linear_logps, sequence_logps
-from torch import Tensor
+from tokens import Batch, ScoredPair, TokenPair, pad_pairs
 
 
 class PairLogps(NamedTuple):

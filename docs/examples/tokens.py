@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pairs import Pair
-from transformers import PreTrainedTokenizerBase
-
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pairs import Pair
 
 IGNORED = -100
 T = TypeVar("T")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from errors import DivergedError
-from transformers import PreTrainedModel
-
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from errors import DivergedError
 
 WARM_UP_SHARE = 0.1
 MAX_GRAD_NORM = 1.0
