@@ -1,6 +1,7 @@
 """SPO under DeepSpeed ZeRO-2 and ZeRO-3, exact over uneven micro-batches and ranks.
 
-In a checkout: DS_ACCELERATOR=cpu torchrun --standalone --nproc_per_node 2 docs/recipes/deepspeed_zero.py
+In a checkout, without a GPU:
+DS_ACCELERATOR=cpu torchrun --standalone --nproc_per_node 2 docs/recipes/deepspeed_zero.py
 
 Tested with DeepSpeed 0.19.8 and PyTorch 2.13, two processes on gloo. Under ZeRO-3 a parameter is
 empty, of shape [0], outside the forward of the engine. Inside it, the attribute access

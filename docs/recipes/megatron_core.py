@@ -1,4 +1,4 @@
-"""SPO on Megatron-core's GPTModel under tensor parallelism, whose head is split over the vocabulary.
+"""SPO on Megatron-core's GPTModel under tensor parallelism, with the head in shards of its rows.
 
 In a checkout: torchrun --standalone --nproc_per_node 2 docs/recipes/megatron_core.py
 
@@ -7,9 +7,9 @@ loss takes these rows with `vocab_parallel_group`, and neither the logits nor th
 anywhere. Tested with Megatron-core 0.16.1 and PyTorch 2.13, tensor parallel 2 on gloo, with and
 without sequence parallelism. In a loop that exists already: `hidden_states`, `head_weight` and the
 group. The traps: under sequence parallelism the hidden states are gathered with
-`tensor_parallel_output_grad=False`, for the loss gives every rank the whole gradient, and with the
-default True it comes out as many times too large as there are ranks; and Megatron's tokens are the
-first axis, the fused loss's the second.
+`tensor_parallel_output_grad=False`, for the loss gives every rank their whole gradient; with the
+default True, all gradients below the head come out as many times too large as there are ranks. And
+the first axis of Megatron's hidden states is the token, where the fused loss takes the sequence.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def spo_step(policy: GPTModel, reference: GPTModel, batch: Any, beta: float = 0.
 
 
 if __name__ == "__main__":
+    import torch.distributed as dist
     import toy
     import toy_megatron
-    import torch.distributed as dist
 
     dist.init_process_group("gloo")  # "nccl" on GPUs
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())

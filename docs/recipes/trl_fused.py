@@ -9,9 +9,10 @@ gives the forward an argument to that end, as TRL's own fused head does. Referen
 by a closure, not as an argument of the forward: engines cast those to bfloat16, in which a
 log-probability near -300 has a step of 2.
 
-The traps: a step is the mean of its micro-batches' means, and of the ranks', as TRL has it. The loss
-takes the head's weight, so what a model adds to its logits must be passed on: `head_options` knows
-the soft-cap and scales, and refuses a bias.
+The traps: a step is the mean of its micro-batches' means and of the ranks' means, as TRL has it.
+The loss takes the head's weight, so what a model adds to its logits must be passed on:
+`head_options` knows the soft-cap and scales, and refuses a bias. What TRL adds to its own losses is
+not added here: f-divergences, WPO's weights, LD-DPO, auxiliary losses, logs of entropy and logits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
 

@@ -1,19 +1,17 @@
 """What test_engines.py runs in each of two processes: trainers on the engines that they can choose.
 
 A way trains one optimiser step of gradient descent at a rate of 1 and reports what moved, which
-engine really wrapped the model and how many of its parameters are in shards: on CPUs, trainers
-replace an engine by another without an error. The environment and what Accelerate keeps in a process
-are as new for each way.
+engine really wrapped the model and which part of the parameters a rank holds: on CPUs, trainers
+replace an engine by another without an error. Each way starts with its own environment and with
+nothing that Accelerate kept in the process.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,24 +19,28 @@ from unittest import mock
 import accelerate
 import deepspeed
 import lightning
+import torch
 import torch.distributed as dist
 import trl
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as transformers_deepspeed
 
-import torch
 from helpers.recipes_oracle import Grads, exact_step, load, relative_error, toy
-from torch import nn
+from spoloss.torch import sequence_logps
 
 BETA = 0.1
 WORLD = 2
-EVEN, UNEVEN = toy.pairs(12), toy.pairs(10)  # two ranks, two micro-batches of 3 pairs each, or fewer
+EVEN, UNEVEN = (
+    toy.pairs(12),
+    toy.pairs(10),
+)  # two ranks, two micro-batches of 3 pairs each, or fewer
 
 
 @dataclass
@@ -47,13 +49,13 @@ class Result:
 
     Attributes:
       engine: the class that wraps the model.
-      sharded: how many of its parameters are partitioned or DTensors, and of how many.
+      share: the part of the parameters' elements that lies on this rank between two steps.
       error: |moved - exact| / |exact|; or the error that the way raised.
       ranks: the number of ranks that the trainer counts.
     """
 
     engine: str
-    sharded: tuple[int, int]
+    share: float
     error: float
     ranks: int
 
@@ -70,7 +72,7 @@ def way(name: str, *arguments: Any, **options: Any) -> Callable[[Callable[..., A
     return register
 
 
-# ---------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------- what is measured
 
 
 def parameters(model: nn.Module) -> Grads:
@@ -90,13 +92,11 @@ def parameters(model: nn.Module) -> Grads:
 
 def result(wrapped: nn.Module, model: nn.Module, before: Grads, exact: Grads, ranks: int) -> Result:
     """Compares what a step of rate 1 moved with the gradient."""
-    inside = list(model.parameters())
-    sharded = sum(isinstance(p, DTensor) or (hasattr(p, "ds_id") and not p.numel()) for p in inside)
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    share = sum(p.numel() for p in local) / sum(p.numel() for p in before.values())
     after = parameters(model)
     moved = {name: (before[name] - after[name]).double() for name in before}
-    return Result(
-        type(wrapped).__name__, (sharded, len(inside)), relative_error(moved, exact), ranks
-    )
+    return Result(type(wrapped).__name__, share, relative_error(moved, exact), ranks)
 
 
 def exact(pairs: Iterable[Any], dtype: torch.dtype) -> Grads:
@@ -106,6 +106,14 @@ def exact(pairs: Iterable[Any], dtype: torch.dtype) -> Grads:
 def with_end(pairs: Iterable[Any]) -> list[Any]:
     """The pairs as TRL sees them: it ends each completion."""
     return [toy.Pair(prompt, [*chosen, 1], [*rejected, 1]) for prompt, chosen, rejected in pairs]
+
+
+def scored(reference: nn.Module, pairs: list[Any]) -> tuple[Tensor, ...]:
+    """A batch as the recipes of engines take it: ids, mask, labels, the reference's logps."""
+    ids, mask, labels = toy.collate(pairs)
+    with torch.no_grad():
+        ref = sequence_logps(reference(ids, attention_mask=mask).logits, labels)
+    return ids, mask, labels, ref
 
 
 # ------------------------------------------------------------------------------- engines' settings
@@ -176,7 +184,11 @@ def train(trainer: Any, before: Grads, pairs: Iterable[Any], dtype: torch.dtype)
 
 
 def by_trainer(
-    folder: Path, pairs: list[Any], dtype: torch.dtype, name: str = "ExactSPOTrainer", **options: Any
+    folder: Path,
+    pairs: list[Any],
+    dtype: torch.dtype,
+    name: str = "ExactSPOTrainer",
+    **options: Any,
 ) -> Result:
     policy, reference = toy.models(dtype=dtype)
     before = parameters(policy)
@@ -266,7 +278,7 @@ def trl_deepspeed_alone(folder: Path) -> Result:
     return by_trl(folder, "trl_fused", EVEN, torch.float32, deepspeed=zero(2), use_cpu=False)
 
 
-# ----------------------------------------------------------------------------- Lightning, Accelerate
+# ---------------------------------------------------------------------------- Lightning, Accelerate
 
 
 class Engine(lightning.Callback):
@@ -277,7 +289,11 @@ class Engine(lightning.Callback):
 
 
 def by_lightning(
-    folder: Path, strategy: Any, recipe_class: type | None = None, *, pairs_per_micro_batch: float = 2.5
+    folder: Path,
+    strategy: Any,
+    recipe_class: type | None = None,
+    *,
+    pairs_per_micro_batch: float = 2.5,
 ) -> Result:
     """Micro-batches of 3 + 3 and 3 + 1 pairs, 2.5 in the mean."""
     policy, reference = toy.models(dtype=torch.float64)
@@ -347,11 +363,8 @@ def by_accelerate(
     before = parameters(policy)
     module = owner(policy)
     wrapped, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
-    mine = (UNEVEN[:6], UNEVEN[6:])[dist.get_rank()]
-    ids, mask, labels = toy.collate(mine)
-    with torch.no_grad():
-        ref = load("ddp").sequence_logps(reference(ids, attention_mask=mask).logits, labels)
-    accelerator.backward(wrapped(ids, mask, labels, ref) * WORLD / len(UNEVEN))
+    batch = scored(reference, (UNEVEN[:6], UNEVEN[6:])[dist.get_rank()])
+    accelerator.backward(wrapped(*batch) * WORLD / len(UNEVEN))
     optimizer.step()
     inside = accelerator.unwrap_model(wrapped).model
     return result(wrapped, inside, before, exact(UNEVEN, dtype), accelerator.num_processes)
@@ -411,6 +424,25 @@ def with_fsdp2(run: Callable[[], Result]) -> Result:
         return run()
 
 
+# -------------------------------------------------------------------------------------------- FSDP1
+
+
+@way("FSDP1: fused")
+def fsdp1(_folder: Path) -> Result:
+    policy, reference = toy.models(dtype=torch.float64)
+    before = parameters(policy)
+    owner = FullyShardedDataParallel(
+        load("ddp").FusedSPO(policy), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    optimizer = torch.optim.SGD(owner.parameters(), lr=1.0)
+    load("ddp").backward(owner, [scored(reference, (UNEVEN[:6], UNEVEN[6:])[dist.get_rank()])])
+    optimizer.step()
+    share = sum(p.numel() for p in policy.parameters()) / sum(p.numel() for p in before.values())
+    with FullyShardedDataParallel.summon_full_params(owner):
+        found = result(owner, policy, before, exact(UNEVEN, torch.float64), WORLD)
+    return replace(found, share=share)
+
+
 # ------------------------------------------------------------------------------------------ running
 
 
@@ -425,11 +457,11 @@ def run(way: Way, folder: Path) -> Result | str:
             return f"{type(error).__name__}: {error}"
 
 
-def run_all(rank: int, folder: Path, names: Iterable[str]) -> dict[str, Result | str]:
+def run_all(rank: int, folder: Path) -> dict[str, Result | str]:
     """By way its result, or the error that it raised."""
     warnings.filterwarnings("error", module="spoloss")
     # What torchrun sets tells a trainer its place; it takes the group that is there.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": str(WORLD)}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled: a minute
-    return {name: run(WAYS[name], folder) for name in names}
+    return {name: run(WAYS[name], folder) for name in WAYS}

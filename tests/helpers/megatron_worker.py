@@ -14,13 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor, nn
 
-import torch
 from helpers.distributed_worker import run_script
 from helpers.recipes_oracle import Grads, exact_step, load, relative_error, toy
-from torch import Tensor, nn
 
 recipe, toy_megatron = load("megatron_core"), load("toy_megatron")
 
@@ -31,7 +31,7 @@ STEPS: dict[str, Callable[..., Tensor]] = {}
 Weights = dict[str, Tensor]
 
 
-# ------------------------------------------------------------------------------------ the whole model
+# ---------------------------------------------------------------------------------- the whole model
 
 
 class AsTransformers(nn.Module):
@@ -69,7 +69,7 @@ def whole(tied: bool) -> tuple[Weights, Weights, float, Grads]:
     return *weights, loss, {name.removeprefix("gpt."): grad for name, grad in grads.items()}
 
 
-# ---------------------------------------------------------------------------------------- its halves
+# --------------------------------------------------------------------------------------- its halves
 
 
 def part(weights: Weights, **options: Any) -> nn.Module:
@@ -106,12 +106,17 @@ def even(batch: Any) -> Any:
     missing = (0, batch.ids.shape[1] % 2)
     pad = nn.functional.pad
     return toy.Batch(
-        pad(batch.ids, missing, value=2), pad(batch.mask, missing), pad(batch.labels, missing, value=-100)
+        pad(batch.ids, missing, value=2),
+        pad(batch.mask, missing),
+        pad(batch.labels, missing, value=-100),
     )
 
 
 def error(
-    step: Callable[..., Tensor] | None = None, *, tied: bool = False, sequence_parallel: bool = False
+    step: Callable[..., Tensor] | None = None,
+    *,
+    tied: bool = False,
+    sequence_parallel: bool = False,
 ) -> tuple[float, float] | str:
     """|loss - exact| / |exact| and the same of the gradient; or what was raised."""
     policy_weights, reference_weights, loss, exact = whole(tied)
@@ -163,7 +168,7 @@ def run_all(_rank: int) -> dict[str, Any]:
     warnings.filterwarnings("error", module="spoloss")
     printed = run_script("megatron_core")
     # Under sequence parallelism Megatron keeps its buffers on a GPU, whatever the model is on.
-    with mock.patch.object(torch.cuda, "current_device", lambda: "cpu"):
+    with mock.patch.object(torch.cuda, "current_device", return_value="cpu"):
         errors = all_errors()
     return {"script": printed, **errors}
 
