@@ -26,10 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
-
 from benchmarks.alignment.errors import InputError
 from spoloss import dpo_loss, spo_loss, squared_loss
+from torch import Tensor
 
 GAP_FLOOR = 0.5
 NOISY = "noisy"

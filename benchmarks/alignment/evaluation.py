@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
+import torch
 from benchmarks.alignment import seeds
 from benchmarks.alignment.language import Prompt, decode, encode, parse, reward
 from benchmarks.alignment.model import Policy, sample
 from benchmarks.alignment.training import SCORING_ROWS, Pairs, pair_logps, score
 from spoloss import log_ratio_margin, preference_metrics
+from torch import Tensor
 
 SHOWN_SAMPLES = 3
 QUANTILES = (0.1, 0.5, 0.9)

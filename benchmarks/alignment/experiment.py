@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from benchmarks.alignment import seeds
 from benchmarks.alignment.arms import Arm
 from benchmarks.alignment.evaluation import draw_samples, find_limits, judge, measure_pairs
@@ -35,6 +33,7 @@ from benchmarks.alignment.training import (
     score,
     train_on_pairs,
 )
+from torch import Tensor
 
 HELD_OUT_PROMPTS = 32
 LEAST_GAP = 0.1

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
 from torch.nn import functional
 
+import torch
 from benchmarks.alignment.language import (
     COMPLETION_TOKENS,
     END,
@@ -14,6 +13,7 @@ from benchmarks.alignment.language import (
     VOCABULARY,
 )
 from spoloss.torch import sequence_logps
+from torch import Tensor, nn
 
 WIDTH, LAYERS, HEADS = 64, 2, 4
 END_ID, IGNORED = TOKEN_IDS[END], -100

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from benchmarks.alignment import seeds
 from benchmarks.alignment.arms import Arm, Logps
 from benchmarks.alignment.model import Policy, completion_logps
 from spoloss import log_ratio_margin
+from torch import Tensor
 
 SCORING_ROWS = 256
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
+
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:

@@ -1,0 +1,209 @@
+"""The loss objects against 60-digit arithmetic, autograd, differences and closed forms."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import checks, wrong
+from helpers.backends import BACKENDS, Backend
+from helpers.oracles import LOSSES, Oracle, spo
+from spoloss import DPO, SPO, Squared
+
+NAMES = list(LOSSES)
+DTYPES = [np.float32, np.float64]
+
+
+def dense(dtype: type, limit: float) -> np.ndarray:
+    """Where the losses bend, overflow and vanish; and a decade grid over the dtype's range."""
+    info = np.finfo(dtype)
+    decades = np.logspace(np.log10(float(info.tiny)), np.log10(float(info.max)) - 0.1, 60)
+    points = [
+        np.linspace(-limit, limit, 501),
+        np.linspace(-3.0, 3.0, 301),
+        decades,
+        -decades,
+        [0.0],
+    ]
+    return np.concatenate(points).astype(dtype)
+
+
+def margins(dtype: type) -> st.SearchStrategy[np.ndarray]:
+    width = 32 if dtype is np.float32 else 64
+    everywhere = st.floats(width=width, allow_nan=False, allow_infinity=False)
+    nearby = st.floats(-100.0, 100.0, width=width)
+    lists = st.lists(everywhere | nearby, min_size=1, max_size=12)
+    return lists.map(lambda values: np.array(values, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_range_on_a_grid(name: str, dtype: type, backend: Backend) -> None:
+    loss, oracle = LOSSES[name]
+    grid = dense(dtype, 95.0 if dtype is np.float32 else 740.0)
+    checks.check_range(loss, oracle, backend, grid, beta=1.0)
+    checks.check_range(loss, oracle, backend, grid[::5], beta=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_range_anywhere(name: str, dtype: type) -> None:
+    loss, oracle = LOSSES[name]
+
+    @given(
+        margins(dtype), st.sampled_from(checks.BETAS), st.sampled_from(["numpy", "torch", "jax"])
+    )
+    def run(values: np.ndarray, beta: float, backend: str) -> None:
+        checks.check_range(loss, oracle, BACKENDS[backend], values, beta)
+
+    run()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives(name: str) -> None:
+    loss, oracle = LOSSES[name]
+    checks.check_torch_autograd(loss, oracle)
+    checks.check_jax_grad(loss, oracle)
+    checks.check_finite_differences(loss)
+    checks.check_gradcheck(loss)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_no_nan_at_infinity(name: str, library: str) -> None:
+    checks.check_no_nan_at_infinity(LOSSES[name][0], BACKENDS[library])
+
+
+def test_limits(backend: Backend) -> None:
+    at_inf = backend.array(np.array([-np.inf, np.inf]))
+    guard, slope = SPO(linear_below=-1.0), -0.5 * 2.0 * np.e
+    for loss, value, slopes in (
+        (SPO(), [np.inf, 0.0], [-np.inf, 0.0]),
+        (guard, [np.inf, 0.0], [slope, 0.0]),
+        (DPO(), [np.inf, 0.0], [-0.5, 0.0]),
+        (DPO(label_smoothing=0.1), [np.inf, np.inf], [-0.45, 0.05]),
+        (Squared(), [np.inf, np.inf], [-np.inf, np.inf]),
+    ):
+        np.testing.assert_array_equal(np.asarray(loss.value(at_inf, 0.5)), value)
+        np.testing.assert_allclose(np.asarray(loss.slope(at_inf, 0.5)), slopes, rtol=1e-15)
+
+
+@pytest.mark.parametrize("x0", [-3.0, -1.0, 0.0, 0.5])
+def test_spo_anchors_with_and_without_guard(x0: float) -> None:
+    checks.check_spo_anchors(SPO())
+    if x0 <= 0.0:
+        checks.check_spo_anchors(SPO(linear_below=x0))
+
+
+def test_dpo_and_squared_anchors() -> None:
+    zero = np.array([0.0])
+    for beta in checks.BETAS:
+        assert DPO().value(zero, beta)[0] == pytest.approx(np.log(2.0), rel=1e-15)
+        assert DPO().slope(zero, beta)[0] == -beta / 2
+        assert Squared().value(zero, beta)[0] == pytest.approx(beta**-2, rel=1e-15)
+        assert Squared().slope(np.array([1.0 / beta]), beta)[0] == 0.0
+
+
+@pytest.mark.parametrize("x0", [-5.0, -1.0, 0.0, 0.9])
+def test_guard_is_a_continuous_tangent(x0: float) -> None:
+    plain, guarded = SPO(), SPO(linear_below=x0)
+    at = np.array([x0])
+    below = np.nextafter(at, -np.inf)
+    np.testing.assert_allclose(guarded.value(below, 1.0), plain.value(at, 1.0), 1e-14, 1e-300)
+    np.testing.assert_allclose(guarded.slope(below, 1.0), plain.slope(at, 1.0), rtol=1e-14)
+    x = np.linspace(-1e4, 50.0, 4001)
+    right = x >= x0
+    slope, bound = np.abs(guarded.slope(x, 1.0)), (1 - x0) * np.exp(-x0)
+    assert slope[~right].max() <= bound * (1 + 1e-15)
+    # To the right the pull back to x = 1 is the only one left, hardest at x = 2.
+    assert slope.max() <= max(bound, np.exp(-2.0)) * (1 + 1e-15)
+    np.testing.assert_array_equal(guarded.value(x[right], 1.0), plain.value(x[right], 1.0))
+
+
+def test_convex_below_2_only() -> None:
+    # d2l/dx2 = (2 - x) * e^(-x): the slope rises up to x = 2 and falls after it.
+    rising = np.diff(SPO().slope(np.linspace(-5.0, 2.0, 200), 1.0))
+    falling = np.diff(SPO().slope(np.linspace(2.0, 9.0, 200), 1.0))
+    assert np.all(rising > 0)
+    assert np.all(falling < 0)
+
+
+def test_near_the_reference_spo_is_dpo_at_4_beta_is_ipo() -> None:
+    # softplus(-4x) = ln 2 + 2 * l_SPO + x^3 + ..., (x - 1/2)^2 = 1/4 + l_SPO + x^3/2 + ...
+    for beta in (0.05, 0.1, 1.0):
+        x = np.array([0.02, -0.02, 0.005, -0.005])
+        h = x / beta
+        spo_value = SPO().value(h, beta)
+        dpo_rest = DPO().value(h, 4 * beta) - np.log(2.0) - 2 * spo_value
+        np.testing.assert_allclose(dpo_rest / x**3, 1.0, atol=0.2)
+        ipo_rest = beta**2 * Squared().value(h, 2 * beta) - 0.25 - spo_value
+        np.testing.assert_allclose(ipo_rest / x**3, 0.5, atol=0.02)
+
+
+def test_objects_are_plain_values() -> None:
+    for loss, _ in LOSSES.values():
+        assert pickle.loads(pickle.dumps(loss)) == loss
+        assert hash(loss) == hash(pickle.loads(pickle.dumps(loss)))
+
+
+@pytest.mark.parametrize("x0", [1.0, 2.0, float("nan"), float("inf"), -700.0])
+def test_linear_below_out_of_range(x0: float) -> None:
+    with pytest.raises(ValueError, match=r"linear_below must lie in \(-700, 1\), got"):
+        SPO(linear_below=x0)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0, float("nan")])
+def test_label_smoothing_out_of_range(smoothing: float) -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 0.5\), got"):
+        DPO(label_smoothing=smoothing)
+
+
+def test_parameters_must_be_numbers() -> None:
+    with pytest.raises(TypeError, match="linear_below must be a number or None, got str"):
+        SPO(linear_below="-1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="label_smoothing must be a number, got NoneType"):
+        DPO(label_smoothing=None)  # type: ignore[arg-type]
+
+
+def _range(loss: object, dtype: type, backend: str = "numpy", beta: float = 1.0) -> None:
+    checks.check_range(loss, spo, BACKENDS[backend], dense(dtype, 60.0), beta)
+
+
+def _with_oracle(check: object, oracle: Oracle = spo) -> object:
+    return lambda loss: check(loss, oracle)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("check", "loss"),
+    [
+        (functools.partial(_range, dtype=np.float32), wrong.FlippedSign()),
+        (functools.partial(_range, dtype=np.float32, beta=0.1), wrong.LostBeta()),
+        (functools.partial(_range, dtype=np.float64), wrong.SinglePrecision()),
+        (functools.partial(_range, dtype=np.float64, backend="torch"), wrong.SinglePrecision()),
+        (functools.partial(_range, dtype=np.float64), wrong.WrongPolynomial()),
+        (functools.partial(_range, dtype=np.float32), wrong.Clamped()),
+        (_with_oracle(checks.check_torch_autograd), wrong.StrayDetach()),
+        (_with_oracle(checks.check_torch_autograd), wrong.LostBeta()),
+        (_with_oracle(checks.check_torch_autograd), wrong.WrongPolynomial()),
+        (_with_oracle(checks.check_jax_grad), wrong.StrayDetach()),
+        (_with_oracle(checks.check_jax_grad), wrong.LostBeta()),
+        (checks.check_finite_differences, wrong.LostBeta()),
+        (checks.check_finite_differences, wrong.WrongPolynomial()),
+        (checks.check_gradcheck, wrong.StrayDetach()),
+        (checks.check_gradcheck, wrong.SinglePrecision()),
+        (checks.check_spo_anchors, wrong.FlippedSign()),
+        (checks.check_spo_anchors, wrong.LostBeta()),
+        *(
+            (functools.partial(checks.check_no_nan_at_infinity, backend=b), wrong.Naive())
+            for b in (BACKENDS["numpy"], BACKENDS["torch"], BACKENDS["jax"])
+        ),
+    ],
+)
+def test_every_check_catches_a_wrong_loss(check: object, loss: object) -> None:
+    with pytest.raises(AssertionError):
+        check(loss)  # type: ignore[operator]

@@ -1,0 +1,373 @@
+"""The functions of four log-probabilities: reductions, invariances, parameters, bad input."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spoloss
+import torch
+from helpers.backends import BACKENDS, Backend
+from helpers.pairs import FUNCTIONS, NAMES, four
+from spoloss import SPO
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_spellings_of_pair_loss(name: str, backend: Backend) -> None:
+    loss, grad, margin_loss = FUNCTIONS[name]
+    logps = backend.arrays(*four())
+    h = spoloss.log_ratio_margin(*logps)
+    np.testing.assert_allclose(
+        np.asarray(loss(*logps, beta=0.2, reduction="none")),
+        np.asarray(margin_loss.value(h, 0.2)),
+        rtol=1e-15,
+    )
+    np.testing.assert_allclose(
+        np.asarray(loss(*logps)),
+        np.asarray(spoloss.pair_loss(margin_loss, *logps, beta=0.1)),
+        rtol=1e-15,
+    )
+    slope = np.asarray(margin_loss.slope(h, 0.2))
+    chosen, rejected = grad(*logps, beta=0.2, reduction="none")
+    np.testing.assert_allclose(np.asarray(chosen), slope, rtol=1e-15)
+    np.testing.assert_array_equal(np.asarray(rejected), -np.asarray(chosen))
+
+
+def test_margin_is_equation_4() -> None:
+    pc, pr, rc, rr = (np.array([v]) for v in (-10.0, -12.0, -11.0, -11.5))
+    assert spoloss.log_ratio_margin(pc, pr, rc, rr) == 1.5
+    assert spoloss.log_ratio_margin(pc, pr, 0.0, 0.0) == 2.0
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_reductions(name: str, backend: Backend) -> None:
+    loss, grad, _ = FUNCTIONS[name]
+    logps = backend.arrays(*four())
+    weights = backend.array(np.array([0.5, 2.0, 0.0, 1.0, 3.0]))
+    for extra in ({}, {"weights": weights}):
+        each = np.asarray(loss(*logps, reduction="none", **extra))
+        np.testing.assert_allclose(float(loss(*logps, reduction="sum", **extra)), each.sum())
+        np.testing.assert_allclose(float(loss(*logps, **extra)), each.sum() / 5, rtol=1e-14)
+        each_grad = np.asarray(grad(*logps, reduction="none", **extra)[0])
+        np.testing.assert_allclose(np.asarray(grad(*logps, **extra)[0]), each_grad / 5)
+        np.testing.assert_allclose(np.asarray(grad(*logps, reduction="sum", **extra)[0]), each_grad)
+
+
+def check_shift(loss: Callable[..., Any], shift: float) -> None:
+    """A shift common to policy and reference, or to both policy terms, changes nothing."""
+    pc, pr, rc, rr = four()
+    want = loss(pc, pr, rc, rr)
+    np.testing.assert_allclose(loss(pc + shift, pr, rc + shift, rr), want, rtol=1e-9)
+    np.testing.assert_allclose(loss(pc, pr + shift, rc, rr + shift), want, rtol=1e-9)
+    np.testing.assert_allclose(loss(pc + shift, pr + shift, rc, rr), want, rtol=1e-9)
+
+
+def check_swap(loss: Callable[..., Any], margin_loss: Any) -> None:
+    """Chosen and rejected swapped is the loss at -h."""
+    pc, pr, rc, rr = four()
+    h = spoloss.log_ratio_margin(pc, pr, rc, rr)
+    np.testing.assert_allclose(loss(pr, pc, rr, rc), margin_loss.value(-h, 0.1).mean(), rtol=1e-12)
+    assert np.any(np.abs(h) > 0.5)
+
+
+@given(st.floats(-50.0, 50.0), st.sampled_from(list(FUNCTIONS)))
+def test_invariances(shift: float, name: str) -> None:
+    loss, _, margin_loss = FUNCTIONS[name]
+    check_shift(loss, shift)
+    check_swap(loss, margin_loss)
+
+
+def test_invariance_checks_catch_wrong_functions() -> None:
+    def no_reference(pc: Any, pr: Any, *_: Any) -> Any:
+        return SPO().value(pc - pr, 0.1).mean()
+
+    def symmetric(pc: Any, pr: Any, rc: Any, rr: Any) -> Any:
+        return SPO().value(np.abs(spoloss.log_ratio_margin(pc, pr, rc, rr)), 0.1).mean()
+
+    with pytest.raises(AssertionError):
+        check_shift(no_reference, 3.0)
+    with pytest.raises(AssertionError):
+        check_swap(symmetric, SPO())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_beta_per_pair_is_a_loop_over_pairs(name: str, backend: Backend) -> None:
+    loss, grad, _ = FUNCTIONS[name]
+    logps, beta = four(), np.array([0.05, 0.1, 0.3, 1.0, 2.0])
+    got = np.asarray(loss(*backend.arrays(*logps), beta=backend.array(beta), reduction="none"))
+    slope = np.asarray(
+        grad(*backend.arrays(*logps), beta=backend.array(beta), reduction="none").policy_chosen
+    )
+    for i in range(5):
+        pair = [array[i : i + 1] for array in logps]
+        np.testing.assert_allclose(got[i], loss(*pair, beta=float(beta[i])), rtol=1e-13)
+        np.testing.assert_allclose(
+            slope[i], grad(*pair, beta=float(beta[i])).policy_chosen[0], rtol=1e-13
+        )
+
+
+def test_reward_gap_moves_the_target(backend: Backend) -> None:
+    gap = np.array([0.5, 1.0, 2.0, 0.1, 4.0])
+    zeros = np.zeros(5)
+    at_target = backend.arrays(gap / 0.2, zeros, zeros, zeros)
+    gaps = backend.array(gap)
+    spo = spoloss.spo_loss(*at_target, beta=0.2, reward_gap=gaps, reduction="none")
+    np.testing.assert_allclose(np.asarray(spo), -np.exp(-1.0), rtol=1e-14)
+    squared = spoloss.squared_loss(*at_target, beta=0.2, reward_gap=gaps, reduction="none")
+    np.testing.assert_allclose(np.asarray(squared), 0.0, atol=1e-25)
+    slope = spoloss.spo_grad(*at_target, beta=0.2, reward_gap=gaps).policy_chosen
+    np.testing.assert_allclose(np.asarray(slope), 0.0, atol=1e-15)
+    assert np.all(np.asarray(spoloss.squared_grad(*at_target, beta=0.2)[0])[[0, 2, 3, 4]] != 0.0)
+
+
+def test_ipo_is_the_squared_loss_with_half_a_gap() -> None:
+    pc, pr, rc, rr = four()
+    ipo = np.mean(((pc - pr) - (rc - rr) - 1 / (2 * 0.1)) ** 2)
+    np.testing.assert_allclose(spoloss.squared_loss(pc, pr, rc, rr, reward_gap=0.5), ipo)
+    np.testing.assert_allclose(spoloss.squared_loss(pc, pr, rc, rr, beta=0.2), ipo)
+
+
+def test_a_pair_of_weight_0_is_left_out(backend: Backend) -> None:
+    logps = four(size=3)
+    weights = np.array([1.0, 2.0, 0.0])
+    want = float(spoloss.spo_loss(*logps, weights=weights, reduction="sum"))
+    for padding in (np.nan, np.inf, -np.inf):
+        logps[0][2] = padding
+        arrays = backend.arrays(*logps)
+        got = spoloss.spo_loss(*arrays, weights=backend.array(weights), reduction="sum")
+        np.testing.assert_allclose(float(got), want)
+        slope = spoloss.spo_grad(*arrays, weights=backend.array(weights)).policy_chosen
+        assert np.asarray(slope)[2] == 0.0
+    policy = torch.tensor(logps[0], requires_grad=True)
+    rest = [torch.tensor(array) for array in logps[1:]]
+    spoloss.spo_loss(policy, *rest, weights=torch.tensor(weights)).backward()
+    assert torch.isfinite(policy.grad).all()
+
+
+def test_weights_take_part_as_factors_of_values_and_slopes() -> None:
+    logps, weights = four(), np.array([0.5, 2.0, 0.0, 1.0, 3.0])
+    each = spoloss.dpo_loss(*logps, reduction="none")
+    np.testing.assert_allclose(
+        spoloss.dpo_loss(*logps, weights=weights, reduction="none"), weights * each
+    )
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_half_precision_is_computed_and_returned_in_float32(half: str) -> None:
+    logps = [torch.tensor(array).to(getattr(torch, half)) for array in four()]
+    exact = [array.double() for array in logps]
+    for loss, grad, _ in FUNCTIONS.values():
+        got = loss(*logps)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), loss(*exact), rtol=2e-5, atol=1e-6)
+        assert grad(*logps).policy_chosen.dtype == torch.float32
+    jax_logps = [jnp.asarray(array.float().numpy(), dtype=half) for array in logps]
+    assert spoloss.spo_loss(*jax_logps).dtype == jnp.float32
+    np.testing.assert_allclose(spoloss.spo_loss(*jax_logps), spoloss.spo_loss(*logps), rtol=1e-6)
+
+
+def test_dtypes_stay_or_widen(backend: Backend) -> None:
+    single = backend.arrays(*four(dtype=np.float32))
+    double = backend.arrays(*four())
+    weights = backend.array(np.ones(5))
+    assert spoloss.spo_loss(*single).dtype == backend.float32
+    assert spoloss.spo_loss(*double).dtype == backend.float64
+    assert spoloss.spo_loss(*single[:2], *double[2:]).dtype == backend.float64
+    assert spoloss.spo_loss(*single, weights=weights, beta=np.float64(0.1)).dtype == backend.float32
+    assert spoloss.spo_loss(np.float16([0.5]), np.float16([0.5]), 0.0, 0.0).dtype == np.float32
+
+
+def test_no_reference_is_the_number_zero(backend: Backend) -> None:
+    pc, pr, rc, _ = backend.arrays(*four())
+    zeros = backend.array(np.zeros(5))
+    np.testing.assert_allclose(
+        np.asarray(spoloss.spo_loss(pc, pr, 0.0, 0.0)),
+        np.asarray(spoloss.spo_loss(pc, pr, zeros, zeros)),
+    )
+    np.testing.assert_allclose(
+        np.asarray(spoloss.implicit_rewards(pc, pr, rc, 0.0, beta=0.5).rejected),
+        0.5 * np.asarray(pr),
+    )
+
+
+def test_implicit_rewards_are_equation_2() -> None:
+    pc, pr, rc, rr = four()
+    chosen, rejected = spoloss.implicit_rewards(pc, pr, rc, rr, beta=0.3)
+    np.testing.assert_allclose(chosen, 0.3 * (pc - rc))
+    np.testing.assert_allclose(rejected, 0.3 * (pr - rr))
+    np.testing.assert_allclose(
+        chosen - rejected, 0.3 * spoloss.log_ratio_margin(pc, pr, rc, rr), rtol=1e-12
+    )
+
+
+def test_a_loss_of_ones_own() -> None:
+    class Hinge:
+        def value(self, margin: Any, beta: Any) -> Any:
+            return np.maximum(1.0 - beta * margin, 0.0)
+
+        def slope(self, margin: Any, beta: Any) -> Any:
+            return np.where(beta * margin < 1.0, -beta, 0.0)
+
+    logps = four()
+    h = spoloss.log_ratio_margin(*logps)
+    want = np.maximum(1 - 0.1 * h, 0).mean()
+    np.testing.assert_allclose(spoloss.pair_loss(Hinge(), *logps, beta=0.1), want)
+    slope = spoloss.pair_grad(Hinge(), *logps, beta=0.1, reduction="sum").policy_rejected
+    np.testing.assert_allclose(slope, 0.1 * (h < 10.0))
+
+
+def test_any_object_with_value_and_slope_is_a_loss() -> None:
+    logps, spo = four(), SPO()
+    loss = SimpleNamespace(value=spo.value, slope=spo.slope)
+    assert spoloss.pair_loss(loss, *logps, beta=0.1) == spoloss.spo_loss(*logps)
+
+    class Abstract(ABC):
+        @abstractmethod
+        def value(self, margin: Any, beta: Any) -> Any: ...
+
+        @abstractmethod
+        def slope(self, margin: Any, beta: Any) -> Any: ...
+
+    with pytest.raises(TypeError, match="loss must be an object with value and slope"):
+        spoloss.pair_loss(Abstract, *logps, beta=0.1)
+
+
+ALL_FUNCTIONS = [
+    *(f for loss, grad, _ in FUNCTIONS.values() for f in (loss, grad)),
+    lambda *logps: spoloss.log_ratio_margin(*logps),
+    lambda *logps: spoloss.implicit_rewards(*logps, beta=0.1),
+    lambda *logps: spoloss.preference_metrics(*logps, beta=0.1),
+    spoloss.spo_prob_grad,
+    spoloss.dpo_prob_grad,
+]
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_shapes_that_differ(function: Callable[..., Any], backend: Backend) -> None:
+    column = np.zeros((5, 1))
+    for position in range(4):
+        logps = four()
+        logps[position] = column
+        with pytest.raises(ValueError, match="expected one shape for all, got policy_chosen") as e:
+            function(*backend.arrays(*logps))
+        for i, name in enumerate(NAMES):
+            assert f"{name} {(5, 1) if i == position else (5,)}" in str(e.value)
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_dtypes_that_are_not_real_floating(function: Callable[..., Any], backend: Backend) -> None:
+    for position, name in enumerate(NAMES):
+        for dtype in (np.int64, np.complex128):
+            logps = four()
+            logps[position] = np.zeros(5, dtype)
+            with pytest.raises(
+                TypeError, match=f"{name} must be real floating, got .*{dtype.__name__}"
+            ):
+                function(*backend.arrays(*logps))
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_what_is_no_array(function: Callable[..., Any]) -> None:
+    for position, name in enumerate(NAMES):
+        logps: list[Any] = four()
+        logps[position] = [0.0] * 5
+        with pytest.raises(
+            TypeError, match=f"{name} must be a PyTorch, NumPy or JAX array, got list"
+        ):
+            function(*logps)
+        logps[position] = None
+        with pytest.raises(TypeError, match=f"{name} must be a PyTorch, .* got NoneType"):
+            function(*logps)
+    with pytest.raises(TypeError, match=r"policy_chosen_logps must be .* array, got float"):
+        function(0.0, *four()[1:])
+
+
+@pytest.mark.parametrize("first", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("other", ["numpy", "torch", "jax"])
+def test_mixed_libraries(first: str, other: str) -> None:
+    if first == other:
+        return
+    for position, name in enumerate(NAMES[1:], start=1):
+        logps: list[Any] = list(BACKENDS[first].arrays(*four()))
+        logps[position] = BACKENDS[other].array(np.zeros(5))
+        with pytest.raises(TypeError, match=f"{name} must be of the same library as policy_chosen"):
+            spoloss.spo_loss(*logps)
+    logps = list(BACKENDS[first].arrays(*four()))
+    stranger = BACKENDS[other].array(np.ones(5))
+    for argument in ("beta", "weights", "reward_gap"):
+        with pytest.raises(
+            TypeError, match=f"{argument} must be of the same library as the log-pr"
+        ):
+            spoloss.spo_loss(*logps, **{argument: stranger})
+
+
+def test_parameters_out_of_range(backend: Backend) -> None:
+    logps = backend.arrays(*four())
+    for bad in (0.0, -1.0, float("nan"), float("inf"), 0):
+        for function in (
+            *(f for loss, grad, _ in FUNCTIONS.values() for f in (loss, grad)),
+            spoloss.spo_prob_grad,
+            spoloss.dpo_prob_grad,
+            spoloss.implicit_rewards,
+            spoloss.preference_metrics,
+        ):
+            with pytest.raises(ValueError, match="beta must be positive and finite, got"):
+                function(*logps, beta=bad)
+        for function in (spoloss.spo_loss, spoloss.squared_grad, spoloss.spo_prob_grad):
+            with pytest.raises(ValueError, match="reward_gap must be positive and finite, got"):
+                function(*logps, reward_gap=bad)
+
+
+def test_parameters_of_another_shape(backend: Backend) -> None:
+    logps = backend.arrays(*four())
+    column = backend.array(np.ones((5, 1)))
+    for argument in ("beta", "weights", "reward_gap"):
+        with pytest.raises(
+            ValueError, match=rf"{argument} must be a number .* \(5,\), got \(5, 1\)"
+        ):
+            spoloss.spo_loss(*logps, **{argument: column})
+    for argument in ("beta", "weights", "reward_gap"):
+        with pytest.raises(TypeError, match=f"{argument} must be a PyTorch, .* got list"):
+            spoloss.spo_loss(*logps, **{argument: [1.0] * 5})
+        with pytest.raises(TypeError, match=f"{argument} must be real floating"):
+            spoloss.spo_loss(*logps, **{argument: backend.array(np.ones(5, np.int64))})
+
+
+@pytest.mark.parametrize("reduction", ["avg", "MEAN", "", None])
+def test_unknown_reduction(reduction: Any) -> None:
+    for loss, grad, _ in FUNCTIONS.values():
+        for function in (loss, grad):
+            with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got"):
+                function(*four(), reduction=reduction)
+
+
+@pytest.mark.parametrize("bad", ["spo", SPO, None, 0.1])
+def test_what_is_no_loss(bad: Any) -> None:
+    for function in (spoloss.pair_loss, spoloss.pair_grad):
+        with pytest.raises(TypeError, match="loss must be an object with value and slope"):
+            function(bad, *four(), beta=0.1)
+
+
+def test_arguments_that_a_loss_cannot_honour_do_not_exist() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        spoloss.dpo_loss(*four(), reward_gap=1.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        spoloss.squared_loss(*four(), linear_below=0.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional"):
+        spoloss.spo_loss(*four(), 0.1)  # type: ignore[misc]
+
+
+def test_empty_batches() -> None:
+    empty = [torch.empty(0, requires_grad=True) for _ in range(4)]
+    total = spoloss.spo_loss(*empty, reduction="sum")
+    assert total.item() == 0.0
+    total.backward()
+    assert torch.isnan(spoloss.spo_loss(*empty))

@@ -1,0 +1,134 @@
+"""What must hold for a loss object, as functions that raise AssertionError where it doesn't.
+
+They take the loss as an argument so that the suite can run each on losses that are wrong.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import torch
+from helpers.backends import Backend
+from helpers.oracles import Oracle
+
+BETAS = (1.0, 0.1, 0.37, 5.0)
+POINTS = np.concatenate([np.linspace(-6.0, 9.0, 61), [1e-9, -1e-9, 1e-3]])
+INFINITIES = np.array([-np.inf, np.inf])
+
+
+def check_range(
+    loss: Any, oracle: Oracle, backend: Backend, margins: np.ndarray, beta: float
+) -> None:
+    """Value and slope against 60 digits: 4 eps where x is exact, 4 * (1 + |x|) eps elsewhere.
+
+    Below the smallest normal number e^(-x) itself loses digits (or is flushed to 0, by JAX), and
+    whatever multiplies it, at most 1 + |x|, inherits that absolute error.
+    """
+    eps, tiny, greatest = (
+        float(getattr(np.finfo(margins.dtype), k)) for k in ("eps", "tiny", "max")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        array = backend.array(margins)
+        values, slopes = loss.value(array, beta), loss.slope(array, beta)
+    for h, value, slope in zip(margins, np.asarray(values), np.asarray(slopes), strict=True):
+        true = oracle(float(h), beta)
+        x = abs(beta * float(h))
+        ulps = 4.0 if beta == 1.0 else 4.0 * (1.0 + x)
+        underflow = tiny * (1.0 + x) * max(beta, 1.0)
+        for got, want, scale in (
+            (value, true.value, true.value_scale),
+            (slope, true.slope, true.slope_scale),
+        ):
+            assert not np.isnan(got), f"nan at h = {h}, beta = {beta}"
+            if abs(want) + ulps * eps * scale > greatest:
+                assert np.sign(got) == np.sign(float(want))
+                assert abs(float(got)) >= min(float(abs(want) - ulps * eps * scale), greatest)
+                continue
+            error = abs(float(got) - want)
+            assert error <= ulps * eps * scale + underflow, (
+                f"h = {h}, beta = {beta}: got {got}, want {float(want)}, "
+                f"{float(error / scale) / eps:.2f} eps"
+            )
+
+
+def check_torch_autograd(loss: Any, oracle: Oracle) -> None:
+    """Autograd of the value is the slope."""
+    for beta in BETAS:
+        margin = torch.tensor(POINTS, requires_grad=True)
+        (grad,) = torch.autograd.grad(loss.value(margin, beta).sum(), margin)
+        _check_grad(grad.numpy(), loss.slope(margin.detach(), beta).numpy(), oracle, beta)
+
+
+def check_jax_grad(loss: Any, oracle: Oracle) -> None:
+    """jax.grad of the value is the slope."""
+    for beta in BETAS:
+        margin = jnp.asarray(POINTS)
+        grad = jax.grad(lambda h, beta=beta: loss.value(h, beta).sum())(margin)
+        _check_grad(np.asarray(grad), np.asarray(loss.slope(margin, beta)), oracle, beta)
+
+
+def _check_grad(grad: np.ndarray, slope: np.ndarray, oracle: Oracle, beta: float) -> None:
+    scale = np.array([float(oracle(float(h), beta).slope_scale) for h in POINTS])
+    tolerance = 16.0 * np.finfo(np.float64).eps * (1.0 + np.abs(beta * POINTS)) * scale
+    assert np.all(np.abs(grad - slope) <= tolerance)
+
+
+def check_finite_differences(loss: Any) -> None:
+    """A central difference of the value is the slope, in NumPy alone."""
+    step = 1e-5
+    for beta in BETAS:
+        # A third of a step away from the kink of the guarded losses' second derivative.
+        margin = POINTS + step / 3.0
+        difference = (loss.value(margin + step, beta) - loss.value(margin - step, beta)) / (
+            2 * step
+        )
+        slope = loss.slope(margin, beta)
+        size = np.abs(loss.value(margin, beta)) + np.abs(slope) + 1.0
+        tolerance = size * ((beta + beta**3) * (1 + np.abs(margin)) * step + 1e-16 / step)
+        assert np.all(np.abs(difference - slope) <= tolerance)
+
+
+def check_gradcheck(loss: Any) -> None:
+    """PyTorch's own numerical check of the first and the second derivative."""
+    margin = torch.linspace(-3.05, 4.1, 9, dtype=torch.float64, requires_grad=True)
+    for beta in BETAS[:3]:
+        function = lambda h, beta=beta: loss.value(h, beta)  # noqa: E731
+        try:
+            torch.autograd.gradcheck(function, margin)
+            torch.autograd.gradgradcheck(function, margin)
+        except RuntimeError as error:  # GradcheckError
+            raise AssertionError(str(error)) from error
+
+
+def check_no_nan_at_infinity(loss: Any, backend: Backend) -> None:
+    """Limits and not nan at +-inf: value, slope, and autograd, which must equal the slope."""
+    for dtype in (np.float32, np.float64):
+        rtol = 4.0 * np.finfo(dtype).eps
+        margin = backend.array(INFINITIES.astype(dtype))
+        value, slope = np.asarray(loss.value(margin, 0.5)), np.asarray(loss.slope(margin, 0.5))
+        assert not np.isnan(value).any()
+        assert not np.isnan(slope).any()
+        if backend.name == "torch":
+            margin.requires_grad_()
+            (grad,) = torch.autograd.grad(loss.value(margin, 0.5).sum(), margin)
+            np.testing.assert_allclose(grad.numpy(), slope, rtol=rtol)
+        if backend.name == "jax":
+            grad = jax.grad(lambda h: loss.value(h, 0.5).sum())(margin)
+            np.testing.assert_allclose(np.asarray(grad), slope, rtol=rtol)
+
+
+def check_spo_anchors(loss: Any) -> None:
+    """l(0) = 0, l'(0) = -beta, minimum -1/e at h = 1/beta."""
+    for beta in BETAS:
+        at_zero, at_target = np.array([0.0]), np.array([1.0 / beta])
+        assert loss.value(at_zero, beta)[0] == 0.0
+        assert loss.slope(at_zero, beta)[0] == -beta
+        assert abs(loss.value(at_target, beta)[0] + np.exp(-1.0)) < 1e-15
+        assert abs(loss.slope(at_target, beta)[0]) < 1e-15 * beta
+        assert np.all(loss.value(POINTS, beta) >= -np.exp(-1.0) - 1e-15)

@@ -1,0 +1,91 @@
+"""The gradient that a recipe must make, written from equation 6 and without the package.
+
+Every sequence runs through the model alone and unpadded, in float64: neither the padding, the
+batches nor the processes of a recipe can be in what it is compared with.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch.nn import functional as F
+
+import torch
+from torch import Tensor, nn
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+
+
+def load(name: str) -> ModuleType:
+    """A file of docs/recipes as a module; `toy` among them, under the name that recipes import."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+toy = load("toy")
+Grads = dict[str, Tensor]
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradient of each step and moves nothing."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.steps: list[Grads] = []
+        super().__init__(self.trained.values(), lr=0.0)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else closure()
+        self.steps.append({name: p.grad.clone() for name, p in self.trained.items()})
+        return loss
+
+
+def exact_step(
+    policy: nn.Module, reference: nn.Module, pairs: Iterable[Any], beta: float
+) -> tuple[float, Grads]:
+    """The mean loss of all pairs, and its gradient by each trainable parameter, in float64."""
+    policy, reference = copy.deepcopy(policy).double(), copy.deepcopy(reference).double().eval()
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    losses = []
+    for prompt, chosen, rejected in pairs:
+        x = beta * (
+            _log_odds(policy, prompt, chosen, rejected)
+            - _log_odds(reference, prompt, chosen, rejected).detach()
+        )
+        losses.append(-x * torch.exp(-x))
+    loss = torch.stack(losses).mean()
+    grads = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+    return loss.item(), dict(zip(trained, grads, strict=True))
+
+
+def _log_odds(
+    model: nn.Module, prompt: list[int], chosen: list[int], rejected: list[int]
+) -> Tensor:
+    return _log_prob(model, prompt, chosen) - _log_prob(model, prompt, rejected)
+
+
+def _log_prob(model: nn.Module, prompt: list[int], answer: list[int]) -> Tensor:
+    ids = torch.tensor([prompt + answer])
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    return -F.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+
+
+def relative_error(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """|g - exact| / |exact| over the whole gradient; the names must be the same."""
+    assert grads.keys() == exact.keys(), grads.keys() ^ exact.keys()
+    off = torch.cat([(grads[name].detach().double() - exact[name]).flatten() for name in exact])
+    size = torch.cat([exact[name].flatten() for name in exact])
+    return (off.norm() / size.norm()).item()

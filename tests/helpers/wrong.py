@@ -1,0 +1,100 @@
+"""Deliberately wrong losses. Every check of the suite must fail on some of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+import torch
+from spoloss import SPO
+from spoloss._arrays import namespace, quiet
+
+_RIGHT = SPO()
+
+
+class FlippedSign:
+    """+x * e^(-x): value and slope agree with each other and are both wrong."""
+
+    def value(self, margin: Any, beta: Any) -> Any:
+        return -_RIGHT.value(margin, beta)
+
+    def slope(self, margin: Any, beta: Any) -> Any:
+        return -_RIGHT.slope(margin, beta)
+
+
+class LostBeta:
+    """The slope by x and not by h."""
+
+    def value(self, margin: Any, beta: Any) -> Any:
+        return _RIGHT.value(margin, beta)
+
+    def slope(self, margin: Any, beta: Any) -> Any:
+        return _RIGHT.slope(margin, beta) / beta
+
+
+class WrongPolynomial:
+    """(x + 1) in place of (x - 1)."""
+
+    def value(self, margin: Any, beta: Any) -> Any:
+        return _RIGHT.value(margin, beta)
+
+    @quiet
+    def slope(self, margin: Any, beta: Any) -> Any:
+        x = margin * beta
+        return beta * (x + 1.0) * namespace(margin).exp(-x)
+
+
+class StrayDetach:
+    """e^(-x) cut off from autograd: right value, right slope, wrong gradient."""
+
+    def value(self, margin: Any, beta: Any) -> Any:
+        x = margin * beta
+        if isinstance(margin, torch.Tensor):
+            return -x * torch.exp(-x).detach()
+        return -x * jax.lax.stop_gradient(jax.numpy.exp(-x))
+
+    def slope(self, margin: Any, beta: Any) -> Any:
+        return _RIGHT.slope(margin, beta)
+
+
+class SinglePrecision:
+    """float64 rounded to float32 on the way."""
+
+    def value(self, margin: Any, beta: Any) -> Any:
+        return self._round(_RIGHT.value(margin, beta), margin)
+
+    def slope(self, margin: Any, beta: Any) -> Any:
+        return self._round(_RIGHT.slope(margin, beta), margin)
+
+    def _round(self, array: Any, like: Any) -> Any:
+        if isinstance(array, torch.Tensor):
+            return array.to(torch.float32).to(like.dtype)
+        return array.astype(np.float32).astype(like.dtype)
+
+
+class Naive:
+    """Equation 6 as it stands on paper: nan at inf."""
+
+    @quiet
+    def value(self, margin: Any, beta: Any) -> Any:
+        x = margin * beta
+        return -x * namespace(margin).exp(-x)
+
+    @quiet
+    def slope(self, margin: Any, beta: Any) -> Any:
+        x = margin * beta
+        return beta * (x - 1.0) * namespace(margin).exp(-x)
+
+
+@dataclass(frozen=True)
+class Clamped:
+    """A silent clamp of the margin: finite everywhere, and flat where it should climb."""
+
+    def value(self, margin: Any, beta: Any) -> Any:
+        return _RIGHT.value(namespace(margin).clip(margin, -20.0, None), beta)
+
+    def slope(self, margin: Any, beta: Any) -> Any:
+        return _RIGHT.slope(namespace(margin).clip(margin, -20.0, None), beta)

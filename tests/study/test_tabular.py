@@ -1,0 +1,358 @@
+"""The tabular study: its optimum, its minima and its training against independent arithmetic."""
+
+from __future__ import annotations
+
+import csv
+import math
+from functools import partial
+
+import mpmath
+import numpy as np
+import pytest
+
+import torch
+from benchmarks import tabular
+from benchmarks.tabular import Pairs, Size, World
+from helpers.pages import ROOT, measured
+
+METHODS = {method.name: method for method in tabular.UNKNOWN_GAP + tabular.KNOWN_GAP}
+SMALL = Size(prompts=3, responses=6, pairs=60, steps=200, seeds=2)
+
+
+@pytest.fixture
+def world() -> World:
+    return tabular.draw_world(SMALL, np.random.default_rng(1))
+
+
+def objective(world: World, policy: np.ndarray, beta: float) -> float:
+    """Equation 1, written out."""
+    p = np.exp(policy)
+    rows = (p * world.reward).sum(1) - beta * (p * (policy - world.reference)).sum(1)
+    return float(rows.mean())
+
+
+# ------------------------------------------------------------------------------------ the optimum
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
+def test_no_policy_beats_the_optimum_and_regret_is_what_it_lacks(world, beta) -> None:
+    rng = np.random.default_rng(2)
+    optimum = world.optimum(beta)
+    np.testing.assert_allclose(np.exp(optimum).sum(1), 1.0, rtol=1e-12)
+    best = objective(world, optimum, beta)
+    for size in (1e-3, 0.1, 3.0):
+        policy = tabular.normalised(optimum + size * rng.normal(size=optimum.shape))
+        lacks = best - objective(world, policy, beta)
+        assert lacks > 0.0
+        regret = beta * tabular.kl(policy, optimum)
+        assert regret == pytest.approx(lacks, rel=1e-6, abs=1e-12)
+
+
+# -------------------------------------------------------------------------------------- the pairs
+
+
+def test_pairs_come_from_the_reference(world) -> None:
+    both = tabular.draw_pairs(world, 20_000, np.random.default_rng(3))
+    prompts, places = np.divmod(both, SMALL.responses)
+    assert np.all(prompts[:, 0] == prompts[:, 1])
+    assert np.all(places[:, 0] != places[:, 1])
+    assert np.all(np.bincount(prompts[:, 0]) == 20_000)
+    p = np.exp(world.reference)
+    # Two different draws: the first is i and the second anything but i.
+    want = p * (1.0 - p) / (1.0 - (p**2).sum(1, keepdims=True))
+    got = np.stack([np.bincount(places[prompts[:, 0] == n, 0]) for n in range(3)]) / 20_000
+    np.testing.assert_allclose(got, want, atol=5.0 * np.sqrt(0.25 / 20_000))
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_labels_follow_the_reward_or_bradley_terry(world, noisy) -> None:
+    rng = np.random.default_rng(4)
+    both = np.tile([[0, 1], [3, 2]], (20_000, 1))
+    pairs = tabular.label(world, both, rng, noisy=noisy)
+    assert pairs.weights.sum() == pytest.approx(1.0, rel=1e-12)
+    for first, second in ((0, 1), (3, 2)):
+        won = pairs.weights[(pairs.chosen == first) & (pairs.rejected == second)].sum() * 2.0
+        gap = world.reward[0, first] - world.reward[0, second]
+        want = 1.0 / (1.0 + math.exp(-gap)) if noisy else float(gap > 0.0)
+        assert won == pytest.approx(want, abs=5.0 * math.sqrt(0.25 / 20_000) if noisy else 0.0)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_every_pair_is_what_many_draws_tend_to(world, noisy) -> None:
+    pairs = tabular.every_pair(world, noisy=noisy)
+    many = tabular.draw_pairs(world, 100_000, np.random.default_rng(5))
+    drawn = tabular.label(world, many, np.random.default_rng(6), noisy=noisy)
+    table = np.zeros((2, world.reward.size, world.reward.size))
+    for n, each in enumerate((pairs, drawn)):
+        np.add.at(table[n], (each.chosen, each.rejected), each.weights)
+        # Draws of the same response twice are left out, prompt by prompt.
+        rows = table[n].reshape(SMALL.prompts, -1)
+        rows /= rows.sum(1, keepdims=True)
+    np.testing.assert_allclose(table[0], table[1], atol=5.0 * math.sqrt(0.25 / 100_000))
+
+
+# ------------------------------------------------------------------------------- gradient and Adam
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_gradient_is_that_of_the_mean_loss_by_the_scores_of_a_softmax(world, method) -> None:
+    both = tabular.draw_pairs(world, SMALL.pairs, np.random.default_rng(7))
+    pairs = tabular.label(world, both, np.random.default_rng(8), noisy=False)
+    scores = world.reference + 0.1 * np.random.default_rng(9).normal(size=world.reference.shape)
+    got = method.gradient(world, pairs, 0.5)(scores)
+    leaf = torch.tensor(scores, requires_grad=True)
+    mean_loss_by_hand(method.name, world, pairs, leaf.log_softmax(-1), 0.5).backward()
+    np.testing.assert_allclose(got, leaf.grad.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def mean_loss_by_hand(
+    name: str, world: World, pairs: Pairs, policy: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """Each method's loss, typed from its formula."""
+    reward, reference = torch.tensor(world.reward).ravel(), torch.tensor(world.reference).ravel()
+    won, lost = torch.tensor(pairs.chosen), torch.tensor(pairs.rejected)
+    ratio = policy.ravel() - reference
+    h, gap = ratio[won] - ratio[lost], reward[won] - reward[lost]
+    x, z = beta * h, beta * h / gap
+    log_s = torch.nn.functional.logsigmoid
+    right = torch.sigmoid(gap)
+    losses = {
+        "DPO(beta)": -log_s(x),
+        "DPO(4 beta)": -log_s(4.0 * x),
+        "IPO(beta)": (h - 0.5 / beta) ** 2,
+        "SPO(beta)": -x * torch.exp(-x),
+        "DPO, soft labels s(gap)": -right * log_s(x) - (1.0 - right) * log_s(-x),
+        "SPO, known gap": -z * torch.exp(-z),
+        "SPO, known gap, weighted, guarded": gap**2
+        * torch.where(z < 0.0, -z, -z * torch.exp(-z.clamp(min=0.0))),
+        "squared, known gap": (h - gap / beta) ** 2,
+    }
+    return (torch.tensor(pairs.weights) * losses[name]).sum()
+
+
+def test_adam_is_adam() -> None:
+    start = np.random.default_rng(10).normal(size=(2, 4))
+    target = np.random.default_rng(11).normal(size=(2, 4))
+    early, late = tabular.adam(lambda table: np.sinh(table - target), start, (7, 30))
+    leaf = torch.tensor(start, requires_grad=True)
+    optimizer = torch.optim.Adam([leaf], lr=tabular.LEARNING_RATE)
+    for step in range(1, 31):
+        optimizer.zero_grad()
+        torch.cosh(leaf - torch.tensor(target)).sum().backward()
+        optimizer.step()
+        if step in (7, 30):
+            want = leaf.detach().log_softmax(-1).numpy()
+            np.testing.assert_allclose(early if step == 7 else late, want, rtol=1e-10)
+
+
+def test_divergence_is_told(world) -> None:
+    tables = tabular.adam(lambda table: table * np.inf, world.reference, (3, 4))
+    assert all(np.isnan(table).all() for table in tables)
+    good = tabular.Outcome(1.0, 0.1, 0.2, 0.5)
+    bad = tabular.Outcome(math.nan, math.nan, math.nan, 0.5)
+    row = tabular.summarise("clean", 1.0, "some", [good, bad, good])
+    assert (row.diverged, row.kl_endless) == (1, 0.5)
+    assert math.isnan(row.kl)
+    assert tabular.cell(row, "kl").strip() == "1 diverged"
+
+
+# -------------------------------------------------------------------------------------- the minima
+
+
+@pytest.mark.parametrize("probability", [0.55, 0.6, 0.8, 0.9, 0.99])
+def test_where_flipped_labels_lead(probability) -> None:
+    p = mpmath.mpf(probability)
+    expected = {
+        "DPO": lambda x: -mpmath.log(1 / (1 + mpmath.exp(-x))),
+        "SPO": lambda x: -x * mpmath.exp(-x),
+        "squared": lambda x: (x - 1) ** 2,
+    }
+    for margin in tabular.flipped_labels(probability):
+        loss = expected[margin.method]
+        mean = lambda x, loss=loss: p * loss(x) + (1 - p) * loss(-x)  # noqa: E731
+        # Scanned, since a root finder could settle on another stationary point.
+        grid = np.linspace(-1.0, 6.0, 701)
+        near = float(min(grid, key=lambda x, mean=mean: mean(mpmath.mpf(x))))
+        minimum = mpmath.findroot(lambda x, mean=mean: mpmath.diff(mean, x), near)
+        assert margin.closed_form == pytest.approx(float(minimum), rel=1e-9)
+        assert margin.found == pytest.approx(float(minimum), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_where_ranked_answers_lead(count) -> None:
+    def slopes(*scores: object) -> list[object]:
+        slope = lambda x: (x - 1) * mpmath.exp(-x)  # noqa: E731
+        scores = (*scores, 0)
+        pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+        return [
+            sum(slope(scores[i] - scores[j]) * ((k == i) - (k == j)) for i, j in pairs)
+            for k in range(count - 1)
+        ]
+
+    found = mpmath.findroot(slopes, [0.6 * (count - 1 - k) for k in range(count - 1)])
+    scores = np.array([float(score) for score in found] + [0.0])
+    first, second = np.triu_indices(count, 1)
+    np.testing.assert_allclose(
+        tabular.ranked_answers(count), scores[first] - scores[second], rtol=1e-9
+    )
+
+
+def test_ranked_answers_miss_the_target_of_1() -> None:
+    x = np.sort(tabular.ranked_answers(3))
+    np.testing.assert_allclose(x, [0.758, 0.758, 1.516], atol=5e-4)
+    x = tabular.ranked_answers(32)
+    assert x.mean() == pytest.approx(0.94, abs=0.005)
+    assert x.std() == pytest.approx(0.64, abs=0.005)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_endless_pairs_lead_to_the_limit(world, method, noisy) -> None:
+    limit = method.limit(world, noisy)
+    if limit is None:
+        assert method in tabular.UNKNOWN_GAP[:2]
+        assert not noisy
+        return
+    if noisy and method in tabular.KNOWN_GAP:
+        noisy = False  # a known gap is a known order
+    pairs = tabular.every_pair(world, noisy=noisy)
+    for beta in (0.3, 2.0):
+        leaf = torch.tensor(world.tilted(limit, beta), requires_grad=True)
+        loss = mean_loss_by_hand(method.name, world, pairs, leaf, beta)
+        loss.backward()
+        slope = leaf.grad.abs().max()
+        assert slope < 1e-9 * max(1.0, 1.0 / beta)
+        for moved in (0.05, -0.05, 0.5):
+            rng = np.random.default_rng(12)
+            near = world.tilted(limit + moved * rng.normal(size=limit.shape), beta)
+            assert mean_loss_by_hand(method.name, world, pairs, torch.tensor(near), beta) > loss
+
+
+def test_ipo_limit_is_least_squares(world) -> None:
+    for noisy in (False, True):
+        pairs = tabular.every_pair(world, noisy=noisy)
+        root = np.sqrt(pairs.weights)
+        design = np.zeros((len(root), world.reward.size))
+        rows = np.arange(len(root))
+        design[rows, pairs.chosen], design[rows, pairs.rejected] = root, -root
+        solved = np.linalg.lstsq(design, 0.5 * root, rcond=None)[0].reshape(world.reward.shape)
+        limit = tabular.ipo_limit(world, noisy)
+        solved, limit = (each - each.mean(1, keepdims=True) for each in (solved, limit))
+        np.testing.assert_allclose(limit, solved, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------ a whole run
+
+
+def test_outcome_is_of_the_trained_policy(world) -> None:
+    method, beta = METHODS["SPO(beta)"], 0.5
+    both = tabular.draw_pairs(world, SMALL.pairs, np.random.default_rng(13))
+    pairs = tabular.label(world, both, np.random.default_rng(14), noisy=True)
+    outcome = tabular.train(method, beta, world, pairs, world.reward, 40)
+    early, late = tabular.adam(method.gradient(world, pairs, beta), world.reference, (30, 40))
+    optimum = world.optimum(beta)
+
+    def distance(policy: np.ndarray) -> float:
+        return float(np.mean(np.sum(np.exp(optimum) * (optimum - policy), axis=1)))
+
+    lacks = objective(world, optimum, beta) - objective(world, late, beta)
+    assert outcome.kl == pytest.approx(distance(late), rel=1e-9)
+    assert outcome.kl_change == pytest.approx(distance(late) - distance(early), rel=1e-6)
+    assert outcome.regret == pytest.approx(lacks, rel=1e-6)
+    assert outcome.kl_endless == pytest.approx(0.0, abs=1e-12)
+    still = tabular.untrained(world, beta)
+    lacks = objective(world, optimum, beta) - objective(world, world.reference, beta)
+    assert (still.kl, still.regret) == pytest.approx((distance(world.reference), lacks), rel=1e-6)
+
+
+def test_small_study_ranks_as_the_theory_says() -> None:
+    rows = {
+        (row.labels, row.method): row
+        for row in tabular.study(Size(4, 8, 200, 300, 3), betas=(1.0,))
+    }
+    assert len(rows) == 2 * 5 + 4
+    clean = {method: row for (labels, method), row in rows.items() if labels == "clean"}
+    for method in ("DPO, soft labels s(gap)", "squared, known gap"):
+        assert clean[method].kl < 0.1 * clean["SPO(beta)"].kl
+    assert clean["SPO(beta)"].kl < clean["no training"].kl < clean["DPO(beta)"].kl
+    assert clean["DPO(beta)"].kl_endless == math.inf
+    assert clean["DPO(beta)"].kl_change > 0.0
+    assert rows["noisy", "DPO(beta)"].kl_endless == pytest.approx(0.0, abs=1e-12)
+    assert rows["noisy", "SPO(beta)"].kl_endless > 0.05
+    for row in rows.values():
+        assert row.diverged == 0
+        assert row.kl_error > 0.0
+        assert row.regret >= 0.0
+
+
+def test_tables_and_files(tmp_path, monkeypatch, capsys) -> None:
+    size = partial(Size, prompts=2, responses=5, pairs=30, steps=40)
+    monkeypatch.setattr(tabular, "Size", size)
+    output = tmp_path / "new" / "folder"
+    tabular.main(["--seeds", "2", "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert printed.count("SPO(beta)") == 6
+    assert "no minimum" in printed
+    assert {path.name for path in output.iterdir()} == {
+        "tabular.csv",
+        "tabular_margins.csv",
+        "tabular.png",
+    }
+    lines = (output / "tabular.csv").read_text().splitlines()
+    assert lines[0].startswith("# ")
+    rows = list(csv.DictReader(lines[1:]))
+    assert len(rows) == 4 * (5 + 4 + 5)
+    assert all(float(row["kl_error"]) >= 0.0 for row in rows if row["diverged"] == "0")
+    assert (output / "tabular.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_on_claims_quotes_the_results() -> None:
+    page = (ROOT / "docs" / "claims.md").read_text()
+    lines = page.partition("<!-- tabular.csv -->")[2].partition("\n- **")[0].splitlines()
+    quoted = {}
+    for line in lines:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells and cells[0].endswith("labels"):
+            labels, betas = cells[0].split()[0], [float(cell.split()[-1]) for cell in cells[1:]]
+        elif cells and not cells[0].startswith("---"):
+            quoted |= {
+                (labels, b, cells[0]): text for b, text in zip(betas, cells[1:], strict=True)
+            }
+    want = {}
+    for row in measured("tabular.csv"):
+        key = row["labels"], float(row["beta"]), row["method"]
+        want[key] = f"{float(row['kl']):.3f} ± {float(row['kl_error']):.3f}"
+        if row["diverged"] != "0":
+            want[key] = f"{row['diverged']} of {Size().seeds} diverged"
+    assert quoted == want
+
+
+def test_published_results_are_of_this_study() -> None:
+    rows = measured("tabular.csv")
+    assert {float(row["beta"]) for row in rows} == set(tabular.BETAS)
+    assert {row["method"] for row in rows} == {"no training", *METHODS}
+    # The untrained rows need no training to be computed anew.
+    worlds = []
+    for seed in range(Size().seeds):
+        worlds.append(tabular.draw_world(Size(), np.random.default_rng(seed)))
+    for row in rows:
+        if row["method"] == "no training":
+            distances = [tabular.untrained(each, float(row["beta"])).kl for each in worlds]
+            assert float(row["kl"]) == pytest.approx(np.mean(distances), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seeds", "0"], "--seeds: expected a whole number from 1, got '0'"),
+        (["--seeds", "many"], "--seeds: expected a whole number from 1, got 'many'"),
+        (["--output", __file__], "test_tabular.py: expected a folder, got a file"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_bad_input_is_refused(capsys, flags, words) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tabular.main(flags)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err

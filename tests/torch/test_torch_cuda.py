@@ -1,0 +1,275 @@
+"""The fused head as it works on CUDA: on a card where there is one, and on a stand-in everywhere.
+
+The stand-in is the CPU with CUDA's ways: its tiles, tiles of half precision, the compiled block,
+and the two products of half precision that are summed in float32, which no CPU has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+import torch
+from helpers import fused as case_module
+from helpers.fused import (
+    ALL,
+    HALF,
+    OPTIONS,
+    Case,
+    check_fused,
+    check_half_precision,
+    check_linear_logps,
+    cut_blocks,
+    largest,
+)
+from spoloss import SPO
+from spoloss.torch import _device, _rows, _tiles, fused, linear_logps, linear_spo_loss, logps
+from spoloss.torch._head import HeadOptions
+from torch import Tensor, is_tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test runs, and whether its blocks are compiled."""
+
+    device: str
+    compiles: bool
+
+
+PLACES = [Place("cpu", compiles=False), Place("cpu", compiles=True)]
+if torch.cuda.is_available():
+    PLACES += [Place("cuda", compiles=False), Place("cuda", compiles=True)]
+
+
+def mm_dtype(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.mm(a.to(out_dtype), b.to(out_dtype))
+
+
+def addmm_dtype_out(
+    total: Tensor,
+    a: Tensor,
+    b: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    out: Tensor,
+) -> Tensor:
+    assert alpha == 1.0
+    assert out.dtype == out_dtype
+    return torch.addmm(total, a.to(out_dtype), b.to(out_dtype), beta=beta, out=out)
+
+
+@pytest.fixture(params=PLACES, ids=str)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """Blocks of 16 of 40 words, and the eight that are left over."""
+    cuda = _device.CUDA._replace(block_bytes=1, compiles=request.param.compiles)
+    monkeypatch.setattr(case_module, "V", 40)
+    cut_blocks(monkeypatch, 16)
+    monkeypatch.setattr(_tiles, "device_of", lambda _: cuda)
+    if request.param.device == "cuda":
+        yield request.param
+        return
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for device in ("CPU", "Meta"):
+            library.impl("mm.dtype", mm_dtype, device)
+            library.impl("addmm.dtype_out", addmm_dtype_out, device)
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("chunk_size", [3, 20, None])
+def test_half_precision_is_no_worse_than_the_naive_path(
+    place: Place, dtype: torch.dtype, chunk_size: int | None
+) -> None:
+    check_half_precision(dtype, chunk_size, place.device)
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_a_loss_scale_keeps_small_gradients(place: Place, chunk_size: int | None) -> None:
+    check_half_precision(torch.float16, chunk_size, place.device, loss_scale=2.0**24)
+
+
+@pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_where_a_total_is_as_wide_as_its_factors(
+    place: Place, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.8 and 2.9."""
+    monkeypatch.setattr(_device, "_WIDE_TOTALS", False)
+    monkeypatch.setattr(torch, "addmm", None)
+    check_half_precision(dtype, 3, place.device)
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("need", [ALL, (True, True, False, False), (False, False, True, True)])
+def test_fused_is_unfused(
+    place: Place, need: tuple[bool, ...], options: dict[str, Any], chunk_size: int | None
+) -> None:
+    case = Case(need, device=place.device)
+    check_fused(case, SPO(), case.fused, chunk_size=chunk_size, **options)
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str)
+def test_linear_logps(place: Place, options: dict[str, Any], chunk_size: int | None) -> None:
+    check_linear_logps(chunk_size, options, place.device)
+
+
+@pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
+@pytest.mark.parametrize("wrong", ["forgets what was there", "adds to what was not there"])
+def test_the_check_catches_a_wrong_total(
+    place: Place, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accumulate(total: Tensor, *factors: Any, empty: bool = False) -> None:
+        if empty:
+            total.fill_(1.0)
+        _device.accumulate(total, *factors, empty=wrong.startswith("forgets"))
+
+    monkeypatch.setattr(_tiles, "accumulate", accumulate)
+    with pytest.raises(AssertionError):
+        check_half_precision(torch.bfloat16, 3, place.device)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_compiles_into_one_graph(place: Place, dtype: torch.dtype) -> None:
+    """Inductor knows no addmm that is summed in another dtype: none may be in the graph."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    def loss(case: Case) -> Tensor:
+        chosen, rejected, weight, _ = case.tensors.values()
+        return linear_spo_loss(chosen, rejected, weight, *case.labels, *case.reference).loss
+
+    torch.compiler.reset()
+    case = Case(dtype=dtype, device=place.device)
+    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    got, want = compiled(case), loss(case)
+    close = {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(got, want, **close)
+    for mine, theirs in zip(case.grads(got), case.grads(want), strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
+    assert "aten.mm.dtype(" in graphs[0]
+    assert "addmm" not in "".join(graphs)
+
+
+def test_a_tile_is_not_made_twice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where exponentials do not replace their logits, the logits need one block's room alone."""
+    monkeypatch.setattr(_tiles, "_compiled", lambda: _tiles.exponentials)
+    block, tile, head = (4 * size for size in (16 * 16, 16 * 64, 64 * 8))
+    found = largest(2, 8, frozen=False, chunk_size=16)
+    assert found == (head if place.compiles else tile)
+    assert block < head < tile
+
+
+@pytest.mark.parametrize("place", PLACES[:1], ids=str, indirect=True)
+@pytest.mark.parametrize("chunk_size", [3, 20, None])
+@pytest.mark.parametrize("need", [ALL, (True, True, False, False)])
+def test_nothing_waits_for_the_device_but_the_choice_of_rows(
+    place: Place,  # noqa: ARG001
+    need: tuple[bool, ...],
+    chunk_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The meta device has no numbers to wait for: what asks for one is an error there."""
+    case, known = Case(need, torch.bfloat16, "meta"), Case()
+    labels = dict(zip(("chosen_labels", "rejected_labels"), known.labels, strict=True))
+    labels["labels"] = known.labels[0]
+
+    def select(names: Any, **options: Any) -> list[_rows.Rows]:
+        chosen = _rows.select_rows({name: labels[name] for name in names}, **options)
+        return [
+            replace(rows, **{k: v.to("meta") for k, v in vars(rows).items() if is_tensor(v)})
+            for rows in chosen
+        ]
+
+    for module in (fused, logps):
+        monkeypatch.setattr(module, "select_rows", select)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # unknown there
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    chosen, _, weight, bias = case.tensors.values()
+    for value in (
+        case.fused(SPO(), chunk_size=chunk_size).loss,
+        case.fused(SPO(), chunk_size=chunk_size, nll_weight=0.5).loss,
+        linear_logps(chosen, weight, case.labels[0], bias=bias, chunk_size=chunk_size).sum(),
+    ):
+        value.backward()
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        value.item()
+
+
+@pytest.mark.parametrize(
+    ("major", "hip", "wide_totals", "wide"),
+    [
+        (8, None, False, True),
+        (9, None, True, True),
+        (7, None, True, False),
+        (9, "7.0", True, True),
+        (9, "7.0", False, False),
+    ],
+)
+def test_cards_that_cannot_sum_half_precision_in_float32(
+    monkeypatch: pytest.MonkeyPatch, major: int, hip: str | None, *, wide_totals: bool, wide: bool
+) -> None:
+    """They work as a CPU does, with the tiles of a card."""
+    card = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(_device, "_WIDE_TOTALS", wide_totals)
+    found = _device.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
+    assert found == (_device.CUDA if wide else _device.BEFORE_AMPERE)
+    assert found.wide_sums == wide
+
+
+@pytest.mark.parametrize("vocabulary", [1, 1024, 32_001, 50_257, 152_064])
+@pytest.mark.parametrize("rows", [1, 342, 4096])
+@pytest.mark.parametrize("device", [_device.CPU, _device.CUDA])
+def test_blocks_are_aligned_and_keep_to_their_memory(
+    device: _device.Device, rows: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_tiles, "device_of", lambda _: device)
+    options = HeadOptions(None, 1.0, 1.0, None, None, None, vocabulary)
+    head = _tiles.Head(torch.empty(vocabulary, 1), None, options)
+    blocks = list(head.blocks(rows))
+    assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
+    assert (blocks[0].start, blocks[-1].stop) == (0, vocabulary)
+    widths = [block.stop - block.start for block in blocks]
+    assert all(width % 64 == 0 for width in widths[:-1])
+    assert widths[-1] % 64 == 0 or widths[-1] == vocabulary % 64
+    assert 4 * rows * max(widths) <= max(device.block_bytes, 4 * rows * 1024)
+
+
+@pytest.mark.parametrize(
+    ("block", "known"), [(_tiles._aligned_exponentials, True), (_tiles.exponentials, False)]
+)
+def test_the_compiler_knows_that_a_block_is_aligned(
+    block: Callable[..., Any], *, known: bool
+) -> None:
+    """Of any height and width: one graph for all, in which loads of 16 bytes are allowed."""
+    facts = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        (logits,) = graph.graph.find_nodes(op="placeholder", target="L_logits_")
+        facts.append(statically_known_true(logits.meta["example_value"].shape[1] % 16 == 0))
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(block, dynamic=True, backend=keep)
+    for rows, width in ((3, 32), (5, 64), (7, 48)):
+        none, sums = torch.full((rows,), -1), torch.zeros(rows)
+        compiled(torch.zeros(rows, width), none, sums, sums, sums - torch.inf, torch.float32)
+    assert facts == [known]

@@ -1,0 +1,603 @@
+"""The fused head against logits -> sequence_logps -> pair_loss, in loss and in every gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.checkpoint import checkpoint
+
+import torch
+from helpers.fused import (
+    ALL,
+    CHUNKS,
+    HALF,
+    INPUTS,
+    LOSSES,
+    NEEDS,
+    OPTIONS,
+    OTHER_T,
+    Case,
+    D,
+    P,
+    T,
+    V,
+    check_fused,
+    check_half_precision,
+    check_linear_logps,
+    cut_blocks,
+    largest,
+)
+from helpers.memory import LargestTensor
+from spoloss import DPO, SPO, spo_grad, spo_loss
+from spoloss.torch import (
+    _tiles,
+    linear_dpo_loss,
+    linear_logps,
+    linear_pair_loss,
+    linear_spo_loss,
+    sequence_logps,
+)
+from torch import Tensor
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_fused_is_unfused(loss: Any, chunk_size: int | None, options: dict[str, Any]) -> None:
+    case = Case()
+    check_fused(case, loss, case.fused, chunk_size=chunk_size, **options)
+
+
+@pytest.mark.parametrize("need", NEEDS, ids=str)
+@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_subset_of_gradients(
+    need: tuple[bool, ...], chunk_size: int | None, reduction: str
+) -> None:
+    case = Case(need)
+    options = {"chunk_size": chunk_size, "reduction": reduction, "nll_weight": 0.4}
+    check_fused(case, SPO(), case.fused, **options)
+
+
+@pytest.fixture(params=[1, 5])
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one or five of the 13 words."""
+    cut_blocks(monkeypatch, request.param)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("need", [ALL, (True, True, False, False), (False, False, True, True)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+def test_fused_is_unfused_block_by_block(
+    chunk_size: int | None, options: dict[str, Any], need: tuple[bool, ...]
+) -> None:
+    case = Case(need)
+    check_fused(case, SPO(), case.fused, chunk_size=chunk_size, **options)
+
+
+def forgets_to_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = _tiles.exponentials_
+
+    def wrong(logits: Tensor, target: Tensor, shift: Tensor, others: Tensor) -> Any:
+        exps, new, sums = right(logits, target, shift, torch.zeros_like(others))
+        return exps, new, sums + others
+
+    monkeypatch.setattr(_tiles, "exponentials_", wrong)
+
+
+def counts_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = _tiles.exponentials_
+    monkeypatch.setattr(
+        _tiles,
+        "exponentials_",
+        lambda logits, target, *sums: right(logits, torch.zeros_like(target), *sums),
+    )
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("wrong", [forgets_to_rescale, counts_the_target])
+def test_the_check_catches_wrong_blocks(
+    wrong: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong(monkeypatch)
+    case = Case((True, True, False, False))
+    with pytest.raises(AssertionError):
+        check_fused(case, SPO(), case.fused)
+
+
+def wrong_slope(case: Case) -> Callable[..., Any]:
+    class Half(SPO):
+        def slope(self, margin: Any, beta: Any) -> Any:
+            return 0.5 * super().slope(margin, beta)
+
+    return lambda loss, **options: case.fused(Half() if isinstance(loss, SPO) else loss, **options)
+
+
+def no_prompt_mask(case: Case) -> Callable[..., Any]:
+    case.labels = tuple(labels.clamp(min=0) for labels in case.labels)  # type: ignore[assignment]
+    got = case.fused(SPO())
+    case.labels = Case().labels
+    return lambda *_, **__: got
+
+
+def swapped(case: Case) -> Callable[..., Any]:
+    def fused(loss: Any, **options: Any) -> Any:
+        case.reference = case.reference[::-1]
+        out = case.fused(loss, **options)
+        case.reference = case.reference[::-1]
+        return out
+
+    return fused
+
+
+@pytest.mark.parametrize("wrong", [wrong_slope, no_prompt_mask, swapped])
+def test_the_check_catches_wrong_fusions(wrong: Callable[[Case], Callable[..., Any]]) -> None:
+    case = Case()
+    with pytest.raises(AssertionError):
+        check_fused(case, SPO(), wrong(case))
+
+
+def test_spellings() -> None:
+    case = Case()
+    chosen, rejected, weight, bias = case.tensors.values()
+    inputs = (chosen, rejected, weight, *case.labels, *case.reference)
+    gap = torch.tensor([0.5, 1.0, 2.0, 1.0, 3.0], dtype=torch.float64)
+    options = {"bias": bias, "weights": case.weights, "chunk_size": 3}
+    spo = linear_spo_loss(*inputs, beta=0.2, reward_gap=gap, linear_below=-1.0, **options)
+    want = case.fused(SPO(-1.0), beta=0.2 / gap, chunk_size=3)
+    torch.testing.assert_close(tuple(spo), tuple(want))
+    dpo = linear_dpo_loss(*inputs, beta=0.2, label_smoothing=0.1, **options)
+    torch.testing.assert_close(tuple(dpo), tuple(case.fused(DPO(0.1), beta=0.2, chunk_size=3)))
+    logps = sequence_logps(chosen @ weight.t() + bias, case.labels[0])
+    torch.testing.assert_close(spo.chosen_logps, logps.detach())
+    assert not spo.chosen_logps.requires_grad
+    with pytest.raises(TypeError, match="unexpected keyword argument 'softcapp'"):
+        linear_spo_loss(*inputs, softcapp=3.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str)
+def test_linear_logps(chunk_size: int | None, options: dict[str, Any]) -> None:
+    check_linear_logps(chunk_size, options)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_linear_logps_block_by_block(chunk_size: int | None) -> None:
+    check_linear_logps(chunk_size, {})
+    check_linear_logps(chunk_size, {"softcap": 2.0, "logit_scale": 0.5})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
+    """What CUDA runs as one fused pass, compiled for the CPU here, over two blocks of 300 words."""
+    single = torch.promote_types(dtype, torch.float32)
+    compiled = torch.compile(_tiles.exponentials, dynamic=True)
+    generator = torch.Generator().manual_seed(3)
+    # Logits and their log-sum-exp are near 16; what rounding them costs is relative to that.
+    close = {"rtol": 20.0 * torch.finfo(single).eps, "atol": 0.0}
+    for rows in (1, 5):
+        logits = torch.randn(rows, 300, dtype=single, generator=generator) * 5
+        targets = torch.randint(0, 300, (rows,), generator=generator)
+        at_target = logits.gather(1, targets[:, None]).squeeze(1)
+        want = logits.softmax(dim=1).scatter_(1, targets[:, None], 0.0)
+        lse, found = logits.logsumexp(dim=1), []
+        start = torch.full((rows,), torch.finfo(single).min, dtype=single)
+        mine = eager = (start, torch.zeros_like(start))
+        for begin, end in ((0, 170), (170, 300)):
+            block, seen = logits[:, begin:end], targets < end
+            column = torch.where(seen & (targets >= begin), targets - begin, -1)
+            exps, *mine = compiled(
+                block, column, *mine, torch.where(seen, at_target, -torch.inf), dtype
+            )
+            assert exps.dtype == dtype
+            assert exps.max() <= (2**14 if dtype == torch.float16 else 1)
+            found.append(exps * (mine[0] - lse).exp()[:, None])
+            exps, *eager = _tiles.exponentials_(block.clone(), column, *eager)
+            normal = exps * (eager[0] - lse).exp()[:, None]
+            torch.testing.assert_close(normal, want[:, begin:end], **close)
+        ends = 2e-12 if dtype == torch.float16 else 0.0
+        rounded = {"rtol": 20.0 * torch.finfo(dtype).eps, "atol": ends}
+        torch.testing.assert_close(torch.cat(found, dim=1), want, **rounded)
+        for shift, others in (mine, eager):
+            torch.testing.assert_close(others * (shift - lse).exp(), want.sum(dim=1), **close)
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_a_token_that_is_all_but_certain_keeps_its_gradient(*, one_pass: bool) -> None:
+    """1 - p is 2e-13 here, which float32 loses where it subtracts p from 1."""
+    weight = (30.0 * torch.eye(3, 2)).requires_grad_()  # logits 30, 0, 0
+    hidden = torch.tensor([[[1.0, 0.0]]], requires_grad=True)
+    label, none = torch.tensor([[0]]), torch.tensor([[-100]])
+    other, slope = math.exp(-30.0), 1.0
+    if one_pass:
+        logp, reference = np.array([-2.0 * other]), np.array([-1.0])
+        slope = spo_grad(logp, np.zeros(1), reference, np.zeros(1)).policy_chosen.item()
+        value = linear_spo_loss(
+            hidden, hidden.detach(), weight, label, none, -1.0, 0.0, shift=False
+        ).loss
+    else:
+        value = linear_logps(hidden, weight, label, shift=False).sum()
+        torch.testing.assert_close(value.item(), -2.0 * other, rtol=1e-5, atol=0.0)
+    value.backward()
+    of_logits = slope * torch.tensor([2.0 * other, -other, -other])
+    by_hidden = (of_logits @ weight.detach()).view(1, 1, 2)
+    torch.testing.assert_close(hidden.grad, by_hidden, rtol=1e-5, atol=0.0)
+    by_weight = of_logits[:, None] * hidden.detach()[0]
+    torch.testing.assert_close(weight.grad, by_weight, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_words_that_a_bias_forbids(dtype: torch.dtype) -> None:
+    """Padding of the vocabulary: whole blocks of -inf, the first ones among them."""
+    case = Case(dtype=dtype)
+    case.labels = tuple(torch.where(y >= 0, 6 + y % 4, y) for y in case.labels)  # type: ignore[assignment]
+    with torch.no_grad():
+        case.tensors["bias"][:6] = -torch.inf
+        case.tensors["bias"][10:] = -torch.inf
+    want, got = case.unfused(SPO()), case.fused(SPO()).loss
+    torch.testing.assert_close(got, want)
+    for mine, theirs in zip(case.grads(got), case.grads(want), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_vocabulary_of_one_word() -> None:
+    hidden, weight = torch.randn(2, P, T, D), torch.randn(1, D, requires_grad=True)
+    labels = torch.zeros(P, T).long()
+    out = linear_spo_loss(*hidden, weight, labels, labels, 0.0, 0.0)
+    assert (out.chosen_logps == 0).all()
+    out.loss.backward()
+    assert (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_half_precision_is_no_worse_than_the_naive_path(
+    dtype: torch.dtype, chunk_size: int | None
+) -> None:
+    check_half_precision(dtype, chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_a_loss_scale_keeps_small_gradients(chunk_size: int | None) -> None:
+    check_half_precision(torch.float16, chunk_size, loss_scale=2.0**24)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_half_precision_keeps_block_by_block(dtype: torch.dtype, chunk_size: int | None) -> None:
+    check_half_precision(dtype, chunk_size)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_check_catches_a_stale_shift(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _tiles.Tile.sweep
+
+    def stale(self: Any, *, keep: bool) -> Any:
+        blocks = right(self, keep=keep)
+        return [block._replace(shift=blocks[-1].shift) for block in blocks]
+
+    monkeypatch.setattr(_tiles.Tile, "sweep", stale)
+    with pytest.raises(AssertionError):
+        check_half_precision(dtype, None)
+
+
+class Upstream:
+    """A small network before the head, so that gradients flow on."""
+
+    def __init__(self) -> None:
+        case = Case()
+        self.case = case
+        self.first = torch.randn(
+            D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+        )
+
+    def loss(self, first: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        chosen, rejected = (self.case.tensors[name].detach() for name in INPUTS[:2])
+        return linear_spo_loss(
+            torch.tanh(chosen @ first),
+            torch.tanh(rejected @ first),
+            weight,
+            *self.case.labels,
+            *self.case.reference,
+            **options,
+        ).loss
+
+    def plain(self, first: Tensor, weight: Tensor) -> Tensor:
+        chosen, rejected = (self.case.tensors[name].detach() for name in INPUTS[:2])
+        logps = [
+            sequence_logps(torch.tanh(hidden @ first) @ weight.t(), labels)
+            for hidden, labels in zip((chosen, rejected), self.case.labels, strict=True)
+        ]
+        return spo_loss(*logps, *self.case.reference)
+
+
+@pytest.fixture
+def upstream() -> Upstream:
+    return Upstream()
+
+
+def leaves(upstream: Upstream) -> tuple[Tensor, Tensor]:
+    weight = upstream.case.tensors["weight"].detach().clone()
+    return upstream.first.clone().requires_grad_(), weight.requires_grad_()
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_torch_func_grad(upstream: Upstream, chunk_size: int | None) -> None:
+    first, weight = (leaf.detach() for leaf in leaves(upstream))
+    got = torch.func.grad(upstream.loss, argnums=(0, 1))(first, weight, chunk_size=chunk_size)
+    torch.testing.assert_close(got, torch.func.grad(upstream.plain, argnums=(0, 1))(first, weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("chunk_size", "backend"), [(3, "aot_eager"), (None, "inductor")])
+def test_compiles_into_one_graph(upstream: Upstream, chunk_size: int | None, backend: str) -> None:
+    # The filter: Dynamo instantiates any autograd.Function and so warns of itself (torch 2.13).
+    torch.compiler.reset()
+    inputs = leaves(upstream)
+    compiled = torch.compile(upstream.loss, fullgraph=True, backend=backend)
+    got, want = compiled(*inputs, chunk_size=chunk_size), upstream.plain(*inputs)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs))
+
+
+def test_autocast_makes_half_precision_products_and_full_gradients(upstream: Upstream) -> None:
+    inputs = [leaf.detach().float().requires_grad_() for leaf in leaves(upstream)]
+    for name in INPUTS[:2]:
+        upstream.case.tensors[name] = upstream.case.tensors[name].detach().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = upstream.loss(*inputs)
+    assert loss.dtype == torch.float64  # that of the references
+    grads = torch.autograd.grad(loss, inputs)
+    assert [grad.dtype for grad in grads] == [torch.float32] * 2
+    exact = torch.autograd.grad(upstream.loss(*inputs), inputs)
+    for grad, want in zip(grads, exact, strict=True):
+        error = (grad - want).abs().max() / want.abs().max()
+        assert 1e-5 < error < 0.05  # bfloat16 was used, and used well
+
+
+def test_checkpointing_around_it(upstream: Upstream) -> None:
+    inputs = leaves(upstream)
+    want = torch.autograd.grad(upstream.plain(*inputs), inputs)
+    for use_reentrant in (False, True):
+        loss = checkpoint(upstream.loss, *inputs, use_reentrant=use_reentrant)
+        loss.backward()
+        torch.testing.assert_close(tuple(leaf.grad for leaf in inputs), want)
+        for leaf in inputs:
+            leaf.grad = None
+
+
+def test_backward_twice(upstream: Upstream) -> None:
+    inputs = leaves(upstream)
+    want = torch.autograd.grad(upstream.plain(*inputs), inputs)
+    loss = upstream.loss(*inputs)
+    for times in (1, 2, 3):
+        (loss * 2.0).backward(retain_graph=True)
+        for leaf, grad in zip(inputs, want, strict=True):
+            torch.testing.assert_close(leaf.grad, 2.0 * times * grad)
+        inputs[1].grad.mul_(1.0)  # what clipping does: in place, on what backward returned
+    loss.backward()
+    for leaf, grad in zip(inputs, want, strict=True):
+        torch.testing.assert_close(leaf.grad, 7.0 * grad)
+
+
+def test_a_gradient_changed_in_place_does_not_reach_back(upstream: Upstream) -> None:
+    inputs = leaves(upstream)
+    loss = upstream.loss(*inputs)
+    (first,) = torch.autograd.grad(loss, inputs[1], retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, inputs[1])
+    torch.testing.assert_close(second, kept)
+
+
+def test_second_derivative_is_refused(upstream: Upstream) -> None:
+    inputs = leaves(upstream)
+    tokens = linear_logps(
+        upstream.case.tensors["chosen_hidden"], inputs[1], upstream.case.labels[0]
+    )
+    for value in (upstream.loss(*inputs), upstream.loss(*inputs) ** 2, tokens.sum()):
+        (grad,) = torch.autograd.grad(value, inputs[1], create_graph=True)
+        with pytest.raises(RuntimeError, match="the fused head has no second derivative"):
+            (grad.sum() + inputs[0].sum()).backward()
+
+
+def test_without_a_gradient_there_is_no_graph() -> None:
+    case = Case()
+    with torch.no_grad():
+        out = case.fused(SPO())
+    assert not out.loss.requires_grad
+    frozen = Case((False,) * 4).fused(SPO())
+    assert frozen.loss.grad_fn is None
+    torch.testing.assert_close(out.loss, case.unfused(SPO()).detach())
+
+
+def test_pairs_without_any_token() -> None:
+    case = Case()
+    case.labels = tuple(torch.full_like(labels, -100) for labels in case.labels)  # type: ignore[assignment]
+    out = case.fused(SPO(), nll_weight=1.0, average=True)
+    assert (out.chosen_logps == 0).all()
+    assert torch.isfinite(out.loss)
+    assert all((grad == 0).all() for grad in case.grads(out.loss))
+
+
+def test_ignored_rows_may_hold_anything() -> None:
+    case, dirty = Case(), Case()
+    with torch.no_grad():
+        dirty.tensors["chosen_hidden"][2] = torch.nan
+        dirty.tensors["rejected_hidden"][1, 4:] = torch.inf
+    want, got = case.fused(SPO()).loss, dirty.fused(SPO()).loss
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(dirty.grads(got), case.grads(want))
+
+
+def test_interleaved_views() -> None:
+    both = torch.randn(2 * P, T, D, dtype=torch.float64, requires_grad=True)
+    case = Case()
+    weight, (chosen, _) = case.tensors["weight"], case.labels
+    out = linear_spo_loss(both[::2], both[1::2], weight, chosen, chosen, *case.reference)
+    logps = sequence_logps(both @ weight.t(), chosen.repeat_interleave(2, dim=0))
+    want = spo_loss(logps[::2], logps[1::2], *case.reference)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, both), torch.autograd.grad(want, both))
+
+
+def test_no_tensor_grows_with_tokens_times_vocabulary() -> None:
+    tile, head = 16 * 64 * 4, 64 * 8 * 4
+    hidden = lambda pairs, tokens: 2 * pairs * tokens * 8 * 4  # noqa: E731
+    for pairs, tokens in ((2, 8), (16, 8), (1, 128), (4, 128)):
+        # A log-probability as long as the tokens would be seen too: V is 8 D here.
+        bound = max(tile, head, hidden(pairs, tokens))
+        assert largest(pairs, tokens, frozen=False) == bound
+        assert largest(pairs, tokens, frozen=True) == max(tile, hidden(pairs, tokens))
+
+
+def test_only_a_block_of_the_vocabulary_exists_where_no_tile_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut_blocks(monkeypatch, 16)
+    block, head = 128 * 16 * 4, 512 * 8 * 4
+    hidden = torch.randn(2, 128, 8, requires_grad=True)
+    weight = torch.randn(512, 8)
+    labels = torch.randint(0, 512, (2, 128))
+    for trained in (False, True):
+        weight.requires_grad_(trained)
+        with LargestTensor(torch.float32) as watch:
+            linear_logps(hidden, weight, labels, chunk_size=128).sum().backward()
+        assert watch.bytes == (max(block, head) if trained else block)
+    frozen = weight.detach()
+    with LargestTensor(torch.float32) as watch:
+        linear_spo_loss(
+            *hidden.chunk(2), frozen, *labels.chunk(2), 0.0, 0.0, chunk_size=128
+        ).loss.backward()
+    assert watch.bytes == block
+
+
+def test_a_frozen_head_makes_nothing_of_its_size() -> None:
+    wide, tokens = 4096, 16
+    hidden = torch.randn(2, 1, tokens, wide, requires_grad=True)
+    weight, labels = torch.randn(32, wide), torch.randint(0, 32, (2, 1, tokens))
+    for chunk_size in (4, 64):
+        with LargestTensor(torch.float32) as watch:
+            out = linear_spo_loss(*hidden, weight, *labels, 0.0, 0.0, chunk_size=chunk_size)
+            inside = watch.bytes
+            out.loss.backward()
+        # The hidden gradients of both sides; the weight would be as large as one and a half.
+        assert inside <= 2 * tokens * wide * 4
+        assert weight.numel() * 4 == 2 * tokens * wide * 4
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"weight": torch.zeros(V, D, 1)}, ValueError, r"weight must have shape \[V, D\], got"),
+    ({"weight": torch.zeros(V, D + 1)}, ValueError, r"chosen_hidden must have shape \[B, T, D\]"),
+    ({"weight": torch.zeros(V, D).long()}, TypeError, "weight must be real floating, got"),
+    ({"weight": torch.zeros(V, D).half()}, TypeError, "chosen_hidden must have the weight's dty"),
+    ({"chosen_hidden": torch.zeros(P, D)}, ValueError, r"chosen_hidden must have shape \[B, T"),
+    ({"rejected_hidden": torch.zeros(P + 1, OTHER_T, D)}, ValueError, "rejected_labels must have"),
+    ({"chosen_labels": torch.zeros(P, T)}, TypeError, "chosen_labels must be integer, got"),
+    ({"chosen_labels": torch.zeros(P, 2).long()}, ValueError, "chosen_labels must have the shape"),
+    (
+        {"bias": torch.zeros(V + 1)},
+        ValueError,
+        r"bias must have shape \[V\] = \(13,\), got \(14,\)",
+    ),
+    ({"reference_chosen_logps": torch.zeros(P + 1)}, ValueError, "expected one shape for all"),
+    ({"reference_chosen_logps": [0.0] * P}, TypeError, "reference_chosen_logps must be a PyTorch"),
+    ({"weights": torch.zeros(P, 1)}, ValueError, "weights must be a number or have"),
+    ({"beta": 0.0}, ValueError, "beta must be positive"),
+    ({"beta": torch.ones(P, requires_grad=True)}, ValueError, "beta must not require a gradient"),
+    ({"nll_weight": -1.0}, ValueError, "nll_weight must be finite and not negative"),
+    ({"softcap": 0.0}, ValueError, "softcap must be positive and finite"),
+    ({"temperature": -1.0}, ValueError, "temperature must be positive and finite"),
+    ({"logit_scale": float("inf")}, ValueError, "logit_scale must be finite"),
+    ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of tokens, got 0"),
+    ({"chunk_size": 1.5}, ValueError, "chunk_size must be a positive number of tokens"),
+    ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+    (
+        {"chosen_labels": torch.full((P, T), V)},
+        ValueError,
+        r"chosen_labels must be in \[0, V = 13\) or ignore_index = -100",
+    ),
+    (
+        {"rejected_labels": torch.full((P, OTHER_T), -1)},
+        ValueError,
+        r"rejected_labels must be in \[0, V = 13\) or ignore_index = -100",
+    ),
+    ({"loss": "spo"}, TypeError, "loss must be an object with value and slope"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    call: dict[str, Any] = {
+        "loss": SPO(),
+        "chosen_hidden": torch.zeros(P, T, D),
+        "rejected_hidden": torch.zeros(P, OTHER_T, D),
+        "weight": torch.zeros(V, D),
+        "chosen_labels": torch.zeros(P, T).long(),
+        "rejected_labels": torch.zeros(P, OTHER_T).long(),
+        "reference_chosen_logps": torch.zeros(P),
+        "reference_rejected_logps": 0.0,
+        "beta": 0.1,
+    }
+    linear_pair_loss(**call)
+    with pytest.raises(error, match=message):
+        linear_pair_loss(**{**call, **change})
+
+
+def test_numbers_of_pairs_that_differ() -> None:
+    with pytest.raises(ValueError, match="must hold the same number of pairs, got 5 and 4"):
+        linear_spo_loss(
+            torch.zeros(P, T, D),
+            torch.zeros(P - 1, T, D),
+            torch.zeros(V, D),
+            torch.zeros(P, T).long(),
+            torch.zeros(P - 1, T).long(),
+            0.0,
+            0.0,
+        )
+
+
+def test_a_sharded_weight_is_refused() -> None:
+    class Sharded(torch.Tensor):
+        """Stands for a DTensor, which is told by this method."""
+
+        def full_tensor(self) -> Tensor:
+            raise AssertionError("gathered without being asked")
+
+    weight = torch.zeros(V, D).as_subclass(Sharded)
+    with pytest.raises(TypeError, match="call this inside the forward of the FSDP module"):
+        linear_logps(torch.zeros(P, T, D), weight, torch.zeros(P, T).long())
+
+
+def test_average_and_per_token_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="does not go with per_token"):
+        linear_logps(
+            torch.zeros(P, T, D),
+            torch.zeros(V, D),
+            torch.zeros(P, T).long(),
+            average=True,
+            per_token=True,
+        )
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_a_loss_of_ones_own(chunk_size: int | None) -> None:
+    class Hinge:
+        def value(self, margin: Tensor, beta: Any) -> Tensor:
+            return torch.relu(1.0 - beta * margin)
+
+        def slope(self, margin: Tensor, beta: Any) -> Tensor:
+            return torch.where(beta * margin < 1.0, -beta, 0.0)
+
+    case = Case()
+    check_fused(case, Hinge(), case.fused, chunk_size=chunk_size)
