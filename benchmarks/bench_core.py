@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from benchmarks.machine import describe
 from spoloss import dpo_loss, spo_loss
-from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "core.csv"
 BETA = 0.1

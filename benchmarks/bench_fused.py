@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from benchmarks.fused_ways import (
     FLOOR,
     FLOOR_ROWS,

@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 BETA = 0.1
 IGNORED = -100

@@ -16,8 +16,8 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-
 import torch
+
 from helpers.backends import BACKENDS, Backend
 
 # Behind all else: the benchmarks come from the checkout, the package as it is installed.

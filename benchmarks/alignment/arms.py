@@ -31,9 +31,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from benchmarks.alignment.errors import InputError
 from spoloss import DPO, SPO, MarginLoss, Squared, pair_loss
-from torch import Tensor
 
 GAP_FLOOR = 0.5
 CLEAN, NOISY = "clean", "noisy"

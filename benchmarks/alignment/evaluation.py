@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
-
 import torch
+
 from benchmarks.alignment.training import Pairs, Policy, pair_logps
 from spoloss import log_ratio_margin, preference_metrics
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Generic
 
 import torch
+from torch import Tensor
+
 from benchmarks.alignment import seeds
 from benchmarks.alignment.arms import CLEAN, FLIPPED_SHARES, NOISY, Arm
 from benchmarks.alignment.evaluation import measure_pairs
@@ -24,7 +26,6 @@ from benchmarks.alignment.training import (
     StepHook,
     train_on_pairs,
 )
-from torch import Tensor
 
 
 @dataclass(frozen=True)

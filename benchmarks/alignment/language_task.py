@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-
 import torch
+from torch import Tensor
+
 from benchmarks.alignment import seeds
 from benchmarks.alignment.evaluation import find_limits
 from benchmarks.alignment.experiment import (
@@ -43,7 +44,6 @@ from benchmarks.alignment.training import (
     draw_batches,
     score,
 )
-from torch import Tensor
 
 HELD_OUT_PROMPTS = 32
 LEAST_GAP = 0.1

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
-import torch
 from benchmarks.alignment.arms import Arm
 from benchmarks.alignment.language import (
     COMPLETION_TOKENS,
@@ -19,7 +20,6 @@ from benchmarks.alignment.language import (
 from benchmarks.alignment.training import PairLoss, Pairs
 from spoloss import log_ratio_margin
 from spoloss.torch import sequence_logps
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.nn import Parameter

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 
+import torch
 from tqdm import tqdm
 
-import torch
 from benchmarks.alignment.store import Store
 from benchmarks.alignment.training import StepHook
 

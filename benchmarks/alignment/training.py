@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
+import torch
+from torch import Tensor
 from torch.nn import Parameter
 
-import torch
 from benchmarks.alignment import seeds
 from benchmarks.alignment.arms import Arm, Logps
-from torch import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self

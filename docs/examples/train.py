@@ -49,12 +49,12 @@ from spoloss import dpo_loss, preference_metrics, spo_loss, squared_loss
 # PyTorch and Transformers take seconds to import, and a bad file should be refused at once: the
 # functions that use them import them.
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    import torch
     from spoloss.torch import LinearPairLoss
-    from torch import Tensor
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "spo": spo_loss,
@@ -510,10 +510,9 @@ def build_model(
 
 def load_model(name: str, options: Options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the model and the tokenizer that the command line names."""
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import torch
 
     where = f"--model {name}"
     try:

@@ -15,12 +15,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from accelerate import Accelerator
-
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
 from spoloss import spo_loss
 from spoloss.torch import sequence_logps
-from torch import Tensor, nn
 
 
 def train(

@@ -47,9 +47,9 @@ def open_instruct(dpo_utils: ModuleType) -> None:
 if __name__ == "__main__":
     import types
 
+    import torch
     import toy
 
-    import torch
     from spoloss.torch import sequence_logps
 
     batch = toy.collate(toy.pairs(6))

@@ -8,11 +8,11 @@ Tested with PyTorch 2.13, two processes on gloo. The trap: a forward past the wr
 from contextlib import nullcontext
 
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spoloss import spo_loss
 from spoloss.torch import linear_spo_loss, sequence_logps
-from torch import Tensor, nn
 
 
 class FusedSPO(nn.Module):

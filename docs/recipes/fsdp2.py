@@ -5,12 +5,12 @@ processes on gloo. The trap: outside its group's forward the head's weight is a 
 refuses it, but not its `full_tensor()`, whose gradient the ranks do not share, without an error.
 """
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-import torch
 from spoloss.torch import linear_spo_loss, sequence_logps
-from torch import Tensor, nn
 
 # Cast inputs would round the reference's log-probabilities to bfloat16, in steps of 2 at -300.
 BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning
-
 import torch
+from torch import Tensor, nn
+
 from spoloss import preference_metrics, spo_loss
 from spoloss.torch import sequence_logps
-from torch import Tensor, nn
 
 
 class SPOModule(lightning.LightningModule):

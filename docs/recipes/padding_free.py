@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from spoloss import spo_loss
 from spoloss.torch import linear_logps, sequence_logps
-from torch import Tensor
 
 IGNORED = -100
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-
-import torch
-from spoloss.torch import linear_logps, linear_spo_loss
 from torch import Tensor
+
+from spoloss.torch import linear_logps, linear_spo_loss
 
 
 def pair_loss(policy: PeftModel, batch: Any, beta: float = 0.1) -> Tensor:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from spoloss import spo_loss
 from spoloss.torch import linear_logps, linear_spo_loss, sequence_logps
-from torch import Tensor
 
 
 def loss_by_logits(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:

@@ -9,16 +9,16 @@ are shifted before they are cut and not again, or the label of every slice's las
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import torch
 from spoloss import spo_loss
 from spoloss.torch import linear_logps, sequence_logps
-from torch import Tensor, nn
 
 GROUP: dist.ProcessGroup | None = None  # the ranks that share a sequence; None is all of them
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from spoloss import spo_loss
 from spoloss.torch import sequence_logps
-from torch import Tensor, nn
 
 
 class PolicyAndReference(nn.Module):

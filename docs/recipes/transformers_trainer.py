@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import Trainer
 
-import torch
 from spoloss import spo_loss
 from spoloss.torch import sequence_logps
-from torch import Tensor, nn
 
 
 class SPOTrainer(Trainer):

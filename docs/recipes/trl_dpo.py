@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-import torch
 from spoloss import preference_metrics, spo_loss
 from spoloss.torch import sequence_logps
-from torch import Tensor, nn
 
 NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 

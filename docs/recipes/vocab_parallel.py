@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import torch
 from spoloss.torch import linear_logps, linear_spo_loss
-from torch import Tensor, nn
 
 
 def split_head(model: Any, mesh: DeviceMesh) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
 from spoloss._arrays import check_positive
 from spoloss.torch._rows import check_labels
 from spoloss.torch._vocab_parallel import VocabShard, join
-from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -21,12 +21,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
-
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from spoloss.torch._device import accumulate, add_rows, device_of, product
 from spoloss.torch._head import HeadOptions
-from torch import Tensor
 
 _LEAST_COLUMNS = 1024
 _ALIGNED = 64

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
+from torch import Tensor
+
 from spoloss._arrays import check_reduction, per_pair, reduce, reduction_scale
 from spoloss.gradients import pair_grad
 from spoloss.losses import DPO, SPO, MarginLoss
@@ -29,7 +31,6 @@ from spoloss.torch._once import once
 from spoloss.torch._rows import Rows, select_rows
 from spoloss.torch._tiles import Head, HeadGrad, Tile
 from spoloss.torch.logps import linear_token_logps, sum_tokens
-from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
 from spoloss.torch._head import HeadOptions, head_options
 from spoloss.torch._once import once
 from spoloss.torch._rows import (
@@ -17,7 +19,6 @@ from spoloss.torch._rows import (
     sum_sequences,
 )
 from spoloss.torch._tiles import Head, HeadGrad, Tile
-from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor, nn
+
 from spoloss._arrays import check_positive, check_reduction, is_number
 from spoloss.losses import DPO, SPO, MarginLoss, Squared
 from spoloss.pairs import beta_for_gap, implicit_rewards, pair_loss
-from torch import Tensor, nn
 
 
 class PreferenceOutput(NamedTuple):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+import torch
 
 import spoloss
-import torch
 from helpers.backends import Backend
 from helpers.pairs import FUNCTIONS, four
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+import torch
 
 import spoloss
-import torch
 from helpers.backends import Backend
 from helpers.pairs import four
 

@@ -10,11 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import spoloss
-import torch
 from helpers.backends import BACKENDS, Backend
 from helpers.pairs import FUNCTIONS, NAMES, four
 from spoloss import SPO

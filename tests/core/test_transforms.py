@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import spoloss
-import torch
 from helpers.pairs import FUNCTIONS, four
 
 FULL = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-import torch
 from helpers import processes
 from helpers.fused import ALL, INPUTS, Case
 from spoloss import SPO
@@ -21,7 +22,6 @@ from spoloss.torch import (
     linear_pair_loss,
     linear_spo_loss,
 )
-from torch import Tensor
 
 SIZES = {2: ((7, 6), (1, 12)), 3: ((5, 5, 3),)}  # rows of V = 13 by rank, for 2 and 3 ranks
 FROZEN_HEAD = (True, True, False, False)

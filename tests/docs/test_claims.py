@@ -13,9 +13,9 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
+import torch
 
 import spoloss
-import torch
 from helpers.pages import ROOT, measured, table_below
 from spoloss import DPO, SPO, Squared
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
-
 import torch
 
 ROOT = Path(__file__).parents[2]

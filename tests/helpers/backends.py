@@ -9,7 +9,6 @@ from typing import Any
 import array_api_strict
 import jax.numpy as jnp
 import numpy as np
-
 import torch
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 import torch
+
 from helpers.backends import Backend
 from helpers.oracles import Oracle
 

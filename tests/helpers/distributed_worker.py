@@ -18,15 +18,15 @@ from io import StringIO
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import torch
 from helpers.recipes_oracle import RECIPES, exact_step, load, relative_error, toy
 from spoloss import spo_loss
 from spoloss.torch import linear_spo_loss, sequence_logps
-from torch import Tensor, nn
 
 ddp, fsdp2, sequence_parallel = load("ddp"), load("fsdp2"), load("sequence_parallel")
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-
 import torch
+from torch import Tensor
+
 from helpers.memory import LargestTensor
 from spoloss import DPO, SPO, Squared, pair_loss
 from spoloss.torch import (
@@ -20,7 +21,6 @@ from spoloss.torch import (
     linear_spo_loss,
     sequence_logps,
 )
-from torch import Tensor
 
 P, T, OTHER_T, D, V = 5, 7, 6, 4, 13
 

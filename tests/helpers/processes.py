@@ -11,9 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 import torch
+import torch.distributed as dist
 
 SECONDS = 300.0
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch.nn import functional as F
-
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 

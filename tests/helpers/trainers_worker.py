@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from transformers import Trainer, TrainingArguments
 
-import torch
 from helpers.recipes_oracle import Grads, Recorder, load, toy
 
 BETA = 0.1

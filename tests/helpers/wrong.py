@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-
 import torch
+
 from spoloss import SPO
 from spoloss._arrays import namespace, quiet
 

@@ -26,18 +26,18 @@ import lightning
 import numpy as np
 import optax
 import pytest
+import torch
 import trl
 from datasets import Dataset
 from flax import nnx
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-import torch
 from helpers import processes, trainers_worker
 from helpers.recipes_oracle import RECIPES, Grads, Recorder, exact_step, load, relative_error, toy
 from helpers.trainers_worker import trainer_arguments
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

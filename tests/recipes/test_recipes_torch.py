@@ -7,14 +7,14 @@ import sys
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-import torch
 from helpers import processes
 from helpers.distributed_worker import run_script
 from helpers.recipes_oracle import RECIPES, exact_step, load, relative_error, toy
-from torch import Tensor
 
 padding_free, vocab_parallel = load("padding_free"), load("vocab_parallel")
 

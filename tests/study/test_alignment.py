@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import torch
+
 from benchmarks.alignment import __main__ as command
 from benchmarks.alignment import language, results, seeds, stability, training
 from benchmarks.alignment.arms import FORMS, Arm, parse_arm

@@ -17,9 +17,9 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import spoloss
-import torch
 from benchmarks import real_pairs
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"

@@ -9,8 +9,8 @@ from functools import partial
 import mpmath
 import numpy as np
 import pytest
-
 import torch
+
 from benchmarks import tabular
 from benchmarks.tabular import Pairs, Size, World
 from helpers.pages import ROOT, measured

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 import torch
-from spoloss.torch import _rows, linear_logps, sequence_logps
 from torch import Tensor
+
+from spoloss.torch import _rows, linear_logps, sequence_logps
 
 LENGTHS = (5, 1, 0, 7, 3)
 D, V = 4, 11

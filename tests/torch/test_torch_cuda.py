@@ -13,11 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, is_tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-import torch
 from helpers import fused as case_module
 from helpers.fused import (
     ALL,
@@ -33,7 +34,6 @@ from helpers.fused import (
 from spoloss import SPO
 from spoloss.torch import _device, _rows, _tiles, fused, linear_logps, linear_spo_loss, logps
 from spoloss.torch._head import HeadOptions
-from torch import Tensor, is_tensor
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import torch
 from helpers.fused import (
     ALL,
     CHUNKS,
@@ -41,7 +42,6 @@ from spoloss.torch import (
     linear_spo_loss,
     sequence_logps,
 )
-from torch import Tensor
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 import torch
+from torch import Tensor
+
 from helpers.memory import LargestTensor
 from spoloss import spo_loss
 from spoloss.torch import logps as module
 from spoloss.torch import sequence_logps
-from torch import Tensor
 
 
 def case(dtype: torch.dtype = torch.float64, vocabulary: int = 11) -> tuple[Tensor, Tensor]:

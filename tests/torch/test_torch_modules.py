@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import spoloss
-import torch
 from helpers.pairs import four
 from spoloss.torch import DPOLoss, SPOLoss, SquaredLoss
 

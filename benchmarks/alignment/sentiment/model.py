@@ -14,16 +14,16 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
-import torch
 from benchmarks.alignment.arms import Arm
 from benchmarks.alignment.errors import InputError
 from benchmarks.alignment.training import PairLoss, Pairs
 from spoloss import log_ratio_margin
 from spoloss.torch import linear_logps, linear_pair_loss
-from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.nn import Parameter

@@ -10,10 +10,11 @@ from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.nn import functional
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-import torch
 from benchmarks.alignment import seeds
 from benchmarks.alignment.evaluation import find_limits
 from benchmarks.alignment.experiment import (
@@ -34,7 +35,6 @@ from benchmarks.alignment.sentiment.model import (
 )
 from benchmarks.alignment.store import Store
 from benchmarks.alignment.training import Answers, Pairs, StepHook
-from torch import Tensor
 
 THINGS = (
     *("hotel", "film", "museum", "novel", "concert", "restaurant"),
