@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from spoloss.torch._autograd import is_batched, refuse_batched
 from spoloss.torch._checks import Side, head_options
 from spoloss.torch._labels import (
     IGNORED,
@@ -37,8 +38,8 @@ def sequence_logps(
     """The log-probability of each sequence: the sum over its tokens of log softmax(logits)[label].
 
     Half-precision logits are summed in float32 without a float32 copy of [B, T, V]: the rows pass
-    through a tile of at most 64 MiB in the forward, and again in the backward. Differentiable any
-    number of times.
+    through a tile of at most 64 MiB in the forward, and again in the backward. Reverse mode can
+    be repeated any number of times; forward mode is not supported.
 
     Args:
       logits: the model's output, shape [B, T, V], real floating.
@@ -193,6 +194,8 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, counts = ctx.saved_tensors
+        if not is_batched(logits):  # else vmap has added a dimension to all of them
+            refuse_batched(grad_logps)
         grad_logits = torch.empty_like(logits)
         for rows, tile in _tiles(logits):
             upstream = grad_logps[rows, None]
