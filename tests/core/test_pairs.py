@@ -280,7 +280,7 @@ def test_what_is_no_array(function: Callable[..., Any]) -> None:
         logps: list[Any] = four()
         logps[position] = [0.0] * 5
         with pytest.raises(
-            TypeError, match=f"{name} must be a PyTorch, NumPy or JAX array, got list"
+            TypeError, match=f"{name} must be a PyTorch, NumPy, JAX or MLX array.*, got list"
         ):
             function(*logps)
         logps[position] = None
