@@ -26,7 +26,7 @@ RIGHT = {
     "TRL, fused: DDP": (DDP, WHOLE),
     "Lightning: DDP": (DDP, WHOLE),
     "FSDP1: fused": (FSDP1, HALF),
-    "Lightning: FSDP2 (ModelParallelStrategy)": (FSDP2, HALF),
+    "Lightning: FSDP2 (ModelParallelStrategy)": ("ShardedModule", HALF),
     "Accelerate, fused: FSDP2 (stand-in)": (FSDP2, HALF),
     "Accelerate, logits: FSDP2 (stand-in)": (FSDP2, HALF),
     "Trainer: FSDP2 (stand-in)": (FSDP2, HALF),
