@@ -32,6 +32,7 @@ from benchmarks.machine import describe
 
 RESULTS = Path(__file__).parent / "results"
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "train.py"
+NEW_MODEL_CSV = "real_pairs.csv"
 PRETRAINED_CSV = "real_pairs_pretrained.csv"
 NEW_MODEL = "--max-length 384 --sft-steps 150 --steps 80 --lr 3e-5"
 PRETRAINED = (
@@ -218,14 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, choices=(1, 2), default=1, help="runs at a time")
     parser.add_argument("--model", type=model_name, help="a folder, or a name on the Hub")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help=f"default: real_pairs.csv or {PRETRAINED_CSV} in {RESULTS.name}/",
-    )
+    parser.add_argument("--output", type=Path, help="the CSV of results; default: a committed one")
     arguments = parser.parse_args(argv)
-    name = "real_pairs.csv" if arguments.model is None else PRETRAINED_CSV
-    arguments.output = arguments.output or RESULTS / name
+    committed = NEW_MODEL_CSV if arguments.model is None else PRETRAINED_CSV
+    arguments.output = arguments.output or RESULTS / committed
     rows = finished(arguments.output)
     changes = "Δ log-probability of chosen and rejected"
     print(f"{'':38}{'seed':>5}{'accuracy':>16}{'x':>8}{'h':>8}  {changes}, largest gradient norm")

