@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 # From the ground up; each file may import from those before it.
 FLOORS = (
     "spoloss._arrays",
+    "spoloss._options",
     "spoloss.losses",
     "spoloss.pairs",
     "spoloss.gradients",
