@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from spoloss.torch._checks import Side, head_options
@@ -19,9 +20,6 @@ from spoloss.torch._labels import (
 )
 from spoloss.torch._recompute import token_logps
 from spoloss.torch._tokens import Sequences
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 TILE_BYTES = 64 * 2**20
 """Memory of one tile of float32 (or float64) log-probabilities; a tile holds whole rows of V."""
@@ -94,7 +92,7 @@ def linear_logps(
     chunk_size: int | None = None,
     per_token: bool = False,
     cu_seqlens: Tensor | None = None,
-    vocab_parallel_group: ProcessGroup | None = None,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """`sequence_logps` from hidden states, without ever holding the logits.
 
