@@ -49,7 +49,7 @@ DOCS = Path(__file__).parent
 NAVIGATION = {
     "Start": ["from_dpo", "losses", "gradients", "choosing", "troubleshooting"],
     "Use": ["fused", "recipes/README", "distributed"],
-    "Evidence": ["claims", "performance", "numerics"],
+    "Evidence": ["claims", "real_model", "performance", "numerics"],
     "Reference": ["api/spoloss", "api/spoloss.torch"],
     "Project": ["contributing", "changelog"],
 }
