@@ -50,7 +50,7 @@ napoleon_numpy_docstring = False
 DOCS = Path(__file__).parent
 NAVIGATION = {
     "Start": ["from_dpo", "losses", "gradients", "choosing", "troubleshooting"],
-    "Use": ["fused", "recipes/README", "distributed", "your_own_loss"],
+    "Use": ["examples/README", "fused", "recipes/README", "distributed", "your_own_loss"],
     "Evidence": ["claims", "real_model", "performance", "numerics"],
     "Reference": ["api/spoloss", "api/spoloss.torch"],
     "Project": ["contributing", "changelog"],
