@@ -219,7 +219,9 @@ def test_distinct_pairs_of_neighbours() -> None:
 def test_a_broken_policy_is_judged_without_a_crash(folder: str, tmp_path: Path) -> None:
     foundation = tiny_foundation(folder)
     store = open_store(tmp_path / "broken", {})
-    foundation.lay(0, store, lambda: None)
+    openings: list[None] = []
+    foundation.lay(0, store, lambda: openings.append(None))
+    assert len(openings) == foundation.steps
     ground = foundation.load(store, 0)
     found = ground.judge(nudged(ground.policy, math.inf), "broken")
     assert np.shape(found["rewards"]) == (6, 4)

@@ -95,7 +95,7 @@ class SentimentFoundation(Foundation[TopBlocks]):
     @property
     def steps(self) -> int:
         """Openings that are answered."""
-        return len(all_openings()) + 2 * self.held_out_openings
+        return len(all_openings()) + self.held_out_openings
 
     def lay(self, seed: int, store: Store, hook: StepHook) -> None:
         """Lets the reference write, makes pairs, judges it and finds what best of n reaches."""
