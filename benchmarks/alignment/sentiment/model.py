@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,7 +17,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from benchmarks.alignment.arms import Arm
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
 
 TRAINED_BLOCKS = 2
 IGNORED = -100
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SENTENCE_ENDS = (".", "!", "?", "\n")
 
 
@@ -45,7 +53,7 @@ class Base:
       head: the head's weight, [V, D].
     """
 
-    tokenizer: AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase
     lower: LlamaModel
     top: LlamaModel
     head: Tensor
@@ -82,7 +90,7 @@ def load_base(model: str) -> Base:
     Raises:
       InputError: there is no such model, or it is no Llama of more than two blocks.
     """
-    if model.count("/") != 1 and not Path(model).is_dir():
+    if not Path(model).is_dir() and not HUB_NAME.fullmatch(model):
         raise InputError(f"--model {model}: expected a folder or a name on the Hugging Face Hub")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
