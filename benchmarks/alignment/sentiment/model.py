@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.alignment.arms import Arm
 from benchmarks.alignment.errors import InputError
@@ -92,6 +93,7 @@ def load_base(model: str) -> Base:
     """
     if not Path(model).is_dir() and not HUB_NAME.fullmatch(model):
         raise InputError(f"--model {model}: expected a folder or a name on the Hugging Face Hub")
+    disable_progress_bar()  # the experiment has its own
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
