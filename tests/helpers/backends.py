@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import array_api_strict
+import jax
 import jax.numpy as jnp
 import mlx.core as mx
 import numpy as np
@@ -52,3 +53,23 @@ BACKENDS = {
         "strict", array_api_strict.asarray, array_api_strict.float32, array_api_strict.float64
     ),
 }
+
+
+def gradients(
+    backend: Backend, function: Callable[..., Any], *arrays: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The library's own gradients of a 0-d function, by all of its arguments."""
+    leaves = backend.arrays(*arrays)
+    positions = tuple(range(len(leaves)))
+    if backend.name == "torch":
+        leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+        found = torch.autograd.grad(function(*leaves), leaves)
+    elif backend.name == "jax":
+        found = jax.grad(function, argnums=positions)(*leaves)
+    else:
+        found = mx.grad(function, argnums=positions)(*leaves)
+        found = found if len(leaves) > 1 else (found,)
+    return tuple(np.asarray(gradient) for gradient in found)
+
+
+DIFFERENTIABLE = ("torch", "jax", "mlx")
