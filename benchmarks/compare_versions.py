@@ -3,7 +3,7 @@
     python -m benchmarks.compare_versions ../base                 results/compare_<commit>.csv
     python -m benchmarks.compare_versions ../base --shapes 4x256 --heads frozen --rounds 5
 
-Each version has one process for all repetitions of a cell, and they take turns: a round is this
+Each version has one process for all repetitions of a cell, and these take turns: a round is this
 version, the other, the other, this one. A round gives one ratio, in which a slow drift of the
 machine cancels; the median over the rounds and their quartiles are reported. Memory is the growth
 of a fresh process's peak over what it held before the call, gradients included, as a median of
