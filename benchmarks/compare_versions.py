@@ -13,15 +13,14 @@ several processes. Cells that are not measured again keep their rows in the file
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.apart import Apart
+from benchmarks.csv_file import update
 from benchmarks.fused_worker import Cell, growth_mib, set_up, timed, use_checkout
 from benchmarks.machine import describe
 
@@ -33,7 +32,6 @@ WIDTH, VOCAB = 512, 32_000
 HEADS = ("trained", "frozen")
 LEAST_ROUNDS = 5
 MEMORY_PROCESSES = 3
-KEY = 7  # the first columns, which tell a cell from other cells
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,9 @@ class Row:
     other_memory_mib: float
     others: float
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What tells the cell from other cells."""
-        return tuple(str(value) for value in list(asdict(self).values())[:KEY])
+
+KEY = ("pairs", "tokens", "width", "vocab", "dtype", "frozen", "threads")
+"""The columns that tell what a row is about."""
 
 
 def measure(cell: Cell, checkouts: Sequence[Path], rounds: int, threads: int) -> Row:
@@ -120,26 +117,6 @@ def commit_of(checkout: Path) -> str:
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
 
 
-def write(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Write the rows, and keep those of other cells if the file has the same title."""
-    kept: list[dict[str, Any]] = []
-    names = [field.name for field in fields(Row)]
-    if path.exists():
-        first, *lines = path.read_text().splitlines()
-        if first == f"# {title}":
-            new = {row.key for row in rows}
-            old = csv.DictReader(lines)
-            kept = [row for row in old if tuple(row[name] for name in names[:KEY]) not in new]
-    with path.open("w", newline="") as file:
-        file.write(f"# {title}\n")
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept)
-        for row in rows:
-            values = asdict(row)
-            writer.writerow({n: f"{v:.4g}" if type(v) is float else v for n, v in values.items()})
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare cell by cell; each is printed and written as soon as it is complete."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -169,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"memory {row.memory_ratio:.3f} ({memory}), others {row.others:.0%}",
                 flush=True,
             )
-            write(options.output / f"compare_{other}.csv", title, [row])
+            update(options.output / f"compare_{other}.csv", title, [asdict(row)], KEY)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.real_head import IGNORED, RealHead
+
 BETA = 0.1
-IGNORED = -100
 EXACT_ROWS = 256
 
 
@@ -68,7 +69,7 @@ class Problem:
         return [hidden] if self.weight.grad is None else [hidden, self.weight.grad]
 
 
-def make_problem(
+def random_problem(
     pairs: int,
     tokens: int,
     width: int,
@@ -89,13 +90,28 @@ def make_problem(
     weight = (normal(vocab, width) / math.sqrt(width)).to(dtype).requires_grad_(not frozen)
     labels = torch.randint(vocab, (2 * pairs, tokens), generator=generator, device=device)
     ignore(labels, ignored)
-    # Margins between 1 and 6 nats. Without the policy's own log-probabilities in the reference
-    # they would grow with the length and push the slopes to 0 or, with SPO, to infinity.
-    nats = 0.5 + 2.5 * torch.rand(pairs, generator=generator, device=device)
+    return Problem.over(hidden, weight, labels, _reference(hidden, weight, labels))
+
+
+def real_problem(head: RealHead, *, dtype: torch.dtype, device: str, frozen: bool) -> Problem:
+    """The problem that a language model's head sets on its hidden states of real text."""
+    hidden = torch.as_tensor(head.hidden, dtype=dtype, device=device)
+    weight = head.weight().to(device, dtype).requires_grad_(not frozen)
+    labels = torch.as_tensor(head.labels, device=device)
+    return Problem.over(hidden, weight, labels, _reference(hidden, weight, labels))
+
+
+def _reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of a reference for which the margins lie between 1 and 6 nats.
+
+    Without the policy's own log-probabilities in it, margins would grow with the length and push
+    the slopes to 0 or, with SPO, to infinity.
+    """
+    generator = torch.Generator(hidden.device).manual_seed(0)
+    nats = 0.5 + 2.5 * torch.rand(len(hidden) // 2, generator=generator, device=hidden.device)
     with torch.no_grad():
         reference = logps_in_tiles(hidden.float(), weight.float(), labels)
-    reference += torch.cat([-nats, nats])
-    return Problem.over(hidden, weight, labels, reference)
+    return reference + torch.cat([-nats, nats])
 
 
 def ignore(labels: Tensor, share: float) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fused_problem import Problem, make_problem, max_error
+from benchmarks.fused_problem import Problem, max_error, random_problem, real_problem
 from benchmarks.fused_ways import FLOOR, FLOOR_ROWS, WAYS, Step, Way, floor
 from benchmarks.gauges import CardGauge, HostGauge, Timed, gauge_of
+from benchmarks.real_head import RealHead
 
 SETTLE_SECONDS = 0.05
 """The other process's threads spin for a moment after its turn, so a turn starts later."""
@@ -20,7 +21,11 @@ SETTLE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: a way, on a shape, with a trained or a frozen head."""
+    """What is measured: a way, on a shape, with a trained or a frozen head.
+
+    `real_head` is a file of `benchmarks.real_head`, whose shape the others state; "" for random
+    numbers.
+    """
 
     way: str
     pairs: int
@@ -31,6 +36,7 @@ class Cell:
     device: str
     frozen: bool
     ignored: float = 0.0
+    real_head: str = ""
 
 
 @dataclass
@@ -75,16 +81,7 @@ def set_up(cell: Cell, threads: int) -> str:
     torch.set_num_threads(threads)
     way = WAYS[cell.way]
     step = way.load()
-    problem = make_problem(
-        cell.pairs,
-        cell.tokens,
-        cell.width,
-        cell.vocab,
-        dtype=getattr(torch, cell.dtype),
-        device=cell.device,
-        frozen=cell.frozen,
-        ignored=cell.ignored,
-    )
+    problem = _problem_of(cell)
     if not way.takes_reference:
         problem = problem.without_reference()
     _benches[:] = [_Bench(way, step, problem, gauge_of(cell.device))]
@@ -118,6 +115,23 @@ def error() -> float:
     bench.problem.clear()
     loss = bench.step(bench.problem).item()
     return max_error(bench.problem, loss, bench.way.formula)
+
+
+def _problem_of(cell: Cell) -> Problem:
+    dtype = getattr(torch, cell.dtype)
+    if cell.real_head:
+        head = RealHead.load(Path(cell.real_head))
+        return real_problem(head, dtype=dtype, device=cell.device, frozen=cell.frozen)
+    return random_problem(
+        cell.pairs,
+        cell.tokens,
+        cell.width,
+        cell.vocab,
+        dtype=dtype,
+        device=cell.device,
+        frozen=cell.frozen,
+        ignored=cell.ignored,
+    )
 
 
 def _choose_height(bench: _Bench) -> str:
