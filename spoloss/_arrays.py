@@ -219,6 +219,10 @@ def log_sigmoid(xp: Any, x: Any) -> Any:
     if xp.__name__ == "torch":
         # The second derivative of torch.logaddexp is nan beyond x = 88 in float32: inf / inf.
         return xp.nn.functional.logsigmoid(x)
+    if xp.__name__ == "mlx.core":
+        # The derivative of mx.logaddexp is 1 minus a sigmoid, which loses the digits of small ones.
+        negative = x < 0.0
+        return xp.where(negative, x, 0.0) - xp.log1p(xp.exp(xp.where(negative, x, -x)))
     return -xp.logaddexp(xp.zeros_like(x), -x)
 
 

@@ -530,9 +530,12 @@ def weighted(function: Any, margin: Any, beta: Any, reward_gap: Any, weights: An
 def _usable(function: Any, margin: Any, beta: Any, reward_gap: Any) -> Any:
     """Where a pair's value is finite, and the derivatives of what it is made of."""
     beta = beta_for_gap(beta, reward_gap, margin)
-    terms = [margin, beta, function(margin, beta)]
-    if reward_gap is not None:
-        terms.append(beta / per_pair("reward_gap", reward_gap, margin))
+    steepness = beta if reward_gap is None else beta / per_pair("reward_gap", reward_gap, margin)
+    # Constants, because MLX takes a derivative of isfinite, in which 0 meets inf.
+    margin, beta, steepness = (
+        value if is_number(value) else detach(value) for value in (margin, beta, steepness)
+    )
+    terms = (margin, beta, steepness, function(margin, beta))
     xp = namespace(margin)
     finite = (xp.isfinite(term) for term in terms if not is_number(term))
     return functools.reduce(xp.logical_and, finite)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 import spoloss
 from spoloss import DPO, SPO, Squared
 
+
+class IPO:
+    """IPO from its paper, and not by way of `Squared`."""
+
+    def value(self, margin: Any, beta: Any) -> Any:
+        return (margin - 1.0 / (2.0 * beta)) ** 2
+
+    def slope(self, margin: Any, beta: Any) -> Any:
+        return 2.0 * margin - 1.0 / beta
+
+
 FUNCTIONS = {
     "spo": (spoloss.spo_loss, spoloss.spo_grad, SPO()),
     "dpo": (spoloss.dpo_loss, spoloss.dpo_grad, DPO()),
     "squared": (spoloss.squared_loss, spoloss.squared_grad, Squared()),
+    "ipo": (spoloss.ipo_loss, spoloss.ipo_grad, IPO()),
 }
 
 NAMES = (

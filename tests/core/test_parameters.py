@@ -1,0 +1,380 @@
+"""The parameters beside the log-probabilities: dtypes, numbers, defaults, errors, silence."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import typing
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+import spoloss
+from helpers.backends import BACKENDS, Backend
+from helpers.pairs import FUNCTIONS, four
+from spoloss import DPO, SPO, Squared
+
+BETA = np.array([0.1037, 0.2071, 0.05013, 0.3119, 0.1499])
+GAP = np.array([0.7773, 1.3101, 0.9099, 2.017, 0.5037])
+WEIGHTS = np.array([0.3333, 1.7777, 0.1234, 2.7182, 1.0101])
+SPO_FAMILY = (spoloss.spo_loss, spoloss.spo_grad, spoloss.squared_loss, spoloss.squared_grad)
+
+HALVES: dict[str, Callable[[np.ndarray], Any]] = {
+    "torch float16": lambda a: torch.tensor(a).half(),
+    "torch bfloat16": lambda a: torch.tensor(a).bfloat16(),
+    "jax float16": lambda a: jnp.asarray(a, jnp.float16),
+    "jax bfloat16": lambda a: jnp.asarray(a, jnp.bfloat16),
+    "numpy float16": lambda a: a.astype(np.float16),
+    "mlx float16": lambda a: mx.array(a, dtype=mx.float16),
+    "mlx bfloat16": lambda a: mx.array(a, dtype=mx.bfloat16),
+}
+
+
+def as_float64(half: Any) -> np.ndarray:
+    if isinstance(half, mx.array):
+        half = half.astype(mx.float32)
+    if isinstance(half, torch.Tensor):
+        half = half.float()
+    return np.asarray(half).astype(np.float64)
+
+
+def check_parameters_keep_float32(
+    function: Callable[..., Any], half: Callable[[np.ndarray], Any], parameters: dict[str, Any]
+) -> None:
+    """Log-probabilities in half precision leave float32 parameters as they are."""
+    library = half(np.zeros(1))
+    logps = [half(array / 8.0) for array in four()]
+    exact = [as_float64(array) for array in logps]
+    single = {
+        name: BACKENDS[_library(library)].array(value.astype(np.float32))
+        for name, value in parameters.items()
+    }
+    wide = {name: value.astype(np.float32).astype(np.float64) for name, value in parameters.items()}
+    got, want = function(*logps, **single), function(*exact, **wide)
+    for a, b in zip(_leaves(got), _leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, rtol=2e-5, atol=1e-7)
+
+
+def _library(array: Any) -> str:
+    return {"torch": "torch", "numpy": "numpy", "jaxlib": "jax", "mlx": "mlx"}[
+        type(array).__module__.split(".")[0]
+    ]
+
+
+def _leaves(result: Any) -> list[Any]:
+    if isinstance(result, tuple):
+        return [leaf for part in result for leaf in _leaves(part)]
+    return [result]
+
+
+def each_pair(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *logps, **options: function(*logps, reduction="none", **options)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("function", SPO_FAMILY)
+def test_half_precision_rounds_no_parameter(function: Callable[..., Any], half: str) -> None:
+    for parameters in (
+        {"beta": BETA},
+        {"beta": BETA, "reward_gap": GAP},
+        {"weights": WEIGHTS},
+        {"beta": np.array(0.1037), "reward_gap": np.array(1.3101), "weights": np.array(0.3333)},
+    ):
+        check_parameters_keep_float32(each_pair(function), HALVES[half], parameters)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_precision_rounds_no_parameter_elsewhere(half: str) -> None:
+    for function in (spoloss.dpo_loss, spoloss.dpo_grad, spoloss.ipo_loss, spoloss.ipo_grad):
+        parameters = {"beta": BETA, "weights": WEIGHTS}
+        check_parameters_keep_float32(each_pair(function), HALVES[half], parameters)
+    for rest in (spoloss.implicit_rewards, spoloss.dpo_prob_grad):
+        check_parameters_keep_float32(rest, HALVES[half], {"beta": BETA})
+    parameters = {"beta": BETA, "reward_gap": GAP}
+    check_parameters_keep_float32(spoloss.spo_prob_grad, HALVES[half], parameters)
+
+
+def test_the_check_of_half_precision_sees_a_rounded_gap() -> None:
+    def rounded(*logps: Any, beta: Any, reward_gap: Any) -> Any:
+        gap = reward_gap.to(logps[0].dtype) if isinstance(reward_gap, torch.Tensor) else reward_gap
+        return spoloss.spo_loss(*logps, beta=beta, reward_gap=gap, reduction="none")
+
+    parameters = {"beta": BETA, "reward_gap": GAP}
+    with pytest.raises(AssertionError):
+        check_parameters_keep_float32(rounded, HALVES["torch bfloat16"], parameters)
+
+
+def test_a_gap_below_the_range_of_float16() -> None:
+    logps = [torch.zeros(2, dtype=torch.float16)] * 4
+    gap = torch.tensor([1e-6, 1.0])
+    assert spoloss.spo_loss(*logps, reward_gap=gap).item() == 0.0
+
+
+def test_the_widest_of_the_four_decides_for_the_parameters(backend: Backend) -> None:
+    zeros = np.zeros(1)
+    logps = (*backend.arrays(zeros.astype(np.float32)) * 2, *backend.arrays(zeros) * 2)
+    gap = backend.array(np.array([0.3]))
+    loss = spoloss.squared_loss(*logps, beta=0.1, reward_gap=gap)
+    assert float(loss) == pytest.approx(9.0, rel=1e-15)
+
+
+NUMBERS = (np.int64(1), np.int32(1), 1, np.float32(1), np.float64(1), np.longdouble(1))
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda n: type(n).__name__)
+def test_numbers_of_python_and_numpy_are_numbers(number: Any, backend: Backend) -> None:
+    for dtype in (np.float32, np.float64):
+        logps = backend.arrays(*four(dtype=dtype))
+        want = spoloss.spo_loss(*logps, beta=1.0, reward_gap=1.0, weights=1.0)
+        got = spoloss.spo_loss(*logps, beta=number, reward_gap=number, weights=number)
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+        free = spoloss.spo_loss(*logps[:2], number, number)
+        assert free.dtype == want.dtype
+        metrics = spoloss.preference_metrics(*logps, beta=number, reward_gap=number, weights=number)
+        assert all(value.dtype == want.dtype for value in metrics.values())
+
+
+@pytest.mark.parametrize("truth", [True, np.True_], ids=["bool", "numpy.bool"])
+def test_a_boolean_is_no_number(truth: Any) -> None:
+    logps = [torch.tensor(array) for array in four()]
+    for name in ("beta", "reward_gap", "weights"):
+        with pytest.raises(TypeError, match=f"^{name} must be .*(array or a number, got|library)"):
+            spoloss.spo_loss(*logps, **{name: truth})
+    with pytest.raises(TypeError, match=r"^reference_chosen_logps must be "):
+        spoloss.spo_loss(*logps[:2], truth, 0.0)
+    with pytest.raises(TypeError, match="linear_below must be a number or None, got bool"):
+        SPO(linear_below=truth)
+    with pytest.raises(TypeError, match="label_smoothing must be a number, got bool"):
+        DPO(label_smoothing=truth)
+
+
+@pytest.mark.parametrize("scalar", [np.float64, np.longdouble, np.float32, np.float16])
+def test_options_bring_no_dtype_of_their_own(scalar: Any, backend: Backend) -> None:
+    for dtype in (np.float32, np.float64):
+        logps = backend.arrays(*four(dtype=dtype))
+        for loss, grad, options in (
+            (spoloss.spo_loss, spoloss.spo_grad, {"linear_below": scalar(-0.3)}),
+            (spoloss.dpo_loss, spoloss.dpo_grad, {"label_smoothing": scalar(0.1)}),
+        ):
+            plain = {name: float(value) for name, value in options.items()}
+            for function in (loss, lambda *x, g=grad, **o: g(*x, **o).policy_chosen):
+                got, want = function(*logps, **options), function(*logps, **plain)
+                assert got.dtype == want.dtype == getattr(backend, dtype.__name__)
+                np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_options_are_stored_as_floats() -> None:
+    assert type(SPO(linear_below=0).linear_below) is float
+    assert type(DPO(label_smoothing=np.float32(0.1)).label_smoothing) is float
+    assert SPO(linear_below=np.float64(-1.0)) == SPO(linear_below=-1)
+    assert hash(SPO(linear_below=np.float64(-1.0))) == hash(SPO(linear_below=-1.0))
+
+
+def test_errors_name_the_argument_that_is_wrong() -> None:
+    z = torch.zeros(2)
+    for first, got in (([0.0, 0.0], "list"), (-1.0, "float"), (None, "NoneType")):
+        for options in ({}, {"reward_gap": z + 1}, {"beta": z + 1, "reward_gap": 2.0}):
+            for function in SPO_FAMILY:
+                with pytest.raises(TypeError, match=f"^policy_chosen_logps must .* got {got}$"):
+                    function(first, z, z, z, **options)
+        with pytest.raises(TypeError, match=f"^policy_chosen_logps must .* got {got}$"):
+            spoloss.spo_prob_grad(first, z, z, z, reward_gap=z + 1)
+    with pytest.raises(TypeError, match=r"^margin must be a PyTorch, NumPy, JAX or MLX array, got"):
+        SPO().value([1.0], 0.1)
+    with pytest.raises(ValueError, match=r"^beta / reward_gap must be positive and finite, got"):
+        spoloss.spo_loss(z, z, z, z, beta=1e-300, reward_gap=1e300)
+    with pytest.raises(TypeError, match="array or a number, got list"):
+        spoloss.spo_loss(z, z, [0.0], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "converter"),
+    [
+        ("jax", "jax.numpy.asarray"),
+        ("torch", "torch.as_tensor"),
+        ("numpy", "numpy.asarray"),
+        ("mlx", "mlx.core.array"),
+        ("strict", "array_api_strict.asarray"),
+    ],
+)
+def test_a_mixed_call_is_told_how_to_convert(first: str, converter: str) -> None:
+    other = BACKENDS["torch" if first == "numpy" else "numpy"]
+    policies = BACKENDS[first].arrays(*four()[:2])
+    references = other.arrays(*four()[2:])
+    with pytest.raises(
+        TypeError, match=f"^reference_chosen_logps .*: convert it with {converter}$"
+    ):
+        spoloss.spo_loss(*policies, *references)
+    module, _, name = converter.rpartition(".")
+    convert = getattr(__import__(module, fromlist=[name]), name)
+    if first != "numpy":  # NumPy reads no tensor that requires a gradient, but any other
+        spoloss.spo_loss(*policies, *(convert(array) for array in references))
+
+
+def test_jax_by_way_of_numpy_under_jit() -> None:
+    references = four()[2:]
+    with pytest.raises(TypeError, match=r"convert it with jax\.numpy\.asarray"):
+        jax.jit(lambda *x: spoloss.spo_loss(*x, *references))(*four()[:2])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_numbers_are_finite(bad: float, backend: Backend) -> None:
+    logps = backend.arrays(*four())
+    for function in (spoloss.spo_loss, spoloss.dpo_grad):
+        with pytest.raises(ValueError, match=r"^weights must be finite, got"):
+            function(*logps, weights=bad)
+    with pytest.raises(ValueError, match=r"^weights must be finite, got"):
+        spoloss.preference_metrics(*logps, beta=0.1, weights=bad)
+
+
+WITH_BETA = [
+    *(f for loss, grad, _ in FUNCTIONS.values() for f in (loss, grad)),
+    spoloss.spo_prob_grad,
+    spoloss.dpo_prob_grad,
+]
+
+
+@pytest.mark.parametrize("function", WITH_BETA)
+def test_defaults(function: Callable[..., Any]) -> None:
+    logps = four()
+    explicit: dict[str, Any] = {"beta": 0.1}
+    parameters = inspect.signature(function).parameters
+    if "reduction" in parameters:
+        explicit["reduction"] = "mean"
+    if "label_smoothing" in parameters:
+        explicit["label_smoothing"] = 0.0
+    if "reward_gap" in parameters:
+        explicit["reward_gap"] = 1.0
+    if "weights" in parameters:
+        explicit["weights"] = np.ones(5)
+    for a, b in zip(_leaves(function(*logps)), _leaves(function(*logps, **explicit)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_half_a_loss_object_is_refused() -> None:
+    spo = SPO()
+    for half in (SimpleNamespace(value=spo.value), SimpleNamespace(slope=spo.slope)):
+        for function in (spoloss.pair_loss, spoloss.pair_grad):
+            with pytest.raises(TypeError, match="loss must be an object with value and slope"):
+                function(half, *four(), beta=0.1)
+
+
+@pytest.mark.parametrize("loss", [SPO(), SPO(linear_below=-1.0), DPO(), DPO(label_smoothing=0.2)])
+def test_log_slope_takes_a_beta_per_pair(loss: Any, backend: Backend) -> None:
+    margin = np.array([-30.0, -1.0, 0.0, 2.0, 30.0])
+    sign, log_abs = loss.log_slope(*backend.arrays(margin, BETA))
+    for i, beta in enumerate(BETA):
+        want = loss.log_slope(margin[i : i + 1], float(beta))
+        assert float(sign[i]) == want.sign[0]
+        tolerance = {"rel": backend.rtol(1e-13), "abs": backend.rtol(1e-13)}
+        assert float(log_abs[i]) == pytest.approx(float(want.log_abs[0]), **tolerance)
+
+
+def test_prob_grads_take_a_beta_per_pair(backend: Backend) -> None:
+    for function, options in (
+        (spoloss.dpo_prob_grad, {}),
+        (spoloss.spo_prob_grad, {"reward_gap": GAP}),
+    ):
+        arrays = {name: backend.array(value) for name, value in options.items()}
+        got = function(*backend.arrays(*four()), beta=backend.array(BETA), **arrays)
+        for i in range(5):
+            pair = [array[i : i + 1] for array in four()]
+            one = {name: float(value[i]) for name, value in options.items()}
+            want = function(*pair, beta=float(BETA[i]), **one)
+            for a, b in zip(_leaves(got), _leaves(want), strict=True):
+                assert float(a[i]) == pytest.approx(float(b[0]), rel=backend.rtol(1e-13))
+
+
+def test_ipo_by_hand() -> None:
+    one = np.array([3.0])
+    assert spoloss.ipo_loss(one, 0.0 * one, 0.0, 0.0, beta=0.25) == 1.0
+    assert spoloss.ipo_grad(one, 0.0 * one, 0.0, 0.0, beta=0.25).policy_chosen[0] == 2.0
+    at_target = np.array([1.0 / (2.0 * 0.3)])
+    assert spoloss.ipo_loss(at_target, 0.0 * one, 0.0, 0.0, beta=0.3) == pytest.approx(0, abs=1e-30)
+
+
+def test_numpy_is_silent() -> None:
+    """As silent as the others, where it would warn; pytest turns a warning into an error."""
+    empty, inf = np.zeros(0), np.inf
+    for loss, grad, _ in FUNCTIONS.values():
+        assert np.isnan(loss(empty, empty, empty, empty))
+        assert loss(empty, empty, empty, empty, reduction="sum") == 0.0
+        assert grad(empty, empty, empty, empty).policy_chosen.shape == (0,)
+        both = np.array([inf, -inf])
+        assert np.isnan(loss(both, both, both, both))
+        assert np.isnan(grad(both, both, both, both).policy_chosen).all()
+    assert all(
+        np.isnan(value)
+        for value in spoloss.preference_metrics(empty, empty, empty, empty, beta=0.1).values()
+    )
+    both = np.array([inf, -inf])
+    assert np.isnan(spoloss.log_ratio_margin(both, both, 0.0, 0.0)).all()
+    keywords = dict(zip(inspect.signature(spoloss.spo_loss).parameters, [both] * 4, strict=False))
+    assert np.isnan(spoloss.log_ratio_margin(**keywords)).all()
+    assert np.isnan(spoloss.implicit_rewards(**keywords, beta=0.1).chosen).all()
+    assert np.isnan(spoloss.spo_prob_grad(both, both, 0.0, 0.0).policy_chosen.log_abs).all()
+    steep = np.array([-83.0], np.float32)
+    zero = np.zeros(1, np.float32)
+    assert spoloss.spo_loss(steep, zero, 0.0, 0.0, beta=1.0, weights=10.0) == inf
+    tiny_gap = np.array([0.0], np.float32)
+    assert np.isnan(spoloss.spo_loss(zero, zero, 0.0, 0.0, reward_gap=tiny_gap))
+    assert spoloss.squared_loss(np.array([inf, 1.0]), np.zeros(2), 0.0, 0.0) == inf
+
+
+def test_an_empty_mean_is_nan_everywhere(backend: Backend) -> None:
+    if backend.name == "strict":
+        return  # it computes on NumPy's arrays, whose warning is out of reach
+    empty = backend.arrays(*[np.zeros(0)] * 4)
+    assert math.isnan(float(spoloss.dpo_loss(*empty)))
+    assert all(
+        math.isnan(float(value)) for value in spoloss.preference_metrics(*empty, beta=0.1).values()
+    )
+
+
+DEEP = np.float32([-12.0, -10.0, -1.0, 0.5])
+
+
+@pytest.mark.parametrize("x0", [-84.0, -84.24, -85.0, -89.0, -100.0, -699.0])
+def test_a_tangent_beyond_float32_gives_no_nan_gradients(x0: float) -> None:
+    """The usual margins have the gradient of equation 6; those below x0 are inf, and not nan."""
+    loss = SPO(linear_below=x0)
+    slope, far = SPO().slope(DEEP, 0.1), np.float32([-2000.0, -1e30, -np.inf])
+    for differentiate, array in (
+        (lambda f: lambda h: torch.func.grad(f)(h), torch.tensor),
+        (jax.grad, jnp.asarray),
+        (lambda f: jax.jit(jax.grad(f)), jnp.asarray),
+        (mx.grad, mx.array),
+    ):
+        grad = differentiate(lambda h: loss.value(h, 0.1).sum())
+        got = np.asarray(grad(array(np.concatenate([DEEP, far]))))
+        np.testing.assert_allclose(got[:4], slope, rtol=3e-5)
+        # Where the loss overflows, its gradient may do so before the slope, which has beta in it.
+        assert np.all(got[4:] <= loss.slope(far, 0.1) * (1.0 - 3e-5))
+
+
+def test_every_public_signature_resolves() -> None:
+    for name in spoloss.__all__:
+        member = getattr(spoloss, name)
+        functions = [member] if inspect.isfunction(member) else [member.__init__]
+        if inspect.isclass(member):
+            functions += [v for v in vars(member).values() if inspect.isfunction(v)]
+        for function in functions:
+            hints = typing.get_type_hints(function)
+            parameters = inspect.signature(function).parameters.values()
+            assert not any(
+                p.kind is p.VAR_KEYWORD for p in parameters if member.__init__ != function
+            )
+            assert {p.name for p in parameters if p.annotation is not p.empty} <= set(hints)
+
+
+def test_squared_takes_no_options() -> None:
+    with pytest.raises(TypeError):
+        Squared(0.1)  # type: ignore[call-arg]

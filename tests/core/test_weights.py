@@ -1,0 +1,235 @@
+"""Weights: every kind, pairs of weight 0 that hold anything, gradients by the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import spoloss
+from helpers.backends import BACKENDS, DIFFERENTIABLE, Backend, gradients
+from helpers.pairs import FUNCTIONS, four
+from spoloss import SPO
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "spo": spoloss.spo_loss,
+    "spo, linear below": lambda *a, **k: spoloss.spo_loss(*a, linear_below=-1.0, **k),
+    "dpo": spoloss.dpo_loss,
+    "dpo, smoothed": lambda *a, **k: spoloss.dpo_loss(*a, label_smoothing=0.1, **k),
+    "squared": spoloss.squared_loss,
+    "ipo": spoloss.ipo_loss,
+    "pair": lambda *a, **k: spoloss.pair_loss(SPO(), *a, **{"beta": 0.1} | k),
+}
+WITH_GAP = ("spo", "spo, linear below", "squared")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_numbers_and_arrays_are_the_same_weights(
+    name: str, reduction: str, backend: Backend
+) -> None:
+    logps = backend.arrays(*four())
+    for function in FUNCTIONS[name][:2]:
+        want = function(*logps, weights=backend.array(np.full(5, 2.5)), reduction=reduction)
+        for weights in (2.5, np.float64(2.5), backend.array(np.array(2.5))):
+            got = function(*logps, weights=weights, reduction=reduction)
+            np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-15)
+        plain = np.asarray(function(*logps, reduction=reduction))
+        np.testing.assert_allclose(np.asarray(want), 2.5 * plain, rtol=backend.rtol(1e-14))
+
+
+def test_negative_weights_are_factors_too(backend: Backend) -> None:
+    logps, weights = backend.arrays(*four()), np.array([1.0, -2.0, 0.5, -0.5, 3.0])
+    for loss, grad, _ in FUNCTIONS.values():
+        there = loss(*logps, weights=backend.array(weights), reduction="none")
+        back = loss(*logps, weights=backend.array(-weights), reduction="none")
+        np.testing.assert_array_equal(np.asarray(there), -np.asarray(back))
+        assert float(loss(*logps, weights=-1.0)) == -float(loss(*logps))
+        slopes = grad(*logps, weights=backend.array(weights), reduction="none").policy_chosen
+        plain = np.asarray(grad(*logps, reduction="none").policy_chosen)
+        np.testing.assert_allclose(np.asarray(slopes), weights * plain, rtol=1e-14)
+
+
+POISONS = {
+    "nan": {"policy_chosen": np.nan},
+    "an infinite chosen": {"policy_chosen": -np.inf},
+    "an infinite rejected": {"policy_rejected": -np.inf},
+    "an infinite reference": {"reference_chosen": -np.inf},
+    "inf - inf": {"policy_chosen": -np.inf, "reference_chosen": -np.inf},
+    "a loss that overflows": {"policy_chosen": -1e5},
+    "a nan beta": {"beta": np.nan},
+    "an infinite beta": {"beta": np.inf},
+    "a beta of 0": {"beta": 0.0},
+    "a gap of 0": {"reward_gap": 0.0},
+    "a gap of 0 at h = 0": {"reward_gap": 0.0, "policy_chosen": 0.0, "policy_rejected": 0.0},
+    "a gap near 0": {"reward_gap": 1e-200},
+    "an infinite gap": {"reward_gap": np.inf},
+    "a nan gap": {"reward_gap": np.nan},
+}
+ARGUMENTS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+WEIGHTS = np.array([1.5, 0.0, 0.7, 0.0])
+
+
+def batch(poison: dict[str, float], gap: bool) -> list[np.ndarray]:
+    """Four log-probabilities, betas and perhaps gaps of four pairs; the second one is poisoned."""
+    columns = dict(zip(ARGUMENTS, four(seed=3, size=4), strict=True))
+    columns["reference_chosen"], columns["reference_rejected"] = four(seed=4, size=4)[:2]
+    if "policy_rejected" in poison and "policy_chosen" in poison:
+        columns["reference_chosen"][1] = columns["reference_rejected"][1] = 0.0
+    columns["beta"] = np.array([0.1, 0.2, 0.3, 0.15])
+    if gap:
+        columns["reward_gap"] = np.array([1.0, 0.5, 2.0, 1.5])
+    for name, value in poison.items():
+        columns[name][1] = value
+    return list(columns.values())
+
+
+def check_left_out(loss: Callable[..., Any], poison: dict[str, float], backend: Backend) -> None:
+    """Value and gradients are those of the batch without the pair, and 0 for the pair itself."""
+    gap = "reward_gap" in poison
+    arrays = batch(poison, gap)
+    keep = np.array([True, False, True, True])
+
+    def total(*columns: Any, weights: np.ndarray) -> Any:
+        names = ("beta", "reward_gap")[: len(columns) - 4]
+        options = dict(zip(names, columns[4:], strict=True))
+        return loss(*columns[:4], weights=backend.array(weights), reduction="sum", **options)
+
+    rest = [array[keep] for array in arrays]
+    got = float(total(*backend.arrays(*arrays), weights=WEIGHTS))
+    want = float(total(*backend.arrays(*rest), weights=WEIGHTS[keep]))
+    np.testing.assert_allclose(got, want, rtol=backend.rtol(1e-14))
+    if backend.name not in DIFFERENTIABLE:
+        return
+    found = gradients(backend, lambda *c: total(*c, weights=WEIGHTS), *arrays)
+    wanted = gradients(backend, lambda *c: total(*c, weights=WEIGHTS[keep]), *rest)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a[1], 0.0)
+        np.testing.assert_allclose(a[keep], b, rtol=backend.rtol(1e-13))
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_weight_0_leaves_a_pair_out_whatever_it_holds(
+    name: str, poison: str, backend: Backend
+) -> None:
+    if "gap" in poison and name not in WITH_GAP:
+        return
+    check_left_out(LOSSES[name], POISONS[poison], backend)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_the_analytic_gradient_of_weight_0_is_0(poison: str, backend: Backend) -> None:
+    gap = "reward_gap" in POISONS[poison]
+    logps, options = (lambda c: (c[:4], c[4:]))(backend.arrays(*batch(POISONS[poison], gap)))
+    names = ("beta", "reward_gap")[: len(options)]
+    for name in ("spo", "squared") if gap else FUNCTIONS:
+        for reduction in ("mean", "sum", "none"):
+            chosen, rejected = FUNCTIONS[name][1](
+                *logps,
+                weights=backend.array(WEIGHTS),
+                reduction=reduction,
+                **dict(zip(names, options, strict=True)),
+            )
+            for slopes in (np.asarray(chosen), np.asarray(rejected)):
+                assert np.isfinite(slopes).all()
+                assert slopes[1] == slopes[3] == 0.0
+
+
+def test_a_number_or_a_0d_array_of_0_leaves_all_out(backend: Backend) -> None:
+    nan = backend.arrays(*[np.array([np.nan, 1.0])] * 4)
+    for weights in (0.0, 0, backend.array(np.array(0.0))):
+        assert float(spoloss.spo_loss(*nan, weights=weights)) == 0.0
+        assert np.all(np.asarray(spoloss.spo_grad(*nan, weights=weights).policy_chosen) == 0.0)
+
+
+def test_a_shared_beta_survives_a_pair_that_is_left_out() -> None:
+    """One learned beta for all pairs: its gradient is that of the other pairs."""
+    gap, weights = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])
+    h = torch.tensor([1.0, 2.0], requires_grad=True)
+    beta = torch.tensor(0.1, requires_grad=True)
+    options = {"beta": beta, "reward_gap": gap, "weights": weights, "reduction": "sum"}
+    spoloss.spo_loss(h, torch.zeros(2), 0.0, 0.0, **options).backward()
+    assert beta.grad.item() == pytest.approx(2.0 * (0.2 - 1.0) * np.exp(-0.2), rel=1e-6)
+
+
+def check_gradient_by_weights(loss: Callable[..., Any], backend: Backend) -> None:
+    """It is each pair's loss, at weight 0 too, and its derivative by h is that pair's slope."""
+    logps, weights = four(), np.array([0.0, 2.0, 0.0, -1.0, 0.0])
+    each = np.asarray(loss(*backend.arrays(*logps), reduction="none"))
+    weighted = lambda w: loss(*backend.arrays(*logps), weights=w, reduction="sum")  # noqa: E731
+    (by_weight,) = gradients(backend, weighted, weights)
+    np.testing.assert_allclose(by_weight, each, rtol=backend.rtol(1e-13))
+
+
+@pytest.mark.parametrize("library", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_by_a_weight_is_the_loss(name: str, library: str) -> None:
+    check_gradient_by_weights(LOSSES[name], BACKENDS[library])
+
+
+@pytest.mark.parametrize("library", DIFFERENTIABLE)
+def test_the_gradient_by_a_weight_of_no_finite_loss_is_0(library: str) -> None:
+    backend = BACKENDS[library]
+    nan, zeros = backend.arrays(np.array([np.nan, 1.0, np.inf]), np.zeros(3))
+    loss = lambda w: spoloss.spo_loss(nan, zeros, 0.0, 0.0, weights=w, reduction="sum")  # noqa: E731
+    (by_weight,) = gradients(backend, loss, np.zeros(3))
+    want = [0.0, -0.1 * np.exp(-0.1), 0.0]
+    np.testing.assert_allclose(by_weight, want, rtol=backend.rtol(1e-13))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_mixed_derivative_at_weight_0_is_the_slope(name: str) -> None:
+    """What learning to weigh examples follows: how a weight of 0 would move the gradient."""
+    loss, grad, _ = FUNCTIONS[name]
+    want = grad(*four(), reduction="none").policy_chosen
+    h = [torch.tensor(array) for array in four()]
+    function = lambda pc, w: loss(pc, *h[1:], weights=w, reduction="sum")  # noqa: E731
+    mixed = torch.func.jacrev(torch.func.grad(function), argnums=1)(h[0], torch.zeros(5).double())
+    np.testing.assert_allclose(np.diag(mixed), want, rtol=1e-13)
+    rest = [jnp.asarray(array) for array in four()]
+    by_jax = lambda pc, w: loss(pc, *rest[1:], weights=w, reduction="sum")  # noqa: E731
+    mixed = jax.jacfwd(jax.grad(by_jax), argnums=1)(rest[0], jnp.zeros(5))
+    np.testing.assert_allclose(np.diag(mixed), want, rtol=1e-13)
+
+
+def naive(*logps: Any, weights: Any, beta: Any = 0.1, **_: str) -> Any:
+    """A factor and no more: 0 times nan is nan."""
+    each = spoloss.spo_loss(*logps, beta=beta, reduction="none")
+    return (weights * each).sum()
+
+
+def masked_margin(*logps: Any, weights: Any, beta: Any = 0.1, **_: str) -> Any:
+    """Every pair of weight 0 replaced, finite or not: its weight learns nothing of it."""
+    h = torch.where(weights == 0.0, 0.0, spoloss.log_ratio_margin(*logps))
+    return (weights * SPO().value(h, beta)).sum()
+
+
+def masked_value(*logps: Any, weights: Any, beta: Any = 0.1, **_: str) -> Any:
+    """The value replaced, and not what it is made of: nan in the gradient."""
+    each = spoloss.spo_loss(*logps, beta=beta, reduction="none")
+    return torch.where(weights == 0.0, 0.0, weights * each).sum()
+
+
+def test_the_checks_see_wrong_ways_to_leave_a_pair_out() -> None:
+    backend = BACKENDS["torch"]
+    for wrong, poison in (
+        (naive, "nan"),
+        (masked_margin, "a nan beta"),
+        (masked_value, "a loss that overflows"),
+    ):
+        with pytest.raises(AssertionError):
+            check_left_out(wrong, POISONS[poison], backend)
+
+    def losses(*logps: Any, weights: Any = None, **_: str) -> Any:
+        if weights is None:
+            return spoloss.spo_loss(*logps, reduction="none")
+        return masked_margin(*logps, weights=weights)
+
+    with pytest.raises(AssertionError):
+        check_gradient_by_weights(losses, backend)
