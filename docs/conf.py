@@ -33,6 +33,8 @@ highlight_language = "text"  # the formulas in docstrings
 html_theme = "furo"
 html_title = "spoloss"
 html_math_renderer = "mathml"
+pygments_style = "tango"
+pygments_dark_style = "monokai"
 html_copy_source = False
 html_show_sphinx = False
 html_extra_path = ["llms.txt"]
@@ -48,8 +50,8 @@ napoleon_numpy_docstring = False
 DOCS = Path(__file__).parent
 NAVIGATION = {
     "Start": ["from_dpo", "losses", "gradients", "choosing", "troubleshooting"],
-    "Use": ["fused", "recipes/README", "distributed"],
-    "Evidence": ["claims", "performance", "numerics"],
+    "Use": ["examples/README", "fused", "recipes/README", "distributed", "your_own_loss"],
+    "Evidence": ["claims", "real_model", "performance", "numerics"],
     "Reference": ["api/spoloss", "api/spoloss.torch"],
     "Project": ["contributing", "changelog"],
 }

@@ -11,9 +11,11 @@ With --check nothing is written, and the exit status tells whether a page is out
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -103,6 +105,48 @@ def rejected_probability() -> None:
         for name, gradient in (("DPO, eq. 7", dpo_prob_grad), ("SPO, eq. 8", spo_prob_grad)):
             log_abs = gradient(zero, rejected, zero, zero, beta=beta).policy_rejected.log_abs
             rows.append([name, f"{beta:g}", *(f"{10**d:.1e}" for d in log_abs / math.log(10))])
+    _write(header, rows)
+
+
+def example_options() -> None:
+    """The options of the training example, as its parser has them."""
+    sys.path.append(str(ROOT / "docs" / "examples"))
+    from arguments import build_parser
+
+    options = [each for each in build_parser()._actions if each.dest != "help"]
+    rows = [
+        [f"`{' '.join([each.option_strings[0], *_values(each)])}`", each.help] for each in options
+    ]
+    _write(["option", "meaning"], rows)
+
+
+def _values(option: argparse.Action) -> list[str]:
+    if option.nargs == 0:
+        return []
+    return [",".join(option.choices) if option.choices else option.dest.upper()]
+
+
+def example_command(model: str, *given: str, name: str = "example.csv") -> None:
+    """The command of a row of `example`, behind options that the reader fills in."""
+    (flags,) = (row["flags"] for row in measured(name) if row["model"] == model)
+    command = " ".join(["python docs/examples/train.py", *given, flags]).strip()
+    lines = textwrap.wrap(command, 96, break_on_hyphens=False)
+    print("", "```bash", " \\\n    ".join(lines), "```", "", sep="\n")
+
+
+def example(name: str = "example.csv") -> None:
+    """The example's documented commands: their time, memory and held-out accuracy."""
+    header = ["model", "whole run", "first step done", "peak memory", "pairs in the right order"]
+    rows = (
+        [
+            row["model"],
+            f"{float(row['seconds']):.0f} s",
+            f"{float(row['first_step_seconds']):.0f} s",
+            f"{int(row['peak_mib']):,} MiB",
+            f"{float(row['accuracy']) * int(row['held_out']):.0f} of {row['held_out']} held out",
+        ]
+        for row in measured(name)
+    )
     _write(header, rows)
 
 

@@ -201,7 +201,9 @@ class Squared:
 
 
 def _sigmoid(x: Any) -> Any:
-    # Split by sign: e^(-|x|) never overflows, and neither side loses digits to a difference.
+    # Split by sign: e^(-|x|) never overflows, and neither side loses digits to a difference. The
+    # derivative of |x| is 0 at 0 in PyTorch, where that of the sigmoid is 1/4.
     xp = namespace(x, "margin")
-    e = xp.exp(-xp.abs(x))
-    return xp.where(x < 0.0, e, 1.0) / (1.0 + e)
+    negative = x < 0.0
+    e = xp.exp(xp.where(negative, x, -x))
+    return xp.where(negative, e, 1.0) / (1.0 + e)

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from errors import InputError
 
+LOSSES = ("spo", "dpo", "squared")
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -45,6 +46,18 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     Raises:
       InputError: an option is unknown, out of range or does not go with another.
     """
+    given = vars(build_parser().parse_args(argv))
+    given["sft_lr"] = given["sft_lr"] or (1e-5 if given["model"] else 1e-3)
+    given["lr"] = given["lr"] or (1e-6 if given["model"] else 3e-4)
+    options = Options(**given)
+    check_losses(options)
+    check_output(options.output)
+    check_model(options.model)
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser; README.md shows its options as a table."""
     positive, below_one = partial(number, low=0), partial(number, high=1)
     natural, length = partial(whole_number, low=0), partial(whole_number, low=8)
     batch = partial(whole_number, high=2**16)
@@ -56,12 +69,22 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     add = parser.add_argument
     add("--pairs", type=Path, default=shipped, help="JSON lines, plain or .gz; default: shipped")
     add("--model", help="a folder or a name on the Hugging Face Hub; default: a small new Qwen2")
-    add("--loss", choices=["spo", "dpo", "squared"], default="spo", help="default: spo")
-    add("--beta", type=positive, default=0.1, help="default: 0.1")
-    add("--linear-below", type=below_one, help="continue SPO in a line for x below this")
+    add(
+        "--loss",
+        choices=LOSSES,
+        default="spo",
+        help="default: spo",
+    )
+    add("--beta", type=positive, default=0.1, help="pull to the reference, 1/nats; default: 0.1")
+    add("--linear-below", type=below_one, help="continue SPO in a line for x below this, < 1")
     add("--reward-gap", action="store_true", help="aim at each line's reward_gap or p_chosen")
-    add("--fused", action="store_true", help="hidden states to the loss without the logits")
-    add("--sft-steps", type=natural, default=150, help="default: 150; 0 for a model after SFT")
+    add("--fused", action="store_true", help="hidden states to the loss, without the logits")
+    add(
+        "--sft-steps",
+        type=natural,
+        default=150,
+        help="default: 150; 0 for an instruct model",
+    )
     add("--sft-lr", type=positive, help="default: 1e-3, with --model 1e-5")
     add("--steps", type=whole_number, default=100, help="of preference training; default: 100")
     add("--lr", type=positive, help="of preference training; default: 3e-4, with --model 1e-6")
@@ -69,16 +92,14 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     add("--max-length", type=length, default=256, help="tokens in a text; default: 256")
     add("--held-out", type=whole_number, help="held-out pairs to score at most; default: all")
     add("--evaluations", type=whole_number, default=10, help="of the held-out pairs; default: 10")
-    add("--seed", type=natural, default=0, help="default: 0")
+    add(
+        "--seed",
+        type=natural,
+        default=0,
+        help="of split, batches and new model; default: 0",
+    )
     add("--output", type=Path, help="a new folder; default: the first free runs/<loss>-<n>")
-    given = vars(parser.parse_args(argv))
-    given["sft_lr"] = given["sft_lr"] or (1e-5 if given["model"] else 1e-3)
-    given["lr"] = given["lr"] or (1e-6 if given["model"] else 3e-4)
-    options = Options(**given)
-    check_losses(options)
-    check_output(options.output)
-    check_model(options.model)
-    return options
+    return parser
 
 
 class OneLineParser(argparse.ArgumentParser):

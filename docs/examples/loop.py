@@ -203,7 +203,7 @@ def metrics_of(
     """Returns the loss and the preference metrics of pairs that the policy has scored."""
     device = policy_logps.chosen.device
     logps = (*(side.detach() for side in policy_logps), *reference_logps(pairs, device))
-    target = targets(known_gaps(pairs, device), options)
-    metrics = preference_metrics(*logps, beta=options.beta)
-    metrics["loss"] = pair_loss(margin_loss(options), *logps, **target)
+    gaps = known_gaps(pairs, device)
+    metrics = preference_metrics(*logps, beta=options.beta, reward_gap=gaps)
+    metrics["loss"] = pair_loss(margin_loss(options), *logps, **targets(gaps, options))
     return {name: value.item() for name, value in metrics.items()}

@@ -20,7 +20,7 @@ METRICS = {
     "rewards/margins": "reward margin x (nats)",
     "rewards/accuracies": "share of pairs with x > 0",
     "rewards/margins_below_0": "share of pairs with x < 0",
-    "rewards/margins_above_1": "share of pairs with x > 1",
+    "rewards/margins_above_1": "share of pairs with x > 1 or its gap",
     "logps/chosen": "log-probability of chosen (nats)",
     "logps/rejected": "log-probability of rejected (nats)",
 }

@@ -12,8 +12,8 @@ const SETTINGS = {
   margin: { start: 0, low: -300, high: 300, scale: identity },
   factor: { start: 4, low: 1, high: 8, scale: identity },
 };
-const state = Object.fromEntries(Object.entries(SETTINGS).map(([name, setting]) => [name, setting.start]));
-state.guarded = false;
+const start = () => Object.fromEntries(Object.entries(SETTINGS).map(([name, setting]) => [name, setting.start]));
+const state = {};
 const inputs = {};
 
 const byId = (id) => document.getElementById(id);
@@ -144,6 +144,7 @@ function update() {
 }
 
 function readAddress() {
+  Object.assign(state, start(), { guarded: false });
   for (const [name, text] of new URLSearchParams(location.hash.slice(1))) {
     if (name === "guarded") state.guarded = text === "true";
     else if (name in SETTINGS && Number.isFinite(Number(text))) state[name] = Number(text);

@@ -5,7 +5,8 @@ compute the loss, 2 that count the pairs of the optimiser step, and the factor o
 
 The trap: `reduction="mean"` is a mean of means, over micro-batches and over ranks. And do not draw
 the batches of a step ahead under `accelerator.accumulate`: once the loader's last batch is drawn,
-every backward counts as a step's last, and the optimiser steps at each micro-batch.
+every backward counts as a step's last, and the optimiser steps at each micro-batch. Under DeepSpeed
+take one micro-batch per step, or deepspeed_zero.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from spoloss import spo_loss
@@ -34,6 +35,11 @@ def train(
     beta: float = 0.1,
 ) -> Iterator[float]:
     """Yields the mean loss per pair of each optimiser step, over all ranks."""
+    if micro_batches > 1 and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "micro_batches must be 1 under DeepSpeed, whose engine steps at each backward here; "
+            "deepspeed_zero.py accumulates"
+        )
     batches = iter(loader)
     while step := list(itertools.islice(batches, micro_batches)):
         here = torch.tensor(

@@ -29,6 +29,10 @@ class RefuseSecondDerivative(torch.autograd.Function):
             "Use sequence_logps on the logits, which is differentiable twice"
         )
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, Any]:  # noqa: ARG004
+        return RefuseSecondDerivative.apply(grad, *inputs), in_dims[0]  # type: ignore[no-untyped-call]
+
 
 class Anchor(torch.autograd.Function):
     """A 0-d tensor that depends on some tensors in autograd's graph, without keeping them alive."""
@@ -78,6 +82,20 @@ def refuse_vmap() -> NoReturn:
     )
 
 
+def refuse_batched(upstream: Tensor) -> None:
+    """Refuse an upstream gradient with a dimension that vmap has added.
+
+    Raises:
+      RuntimeError: under `torch.func.jacrev`, `vmap` of a gradient or `is_grads_batched`.
+    """
+    if is_batched(upstream):
+        raise RuntimeError(
+            "this backward fills its gradients tile by tile, which torch.func.jacrev, vmap and "
+            "is_grads_batched cannot map over. Differentiate each output in turn, for example "
+            "with torch.autograd.functional.jacobian"
+        )
+
+
 def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """A gradient computed in the forward, times the upstream gradient.
 
@@ -97,4 +115,11 @@ def _last_use(upstream: Tensor) -> bool:
     if keep_graph is None or keep_graph():
         return False
     # Under a transform of torch.func, one saved tensor serves many upstream gradients.
-    return not torch._C._functorch.is_functorch_wrapped_tensor(upstream)
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(upstream)
+    return not (wrapped or is_batched(upstream))
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap, or the older form of it behind `is_grads_batched`, has added a dimension."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from spoloss.torch._autograd import refuse_second_derivative, refuse_vmap
+from spoloss.torch._autograd import refuse_batched, refuse_second_derivative, refuse_vmap
 from spoloss.torch._gradients import Gradients, Wanted
 from spoloss.torch._head import Head, HeadOptions
 from spoloss.torch._plan import tiles
@@ -80,6 +80,7 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 5
+        refuse_batched(upstream)
         hidden, weight, bias, logps, lse = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:3])
         with torch.no_grad():

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from spoloss._arrays import check_reduction, per_pair
@@ -19,9 +20,6 @@ from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
 from spoloss.torch._labels import IGNORED, sum_sequences, targets_of
 from spoloss.torch._objective import Objective, zero_weights
 from spoloss.torch._tokens import Sequences
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def linear_pair_loss(
@@ -48,7 +46,7 @@ def linear_pair_loss(
     chunk_size: int | None = None,
     chosen_cu_seqlens: Tensor | None = None,
     rejected_cu_seqlens: Tensor | None = None,
-    vocab_parallel_group: ProcessGroup | None = None,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> LinearPairLoss:
     """Any loss of the margin from hidden states, in one pass: loss and gradients, no logits.
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import torch
+import torch.distributed
 from torch import Tensor
 
 from spoloss.losses import DPO, SPO, Squared
 from spoloss.pairs import IPO_GAP, beta_for_gap
 from spoloss.torch._fused import LinearPairLoss
 from spoloss.torch.fused import like_margins, linear_pair_loss
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def linear_spo_loss(
@@ -40,7 +37,7 @@ def linear_spo_loss(
     chunk_size: int | None = None,
     chosen_cu_seqlens: Tensor | None = None,
     rejected_cu_seqlens: Tensor | None = None,
-    vocab_parallel_group: ProcessGroup | None = None,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> LinearPairLoss:
     """Stable Preference Optimization from hidden states, in one pass.
 
@@ -151,7 +148,7 @@ def linear_dpo_loss(
     chunk_size: int | None = None,
     chosen_cu_seqlens: Tensor | None = None,
     rejected_cu_seqlens: Tensor | None = None,
-    vocab_parallel_group: ProcessGroup | None = None,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> LinearPairLoss:
     """Direct Preference Optimization from hidden states, in one pass.
 
@@ -252,7 +249,7 @@ def linear_squared_loss(
     chunk_size: int | None = None,
     chosen_cu_seqlens: Tensor | None = None,
     rejected_cu_seqlens: Tensor | None = None,
-    vocab_parallel_group: ProcessGroup | None = None,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> LinearPairLoss:
     """Squared error to the optimal margin from hidden states, in one pass.
 
@@ -361,7 +358,7 @@ def linear_ipo_loss(
     chunk_size: int | None = None,
     chosen_cu_seqlens: Tensor | None = None,
     rejected_cu_seqlens: Tensor | None = None,
-    vocab_parallel_group: ProcessGroup | None = None,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> LinearPairLoss:
     """Identity Preference Optimization (IPO) from hidden states, in one pass.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
+from spoloss.torch._autograd import is_batched, refuse_batched
 from spoloss.torch._checks import Side, head_options
 from spoloss.torch._labels import (
     IGNORED,
@@ -19,9 +21,6 @@ from spoloss.torch._labels import (
 )
 from spoloss.torch._recompute import token_logps
 from spoloss.torch._tokens import Sequences
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 TILE_BYTES = 64 * 2**20
 """Memory of one tile of float32 (or float64) log-probabilities; a tile holds whole rows of V."""
@@ -39,8 +38,8 @@ def sequence_logps(
     """The log-probability of each sequence: the sum over its tokens of log softmax(logits)[label].
 
     Half-precision logits are summed in float32 without a float32 copy of [B, T, V]: the rows pass
-    through a tile of at most 64 MiB in the forward, and again in the backward. Differentiable any
-    number of times.
+    through a tile of at most 64 MiB in the forward, and again in the backward. Reverse mode can
+    be repeated any number of times; forward mode is not supported.
 
     Args:
       logits: the model's output, shape [B, T, V], real floating.
@@ -94,7 +93,7 @@ def linear_logps(
     chunk_size: int | None = None,
     per_token: bool = False,
     cu_seqlens: Tensor | None = None,
-    vocab_parallel_group: ProcessGroup | None = None,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """`sequence_logps` from hidden states, without ever holding the logits.
 
@@ -195,6 +194,8 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, counts = ctx.saved_tensors
+        if not is_batched(logits):  # else vmap has added a dimension to all of them
+            refuse_batched(grad_logps)
         grad_logits = torch.empty_like(logits)
         for rows, tile in _tiles(logits):
             upstream = grad_logps[rows, None]

@@ -144,3 +144,14 @@ def test_numpy_alone_trains_a_policy() -> None:
         logps[chosen], logps[rejected], reference[chosen], reference[rejected], beta=0.5
     )
     assert final == pytest.approx(-np.exp(-1.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_the_curvature_of_dpo_where_training_starts(label_smoothing: float) -> None:
+    """At h = 0 it is beta^2 / 4, also by autograd through the analytic slope."""
+    margin = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    slope = spoloss.DPO(label_smoothing).slope(margin, 0.2)
+    (curvature,) = torch.autograd.grad(slope.sum(), margin)
+    torch.testing.assert_close(curvature, torch.full_like(curvature, 0.2**2 / 4.0))
+    of_jax = jax.grad(lambda h: spoloss.DPO(label_smoothing).slope(h, 0.2))(jnp.float64(0.0))
+    np.testing.assert_allclose(of_jax, 0.2**2 / 4.0)

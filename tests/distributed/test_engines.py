@@ -26,7 +26,7 @@ RIGHT = {
     "TRL, fused: DDP": (DDP, WHOLE),
     "Lightning: DDP": (DDP, WHOLE),
     "FSDP1: fused": (FSDP1, HALF),
-    "Lightning: FSDP2 (ModelParallelStrategy)": (FSDP2, HALF),
+    "Lightning: FSDP2 (ModelParallelStrategy)": ("ShardedModule", HALF),
     "Accelerate, fused: FSDP2 (stand-in)": (FSDP2, HALF),
     "Accelerate, logits: FSDP2 (stand-in)": (FSDP2, HALF),
     "Trainer: FSDP2 (stand-in)": (FSDP2, HALF),
@@ -34,6 +34,7 @@ RIGHT = {
     "TRL, fused: FSDP2 (stand-in)": (FSDP2, HALF),
     "Accelerate, fused: ZeRO-2": (ZERO, WHOLE),
     "Accelerate, fused: ZeRO-3": (ZERO, NOTHING),
+    "Accelerate, loop: ZeRO-3": (ZERO, NOTHING),
     "Trainer: ZeRO-2": (ZERO, WHOLE),
     "Trainer: ZeRO-3": (ZERO, NOTHING),
     "TRL, logits: ZeRO-2": (ZERO, WHOLE),
@@ -55,6 +56,7 @@ WRONG = {
     "Trainer: ZeRO-2, without use_configured_state": 0.98,
 }
 REFUSED = {
+    "Accelerate, loop: ZeRO-2, accumulated": "ValueError: micro_batches must be 1 under DeepSpeed",
     "TRL, fused: ZeRO-2, without use_configured_state": "RuntimeError: ProcessGroupGloo::allgather",
     "Lightning: FSDPStrategy on CPUs": "ValueError: The strategy `fsdp` requires a GPU",
     "Lightning: DeepSpeedStrategy on CPUs": "RuntimeError: The DeepSpeed strategy is only",

@@ -28,7 +28,6 @@ def show(browser: WebDriver, width: int = 1200, height: int = 900, **settings: o
     """Open the page at these settings."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.get("about:blank")  # a new fragment alone would not load the page again
     browser.get(PAGE + "#" + "&".join(f"{name}={value}" for name, value in settings.items()))
 
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from benchmarks import figure_fused
 from helpers.pages import ROOT
 from spoloss import DPO, SPO, MarginLoss, Squared
 
@@ -72,3 +73,34 @@ def test_a_wrong_picture_is_found(tmp_path: Path, wrong: str) -> None:
         picture.write_text(text.replace(line[1], points))
     with pytest.raises((AssertionError, ValueError)):
         check_picture(picture, "value")
+
+
+def test_the_fused_figure_shows_every_peer_at_its_ratio() -> None:
+    rows = figure_fused.read(figure_fused.RESULTS / "fused_cpu.csv")
+    times = figure_fused.ratios(rows, "seconds")
+    measured_ways = {row["way"] for row in rows if row["seconds"]} & set(figure_fused.PEERS)
+    assert {way for way, _ in times} == measured_ways
+    peer = next(row for row in rows if row["way"] == "trl" and row["frozen"] == "True")
+    ours = next(
+        row
+        for row in rows
+        if row["way"] == "spoloss"
+        and all(row[name] == peer[name] for name in ("pairs", "tokens", "frozen", "dtype"))
+    )
+    assert float(peer["seconds"]) / float(ours["seconds"]) in times["trl", True]
+
+
+def test_the_fused_figure_has_a_dot_for_every_ratio(tmp_path: Path) -> None:
+    results = figure_fused.RESULTS / "fused_cpu.csv"
+    figure_fused.draw(results, tmp_path / "figure.svg")
+    tree = ElementTree.parse(tmp_path / "figure.svg")
+    groups = {group.get("id"): group for group in tree.iter(f"{SVG}g")}
+    found = figure_fused.ratios(figure_fused.read(results), "memory_mib")
+    for frozen in (False, True):
+        dots = groups[f"growth of peak memory {frozen}"].iter(f"{SVG}use")
+        drawn_at = np.sort([float(dot.get("x")) for dot in dots])
+        logs = np.sort(
+            np.log([r for key, list_ in found.items() if key[1] == frozen for r in list_])
+        )
+        scale = np.polynomial.Polynomial.fit(logs, drawn_at, 1)
+        np.testing.assert_allclose(scale(logs), drawn_at, atol=0.01)

@@ -130,6 +130,7 @@ class CalledHead(recipe.FusedSPO):
 
 
 @case("ZeRO-3: fused, the head called", owner=CalledHead)
+@case("ZeRO-3: fused, the head called, tied", owner=CalledHead, tied=True)
 def by_called_head(engine: Any, setting: Setting) -> None:
     recipe.train_step(engine, setting.micro_batches)
 
@@ -176,7 +177,8 @@ class Registered(Held):
         deepspeed.zero.register_external_parameter(self, model.lm_head.weight)
 
 
-@case("ZeRO-3: fused, the Parameter kept elsewhere and registered", owner=Registered)
+@case("ZeRO-3: fused, the Parameter registered", owner=Registered)
+@case("ZeRO-3: fused, the Parameter registered, tied", owner=Registered, tied=True)
 def registered(engine: Any, setting: Setting) -> None:
     recipe.train_step(engine, setting.micro_batches)
 
@@ -188,7 +190,8 @@ class Hidden(Held):
         return self.model.model(ids, attention_mask=mask).last_hidden_state
 
 
-@case("ZeRO-3: fused, outside, gathered until after the backward pass", owner=Hidden)
+@case("ZeRO-3: fused, gathered until after the backward pass", owner=Hidden)
+@case("ZeRO-3: fused, gathered until after the backward pass, tied", owner=Hidden, tied=True)
 def gathered_over_backward(engine: Any, setting: Setting) -> None:
     weight = engine.module.held[0]
     for ids, mask, labels, ref in setting.micro_batches:
@@ -270,10 +273,9 @@ class Closed(Held):
             return loss_sum(hidden, self.held[0], labels, ref)
 
 
-# Last: the engine that raises in its backward pass leaves work of its own undone.
-@case(
-    "ZeRO-3: GatheredParameters closed before the backward pass", owner=Closed, raises=RuntimeError
-)
+@case("ZeRO-3: gather closed before the backward pass, tied", owner=Closed, tied=True)
+# Last: an engine that raises in its backward pass leaves work of its own undone.
+@case("ZeRO-3: gather closed before the backward pass", owner=Closed, raises=RuntimeError)
 def closed(engine: Any, setting: Setting) -> None:
     recipe.train_step(engine, setting.micro_batches)
 

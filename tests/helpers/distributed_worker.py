@@ -21,7 +21,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from helpers.recipes_oracle import RECIPES, exact_step, load, relative_error, toy
@@ -29,6 +35,7 @@ from spoloss import spo_loss
 from spoloss.torch import linear_spo_loss, sequence_logps
 
 ddp, fsdp2, sequence_parallel = load("ddp"), load("fsdp2"), load("sequence_parallel")
+vocab_parallel = load("vocab_parallel")
 
 BETA = 0.1
 LEARNING_RATE = 0.1
@@ -342,6 +349,31 @@ def fsdp_tied_own_group(setting: Setting) -> Step:
 def fsdp_shard(setting: Setting) -> Step:
     root = hidden_root(setting)
     return lambda: fused_outside(root(*setting.mine[:2]), setting.policy.lm_head.weight, setting)
+
+
+# --------------------------------------------------------------------------------- tensor parallel
+
+COLUMNS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+)
+ROWS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+@case("tensor parallel: PyTorch's parallelize_module, split head")
+def tensor_parallel(setting: Setting) -> Step:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    plan = {name: ColwiseParallel() for name in COLUMNS}
+    plan |= {name: RowwiseParallel() for name in ROWS}
+    for model in (setting.policy, setting.reference):
+        for layer in model.model.layers:
+            parallelize_module(layer, mesh, plan)
+        vocab_parallel.split_head(model, mesh)
+    batch = toy.collate(PAIRS)
+    return lambda: vocab_parallel.spo_step(setting.policy, setting.reference, batch).backward()
 
 
 # ------------------------------------------------------------------------------- sequence parallel

@@ -385,6 +385,27 @@ def accelerate_deepspeed(_folder: Path, stage: int) -> Result:
     return by_accelerate(load("ddp").FusedSPO, torch.float32, deepspeed_plugin=plugin)
 
 
+@way("Accelerate, loop: ZeRO-2, accumulated", 2, 2)
+@way("Accelerate, loop: ZeRO-3", 3, 1)
+def accelerate_loop(_folder: Path, stage: int, micro_batches: int) -> Result:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    settings = {**zero(stage), "gradient_accumulation_steps": 1}
+    accelerator = accelerate.Accelerator(
+        deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=settings)
+    )
+    policy, reference = toy.models()
+    before = parameters(policy)
+    wrapped, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=1.0))
+    mine = (UNEVEN[:6], UNEVEN[6:])[dist.get_rank()]
+    size = -(-len(mine) // micro_batches)
+    loader = [toy.collate(mine[i : i + size]) for i in range(0, len(mine), size)]
+    train = load("accelerate_loop").train
+    list(train(wrapped, reference, loader, optimizer, accelerator, micro_batches=micro_batches))
+    expected = exact(UNEVEN, torch.float32)
+    return result(wrapped, policy, before, expected, accelerator.num_processes)
+
+
 def pretend_fsdp(plugin: accelerate.FullyShardedDataParallelPlugin) -> None:
     """Lets Accelerate run its own FSDP2 code on CPUs, where it would run DDP."""
     for state in (PartialState, AcceleratorState):

@@ -14,7 +14,7 @@ WORDS = ("great", "good", "lovely", "terrible", "bad", "awful", "wooden", ".", "
 
 
 def write_tiny_llama(folder: Path, openings: list[str]) -> None:
-    """Writes a model of four blocks that knows the openings' words and a few of praise and blame."""
+    """Writes a model of four blocks that knows the words of the openings and a few verdicts."""
     words = dict.fromkeys(("<unk>", "<end>", *" ".join(openings).split(), *WORDS))
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

@@ -213,22 +213,10 @@ def test_fused_is_the_same_run(
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(finished.output / "model"), "--loss", loss]
     gap = ["--pairs", str(judged), "--reward-gap"] if known_gap else []
-    flags = [
-        "--sft-steps",
-        "2",
-        "--steps",
-        "3",
-        "--lr",
-        "1e-4",
-        "--max-length",
-        "40",
-        "--held-out",
-        "4",
-        "--evaluations",
-        "1",
-    ]
+    flags = ["--sft-steps", "2", "--steps", "3", "--lr", "1e-4", "--max-length", "40"]
+    few = ["--batch-size", "8", "--held-out", "4", "--evaluations", "1"]
     for extra in ([], ["--fused"]):
-        assert train.main([*model, *flags, *gap, "--batch-size", "8", *extra]) == 0
+        assert train.main([*model, *flags, *few, *gap, *extra]) == 0
     by_logits, by_tiles = (rows_of(tmp_path / "runs" / f"{loss}-{n}" / "steps.csv") for n in (1, 2))
     for plain, fused in zip(by_logits, by_tiles, strict=True):
         assert float(fused["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-4, abs=1e-4)

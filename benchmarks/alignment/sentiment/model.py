@@ -88,7 +88,7 @@ def load_base(model: str) -> Base:
         tokenizer = AutoTokenizer.from_pretrained(model)
         whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(" :")
         raise InputError(
             f"--model {model}: expected a Transformers model, got: {reason}"
         ) from error
