@@ -15,7 +15,7 @@ import spoloss
 import spoloss.torch
 
 PACKAGE = Path(spoloss.__file__).parent
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # From the ground up; each file may import from those before it.
 FLOORS = (
     "spoloss._arrays",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_pairs import four
 
 import spoloss
+from helpers.pairs import four
 from spoloss.torch import DPOLoss, SPOLoss, SquaredLoss
 
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from conftest import Backend
-from oracles import Oracle
+
+from helpers.backends import Backend
+from helpers.oracles import Oracle
 
 BETAS = (1.0, 0.1, 0.37, 5.0)
 POINTS = np.concatenate([np.linspace(-6.0, 9.0, 61), [1e-9, -1e-9, 1e-3]])

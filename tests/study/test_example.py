@@ -22,7 +22,7 @@ import torch
 import spoloss
 from benchmarks import real_pairs
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 SFT_STEPS, STEPS = 12, 4
 SIDES = ("chosen", "rejected")
 

@@ -10,10 +10,10 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from conftest import Backend
-from test_pairs import FUNCTIONS, four
 
 import spoloss
+from helpers.backends import Backend
+from helpers.pairs import FUNCTIONS, four
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

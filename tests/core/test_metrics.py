@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import Backend
-from test_pairs import four
 
 import spoloss
+from helpers.backends import Backend
+from helpers.pairs import four
 
 
 def test_metrics_by_hand(backend: Backend) -> None:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_pairs import FUNCTIONS, four
 
 import spoloss
+from helpers.pairs import FUNCTIONS, four
 
 FULL = {
     "spo": {"weights": np.array([0.5, 2.0, 0.0, 1.0, 3.0]), "linear_below": -1.0},

@@ -10,10 +10,10 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from pages import ROOT, measured
 
 from benchmarks import tabular
 from benchmarks.tabular import Pairs, Size, World
+from helpers.pages import ROOT, measured
 
 METHODS = {method.name: method for method in tabular.UNKNOWN_GAP + tabular.KNOWN_GAP}
 SMALL = Size(prompts=3, responses=6, pairs=60, steps=200, seeds=2)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import pickle
 
-import checks
 import numpy as np
 import pytest
-import wrong
-from conftest import BACKENDS, Backend
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import LOSSES, Oracle, spo
 
+from helpers import checks, wrong
+from helpers.backends import BACKENDS, Backend
+from helpers.oracles import LOSSES, Oracle, spo
 from spoloss import DPO, SPO, Squared
 
 NAMES = list(LOSSES)

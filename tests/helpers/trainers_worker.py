@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from recipes_oracle import Grads, Recorder, load, toy
 from transformers import Trainer, TrainingArguments
+
+from helpers.recipes_oracle import Grads, Recorder, load, toy
 
 BETA = 0.1
 PAIRS = toy.pairs(10)

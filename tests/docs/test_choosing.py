@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from pages import RESULTS, ROOT, measured, table_below
+
+from helpers.pages import RESULTS, ROOT, measured, table_below
 
 PAGE = (ROOT / "docs" / "choosing.md").read_text()
 TABLES = (RESULTS / "alignment" / "full" / "tables.md").read_text()

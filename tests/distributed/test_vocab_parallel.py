@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
-from test_torch_fused import ALL, INPUTS, Case
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from helpers import processes
+from helpers.fused import ALL, INPUTS, Case
 from spoloss import SPO
 from spoloss.torch import (
     _device,

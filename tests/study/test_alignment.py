@@ -35,7 +35,7 @@ from benchmarks.alignment.training import Pairs, Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILM = Prompt("film", ("plot", "cast"))
 TINY = Protocol(
     foundation=Foundation(

@@ -20,11 +20,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from recipes_oracle import RECIPES, exact_step, load, relative_error, toy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from helpers.recipes_oracle import RECIPES, exact_step, load, relative_error, toy
 from spoloss import spo_loss
 from spoloss.torch import linear_spo_loss, sequence_logps
 

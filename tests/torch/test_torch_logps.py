@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.memory import LargestTensor
 from spoloss import spo_loss
 from spoloss.torch import logps as module
 from spoloss.torch import sequence_logps
@@ -134,21 +134,6 @@ def test_compiles_into_one_graph_with_the_loss() -> None:
     leaves = [case()[0].requires_grad_(), (case()[0] * 0.5).requires_grad_()]
     want = torch.autograd.grad(function(*leaves), leaves)
     torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), want)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor of a dtype that any operation returns."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype, self.bytes = dtype, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.dtype == self.dtype:
-                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
-        return out
 
 
 def largest_float32(function: Any) -> int:

@@ -25,19 +25,19 @@ import jax.numpy as jnp
 import lightning
 import numpy as np
 import optax
-import processes
 import pytest
 import torch
-import trainers_worker
 import trl
 from datasets import Dataset
 from flax import nnx
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipes_oracle import RECIPES, Grads, Recorder, exact_step, load, relative_error, toy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from trainers_worker import trainer_arguments
 from transformers import Trainer, TrainingArguments
+
+from helpers import processes, trainers_worker
+from helpers.recipes_oracle import RECIPES, Grads, Recorder, exact_step, load, relative_error, toy
+from helpers.trainers_worker import trainer_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,9 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_torch_fused
 import torch
-from test_torch_fused import (
+from torch import Tensor, is_tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from helpers import fused as case_module
+from helpers.fused import (
     ALL,
     HALF,
     OPTIONS,
@@ -26,11 +31,6 @@ from test_torch_fused import (
     cut_blocks,
     largest,
 )
-from torch import Tensor, is_tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-
 from spoloss import SPO
 from spoloss.torch import _device, _rows, _tiles, fused, linear_logps, linear_spo_loss, logps
 from spoloss.torch._head import HeadOptions
@@ -72,7 +72,7 @@ def addmm_dtype_out(
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Blocks of 16 of 40 words, and the eight that are left over."""
     cuda = _device.CUDA._replace(block_bytes=1, compiles=request.param.compiles)
-    monkeypatch.setattr(test_torch_fused, "V", 40)
+    monkeypatch.setattr(case_module, "V", 40)
     cut_blocks(monkeypatch, 16)
     monkeypatch.setattr(_tiles, "device_of", lambda _: cuda)
     if request.param.device == "cuda":

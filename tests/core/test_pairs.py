@@ -11,29 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, Backend
 from hypothesis import given
 from hypothesis import strategies as st
 
 import spoloss
-from spoloss import DPO, SPO, Squared
-
-FUNCTIONS = {
-    "spo": (spoloss.spo_loss, spoloss.spo_grad, SPO()),
-    "dpo": (spoloss.dpo_loss, spoloss.dpo_grad, DPO()),
-    "squared": (spoloss.squared_loss, spoloss.squared_grad, Squared()),
-}
-NAMES = (
-    "policy_chosen_logps",
-    "policy_rejected_logps",
-    "reference_chosen_logps",
-    "reference_rejected_logps",
-)
-
-
-def four(seed: int = 0, size: int = 5, dtype: type = np.float64) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [(rng.normal(size=size) * 6.0 - 40.0).astype(dtype) for _ in range(4)]
+from helpers.backends import BACKENDS, Backend
+from helpers.pairs import FUNCTIONS, NAMES, four
+from spoloss import SPO
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

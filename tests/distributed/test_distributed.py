@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import distributed_worker
-import processes
 import pytest
 
-PAGE = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+from helpers import distributed_worker, processes
+
+PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
 
 # |g - g of one process| / |g of one process|, as docs/distributed.md states it.
 WRONG = {

@@ -14,9 +14,9 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from pages import ROOT, measured, table_below
 
 import spoloss
+from helpers.pages import ROOT, measured, table_below
 from spoloss import DPO, SPO, Squared
 
 X = np.linspace(-20.0, 60.0, 8001)  # steps of 0.01, through 0, 1 and 2

@@ -6,14 +6,15 @@ import subprocess
 import sys
 from typing import Any
 
-import processes
 import pytest
 import torch
-from distributed_worker import run_script
-from recipes_oracle import RECIPES, exact_step, load, relative_error, toy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+
+from helpers import processes
+from helpers.distributed_worker import run_script
+from helpers.recipes_oracle import RECIPES, exact_step, load, relative_error, toy
 
 padding_free, vocab_parallel = load("padding_free"), load("vocab_parallel")
 

@@ -1,0 +1,1 @@
+"""What several tests share: oracles, checks, backends, processes."""
