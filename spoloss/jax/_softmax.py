@@ -1,0 +1,219 @@
+"""A tile of tokens against the vocabulary: log-probabilities and the products of their gradient.
+
+With z the logits of a token, y its label, rest = log sum of exp(z_v) over all other words v, and
+lse = log sum over all words:
+
+    log p         = -log(1 + exp(rest - z_y))
+    d log p / d z = -exp(z_v - lse)  for v != y,    1 - p = sigmoid(rest - z_y)  for y
+
+The label stays out of the sum, so that 1 - p is never a difference of two numbers near 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+_BLOCKS = 8
+"""The weight's gradient grows in so many slices: a product is then 1/8 of a second [V, D] array."""
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a model does between h W^T + b and the softmax. Static under `jax.jit`.
+
+        logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
+
+    `chunk_size` is the tokens of a tile, or None for the default. `vocab_axis` names the mesh axes
+    over which the words are split inside a `shard_map`; it is empty where the head is whole.
+    """
+
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    chunk_size: int | None
+    vocab_axis: tuple[str, ...]
+
+    @property
+    def gain(self) -> float:
+        """The derivative of the logits by h W^T + b, without the factor of softcap."""
+        return self.logit_scale / self.temperature
+
+
+class Softmax(NamedTuple):
+    """n tokens against V words: d logps[t] / d (h W^T + b)[t, v] = factor[t] * slopes[t, v].
+
+    Attributes:
+      logps: [n] the log-probability of each token's label.
+      slopes: [n, V], in the weight's dtype.
+      factor: [n]; it stays apart from `slopes`, to be multiplied where the array is small.
+    """
+
+    logps: Array
+    slopes: Array
+    factor: Array
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are wanted: by the hidden states of each side, by weight and by bias."""
+
+    hidden: tuple[bool, ...]
+    weight: bool
+    bias: bool
+
+
+class HeadSums(NamedTuple):
+    """The gradients by weight [V, D] and bias [V], in at least float32; None where not wanted."""
+
+    weight: Array | None
+    bias: Array | None
+
+    def like(self, weight: Array, bias: Array | None) -> HeadSums:
+        """These sums in the dtypes of what they are by."""
+        return HeadSums(
+            *(
+                None if total is None or array is None else total.astype(array.dtype)
+                for total, array in zip(self, (weight, bias), strict=True)
+            )
+        )
+
+    def plus(self, factor: Array, more: HeadSums) -> HeadSums:
+        """These sums plus a 0-d factor times some others."""
+        return HeadSums(
+            *(
+                None if total is None else total + factor * part
+                for total, part in zip(self, more, strict=True)
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Head:
+    """weight [V, D] and bias [V] of a head, or of this device's words where the head is split."""
+
+    weight: Array
+    bias: Array | None
+    options: HeadOptions
+
+    @classmethod
+    def of(cls, weight: Array, bias: Array | None, options: HeadOptions) -> Head:
+        """The head as it is worked on: float16 is widened, for its small slopes would vanish."""
+        return cls(
+            weight.astype(wide(weight)) if weight.dtype == jnp.float16 else weight, bias, options
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of logits, log-probabilities and sums: at least float32."""
+        return wide(self.weight)
+
+    def softmax(self, states: Array, targets: Array, live: Array) -> Softmax:
+        """The softmax of a tile.
+
+        Args:
+          states: [n, D].
+          targets: [n] labels in [0, V) of the whole head; another label gives nan.
+          live: [n] whether a token's slopes are wanted; they are 0 where not, even for nan states.
+        """
+        logits, bend = self._logits(states)
+        column = self._columns(targets)
+        target = self._at_target(logits, targets, column)
+        # The shift cancels from all results, so it needs no derivative.
+        peak = lax.stop_gradient(self._max_words(logits.max(axis=1)))
+        is_target = lax.broadcasted_iota(column.dtype, logits.shape, 1) == column[:, None]
+        exps = jnp.where(is_target, 0.0, jnp.exp(logits - peak[:, None]))
+        rest = peak + jnp.log(self._sum_words(exps.sum(axis=1)))
+        scale = jnp.exp(peak - jnp.logaddexp(rest, target))
+        doubt = jax.nn.sigmoid(rest - target)
+        if bend is not None:
+            exps = exps * bend
+            doubt = doubt * (
+                1.0 - (target * (self.options.temperature / self.options.softcap)) ** 2
+            )
+        row = jnp.arange(len(column))
+        exps = exps.at[row, column].set(-doubt / scale, mode="drop")
+        slopes = jnp.where(live[:, None], exps, 0.0).astype(self.weight.dtype)
+        factor = jnp.where(live, -self.options.gain * scale, 0.0)
+        return Softmax(-jax.nn.softplus(rest - target), slopes, factor)
+
+    def by_hidden(self, tile: Softmax) -> Array:
+        """D logps / d hidden [n, D], summed over the devices of a split head."""
+        return self._sum_words(tile.factor[:, None] * _dot(tile.slopes, self.weight, 1, 0))
+
+    def zeros(self, wanted: Wanted) -> HeadSums:
+        """Where the wanted gradients of the head start."""
+        return HeadSums(
+            jnp.zeros_like(self.weight, dtype=self.dtype) if wanted.weight else None,
+            jnp.zeros_like(self.bias, dtype=self.dtype) if wanted.bias else None,
+        )
+
+    def add(self, sums: HeadSums, tile: Softmax, states: Array, upstream: Array) -> HeadSums:
+        """The sums plus upstream[t] * d logps[t] / d head, over the n tokens of a tile."""
+        by_weight, by_bias = sums
+        of_row = upstream * tile.factor
+        if by_weight is not None:
+            # Where nothing is wanted the states may hold nan, and 0 * nan is not 0.
+            rows = jnp.where(of_row[:, None] == 0.0, 0.0, states * of_row[:, None])
+            rows = rows.astype(self.weight.dtype)
+            for block in _blocks(len(self.weight)):
+                part = _dot(tile.slopes[:, block], rows, 0, 0)
+                by_weight = by_weight.at[block].add(part)
+        if by_bias is not None:
+            by_bias = by_bias + _dot(of_row.astype(tile.slopes.dtype), tile.slopes, 0, 0)
+        return HeadSums(by_weight, by_bias)
+
+    def _logits(self, states: Array) -> tuple[Array, Array | None]:
+        """Logits [n, V] in at least float32, and softcap's derivative where there is one."""
+        options = self.options
+        logits = _dot(states.astype(self.weight.dtype), self.weight, 1, 1)
+        if self.bias is not None:
+            logits = logits + self.bias.astype(logits.dtype)
+        if options.softcap is None:
+            return logits * options.gain, None
+        bent = jnp.tanh(logits * (options.logit_scale / options.softcap))
+        return bent * (options.softcap / options.temperature), 1.0 - bent * bent
+
+    def _columns(self, targets: Array) -> Array:
+        """The columns of the labels [n] on this device; V, which is none, for those of others."""
+        words = len(self.weight)
+        first = lax.axis_index(self.options.vocab_axis) * words if self.options.vocab_axis else 0
+        column = targets - first
+        return jnp.where((column >= 0) & (column < words), column, words)
+
+    def _at_target(self, logits: Array, targets: Array, column: Array) -> Array:
+        """The logits of the labels [n]; nan for a label outside of the whole vocabulary."""
+        found = jnp.take_along_axis(logits, column[:, None], axis=1, mode="fill", fill_value=0.0)
+        axis = self.options.vocab_axis
+        words = len(self.weight) * (lax.axis_size(axis) if axis else 1)
+        inside = (targets >= 0) & (targets < words)
+        return jnp.where(inside, self._sum_words(found[:, 0]), jnp.nan)
+
+    def _sum_words(self, values: Array) -> Array:
+        return lax.psum(values, self.options.vocab_axis) if self.options.vocab_axis else values
+
+    def _max_words(self, values: Array) -> Array:
+        return lax.pmax(values, self.options.vocab_axis) if self.options.vocab_axis else values
+
+
+def wide(array: Array) -> jnp.dtype:
+    """The dtype in which what comes of `array` is summed."""
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
+    """The product over one axis of each, summed in at least float32."""
+    axes = (((of_a,), (of_b,)), ((), ()))
+    return lax.dot_general(a, b, axes, preferred_element_type=wide(a))
+
+
+def _blocks(words: int) -> Iterator[slice]:
+    width = max(1, -(-words // _BLOCKS))
+    for start in range(0, words, width):
+        yield slice(start, min(start + width, words))
