@@ -11,7 +11,6 @@ The label stays out of the sum, so that 1 - p is never a difference of two numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,17 +45,23 @@ class HeadOptions:
 
 
 class Softmax(NamedTuple):
-    """n tokens against V words: d logps[t] / d (h W^T + b)[t, v] = factor[t] * slopes[t, v].
+    """n tokens against V words.
+
+        d logps[t] / d (h W^T + b)[t, v] = factor[t] * exps[t, v] + at_label[t] * [v = column[t]]
 
     Attributes:
       logps: [n] the log-probability of each token's label.
-      slopes: [n, V], in the weight's dtype.
-      factor: [n]; it stays apart from `slopes`, to be multiplied where the array is small.
+      exps: [n, V] in the weight's dtype, 0 at the labels.
+      factor: [n]; it stays apart from `exps`, to be multiplied where the array is small.
+      column: [n] the label, or V where another device has it.
+      at_label: [n].
     """
 
     logps: Array
-    slopes: Array
+    exps: Array
     factor: Array
+    column: Array
+    at_label: Array
 
 
 @jax.tree_util.register_static
@@ -125,27 +130,33 @@ class Head:
         logits, bend = self._logits(states)
         column = self._columns(targets)
         target = self._at_target(logits, targets, column)
-        # The shift cancels from all results, so it needs no derivative.
-        peak = lax.stop_gradient(self._max_words(logits.max(axis=1)))
+        # The shift cancels from all results, so it needs no derivative. It names the target, which
+        # is one of the logits, so that XLA reads it before their exponentials take their place.
+        peak = jnp.maximum(self._max_words(logits.max(axis=1)), target)
+        peak = lax.stop_gradient(peak)
+        void = ~live & ~jnp.isfinite(peak)
         is_target = lax.broadcasted_iota(column.dtype, logits.shape, 1) == column[:, None]
-        exps = jnp.where(is_target, 0.0, jnp.exp(logits - peak[:, None]))
+        exps = jnp.where(is_target | void[:, None], 0.0, jnp.exp(logits - peak[:, None]))
         rest = peak + jnp.log(self._sum_words(exps.sum(axis=1)))
         scale = jnp.exp(peak - jnp.logaddexp(rest, target))
         doubt = jax.nn.sigmoid(rest - target)
         if bend is not None:
             exps = exps * bend
-            doubt = doubt * (
-                1.0 - (target * (self.options.temperature / self.options.softcap)) ** 2
-            )
-        row = jnp.arange(len(column))
-        exps = exps.at[row, column].set(-doubt / scale, mode="drop")
-        slopes = jnp.where(live[:, None], exps, 0.0).astype(self.weight.dtype)
-        factor = jnp.where(live, -self.options.gain * scale, 0.0)
-        return Softmax(-jax.nn.softplus(rest - target), slopes, factor)
+            bent = target * (self.options.temperature / self.options.softcap)
+            doubt = doubt * (1.0 - bent * bent)
+        return Softmax(
+            -jax.nn.softplus(rest - target),
+            exps.astype(self.weight.dtype),
+            jnp.where(live, -self.options.gain * scale, 0.0),
+            column,
+            jnp.where(live, self.options.gain * doubt, 0.0),
+        )
 
     def by_hidden(self, tile: Softmax) -> Array:
-        """D logps / d hidden [n, D], summed over the devices of a split head."""
-        return self._sum_words(tile.factor[:, None] * _dot(tile.slopes, self.weight, 1, 0))
+        """d logps / d hidden [n, D], summed over the devices of a split head."""
+        of_labels = self.weight.at[tile.column].get(mode="fill", fill_value=0)
+        of_others = tile.factor[:, None] * _dot(tile.exps, self.weight, 1, 0)
+        return self._sum_words(of_others + tile.at_label[:, None] * of_labels)
 
     def zeros(self, wanted: Wanted) -> HeadSums:
         """Where the wanted gradients of the head start."""
@@ -157,16 +168,14 @@ class Head:
     def add(self, sums: HeadSums, tile: Softmax, states: Array, upstream: Array) -> HeadSums:
         """The sums plus upstream[t] * d logps[t] / d head, over the n tokens of a tile."""
         by_weight, by_bias = sums
-        of_row = upstream * tile.factor
+        of_others, of_labels = upstream * tile.factor, upstream * tile.at_label
         if by_weight is not None:
-            # Where nothing is wanted the states may hold nan, and 0 * nan is not 0.
-            rows = jnp.where(of_row[:, None] == 0.0, 0.0, states * of_row[:, None])
-            rows = rows.astype(self.weight.dtype)
-            for block in _blocks(len(self.weight)):
-                part = _dot(tile.slopes[:, block], rows, 0, 0)
-                by_weight = by_weight.at[block].add(part)
+            rows = _times(of_others, states).astype(self.weight.dtype)
+            by_weight = _add_product(by_weight, tile.exps, rows)
+            by_weight = by_weight.at[tile.column].add(_times(of_labels, states), mode="drop")
         if by_bias is not None:
-            by_bias = by_bias + _dot(of_row.astype(tile.slopes.dtype), tile.slopes, 0, 0)
+            by_bias = by_bias + _dot(of_others.astype(tile.exps.dtype), tile.exps, 0, 0)
+            by_bias = by_bias.at[tile.column].add(of_labels, mode="drop")
         return HeadSums(by_weight, by_bias)
 
     def _logits(self, states: Array) -> tuple[Array, Array | None]:
@@ -213,7 +222,21 @@ def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
     return lax.dot_general(a, b, axes, preferred_element_type=wide(a))
 
 
-def _blocks(words: int) -> Iterator[slice]:
-    width = max(1, -(-words // _BLOCKS))
-    for start in range(0, words, width):
-        yield slice(start, min(start + width, words))
+def _times(factor: Array, states: Array) -> Array:
+    """Rows [n, D] times a factor [n]; 0 where the factor is 0, for the states may be nan there."""
+    factor = factor[:, None]
+    return jnp.where(factor == 0.0, 0.0, states * factor)
+
+
+def _add_product(total: Array, exps: Array, rows: Array) -> Array:
+    """total [V, D] + exps^T rows, some words at a time: never a second [V, D] array."""
+    width = len(total) // _BLOCKS
+
+    def add(total: Array, start: Array | int, width: int) -> Array:
+        words = lax.dynamic_slice_in_dim(exps, start, width, axis=1)
+        sums = lax.dynamic_slice_in_dim(total, start, width) + _dot(words, rows, 0, 0)
+        return lax.dynamic_update_slice_in_dim(total, sums, start, 0)
+
+    total = lax.fori_loop(0, _BLOCKS, lambda i, total: add(total, i * width, width), total)
+    rest = len(total) - width * _BLOCKS
+    return add(total, width * _BLOCKS, rest) if rest else total
