@@ -2,11 +2,14 @@
 
     python -m benchmarks.real_pairs --pairs judged.jsonl.gz              5 minutes per arm and seed
     python -m benchmarks.real_pairs --pairs judged.jsonl.gz --seeds 2    goes on where it stopped
+    python -m benchmarks.real_pairs --pairs judged.jsonl.gz --model FOLDER
 
-Each arm is one run of docs/examples/train.py: a small new Qwen2, SFT on the chosen answers, then
-preference training. Within a seed all arms share data order, starting weights and therefore the
-SFT model. The pairs file is the example's, with `reward_gap` or `p_chosen` on every line for the
-arms that know the gap. A finished run's row is kept in the results, and is not run again.
+Each arm is one run of docs/examples/train.py. With --model it is preference training of all weights
+of that model, which has been instruction-tuned already; benchmarks/smollm2.py makes such a folder.
+Without it, it is a small new Qwen2, SFT on the chosen answers, then preference training. Within a
+seed all arms share data order and starting weights, and therefore the reference. The pairs file is
+the example's, with `reward_gap` or `p_chosen` on every line for the arms that know the gap. A
+finished run's row is kept in the results, and is not run again.
 """
 
 from __future__ import annotations
@@ -21,30 +24,43 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 from benchmarks.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "real_pairs.csv"
+RESULTS = Path(__file__).parent / "results"
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "train.py"
-SETTINGS = "--max-length 384 --sft-steps 150 --steps 80 --lr 3e-5"
+NEW_MODEL_CSV = "real_pairs.csv"
+PRETRAINED_CSV = "real_pairs_pretrained.csv"
+NEW_MODEL = "--max-length 384 --sft-steps 150 --steps 80 --lr 3e-5"
+PRETRAINED = (
+    "--max-length 160 --sft-steps 0 --steps 40 --batch-size 4 --lr 3e-6 --fused "
+    "--held-out 64 --evaluations 1"
+)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train on the pairs: the flags that set it apart, and the beta among them."""
+    """One way to train on the pairs: the flags that set it apart, and those that all arms share."""
 
     name: str
     loss: str
     beta: float
     flags: str = ""
+    model: str | None = None
+
+    @property
+    def shared(self) -> str:
+        """The flags that all arms of a model share."""
+        return NEW_MODEL if self.model is None else PRETRAINED
 
     def command(self, seed: int, pairs: Path, output: Path) -> list[str]:
         """The example's command line."""
-        own = f"--loss {self.loss} --beta {self.beta} {self.flags} --seed {seed} {SETTINGS}"
+        own = f"--loss {self.loss} --beta {self.beta} {self.flags} --seed {seed} {self.shared}"
         places = ["--pairs", str(pairs), "--output", str(output)]
+        places += [] if self.model is None else ["--model", self.model]
         return [sys.executable, str(EXAMPLE), *own.split(), *places]
 
 
@@ -61,7 +77,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One run: the held-out pairs after training, and the policy's way from the SFT model.
+    """One run: the held-out pairs after training, and the policy's way from the reference.
 
     x and h are means over the held-out pairs, h and the log-probabilities in nats. A run that
     diverged has the step at which it did, and nan for the rest.
@@ -131,7 +147,8 @@ def summarise(
 
 def settings_of(arm: Arm) -> str:
     """What the run was told, so that a row of other settings is not taken for this one."""
-    return " ".join(f"{arm.flags} {SETTINGS}".split())
+    model = "" if arm.model is None else f"--model {Path(arm.model).name}"
+    return " ".join(f"{arm.flags} {arm.shared} {model}".split())
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -166,7 +183,8 @@ def write(rows: list[Row], path: Path) -> None:
 def run_missing(rows: list[Row], arguments: argparse.Namespace) -> Iterator[Row]:
     """Run what the results lack, seed by seed, and yield the rows as they come."""
     known = {(row.arm, row.seed, row.settings) for row in rows}
-    wanted = [(arm, seed) for seed in range(arguments.seeds) for arm in ARMS]
+    arms = [replace(arm, model=arguments.model) for arm in ARMS]
+    wanted = [(arm, seed) for seed in range(arguments.seeds) for arm in arms]
     missing = [(a, seed) for a, seed in wanted if (a.name, seed, settings_of(a)) not in known]
     print(f"{len(missing)} of {len(wanted)} runs to do")
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -175,6 +193,11 @@ def run_missing(rows: list[Row], arguments: argparse.Namespace) -> Iterator[Row]
             yield from (call.result() for call in calls)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def model_name(text: str) -> str:
+    """A model as the example is told of it, which runs in a folder of its own."""
+    return str(Path(text).resolve()) if Path(text).exists() else text
 
 
 def show(row: Row) -> str:
@@ -195,8 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seeds", type=int, choices=range(1, 11), default=1, help="0, 1, ...; default: 1"
     )
     parser.add_argument("--jobs", type=int, choices=(1, 2), default=1, help="runs at a time")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV of results")
+    parser.add_argument("--model", type=model_name, help="a folder, or a name on the Hub")
+    parser.add_argument("--output", type=Path, help="the CSV of results; default: a committed one")
     arguments = parser.parse_args(argv)
+    committed = NEW_MODEL_CSV if arguments.model is None else PRETRAINED_CSV
+    arguments.output = arguments.output or RESULTS / committed
     rows = finished(arguments.output)
     changes = "Δ log-probability of chosen and rejected"
     print(f"{'':38}{'seed':>5}{'accuracy':>16}{'x':>8}{'h':>8}  {changes}, largest gradient norm")

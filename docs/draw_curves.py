@@ -1,10 +1,11 @@
-"""Draws docs/curves.png: the three losses and their slopes around the reference (x = 0).
+"""Draws docs/curves.svg: value and slope of the losses around the reference (x = 0).
 
 python docs/draw_curves.py
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,39 +18,93 @@ from matplotlib.axes import Axes
 
 from spoloss import DPO, SPO, MarginLoss, Squared
 
-TARGET = Path(__file__).with_name("curves.png")
-CURVES: list[tuple[str, MarginLoss, str, str]] = [
-    ("SPO", SPO(), "tab:red", "-"),
-    ("SPO, linear_below=-1", SPO(linear_below=-1.0), "tab:red", ":"),
-    ("SPO, linear_below=0", SPO(linear_below=0.0), "tab:orange", ":"),
-    ("DPO", DPO(), "tab:blue", "-"),
-    ("squared", Squared(), "tab:green", "-"),
-]
+TARGET = Path(__file__).with_name("curves.svg")
+X = np.linspace(-2.5, 5.0, 301)
 
 
-def main() -> None:
-    """Draw values on the left and slopes on the right, at beta = 1 so that x = h."""
-    figure, (values, slopes) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    x = np.linspace(-2.5, 6.0, 600)
-    for name, loss, colour, style in CURVES:
-        values.plot(x, loss.value(x, 1.0), style, color=colour, label=name)
-        slopes.plot(x, loss.slope(x, 1.0), style, color=colour, label=name)
-    _finish(values, "loss", (-0.8, 8.0))
-    _finish(slopes, "slope by x", (-8.0, 1.5))
-    slopes.legend(loc="lower right")
-    values.annotate("-1/e", (1.0, -np.exp(-1.0)), (2.4, 1.2), arrowprops={"arrowstyle": "->"})
-    figure.savefig(TARGET, dpi=110)
-    print(f"wrote {TARGET.name}")
+@dataclass(frozen=True)
+class Curve:
+    """A loss at beta = 1, where x = h, and how it is drawn."""
+
+    gid: str
+    title: str
+    loss: MarginLoss
+    colour: str
+    style: str
 
 
-def _finish(axes: Axes, ylabel: str, limits: tuple[float, float]) -> None:
-    axes.set_xlabel("x = beta * h   (0: the policy is the reference; 1: SPO's target)")
-    axes.set_ylabel(ylabel)
+CURVES = (
+    Curve("squared", "squared", Squared(), "#2a7d3f", ":"),
+    Curve("dpo", "DPO", DPO(), "#1f63b5", "--"),
+    Curve("guarded", "SPO, linear_below=0", SPO(linear_below=0.0), "#b26a00", "-."),
+    Curve("spo", "SPO", SPO(), "#c2362b", "-"),
+)
+INK, GRID, PAPER = "#24292f", "#d0d7de", "#ffffff"
+IN_THE_DARK = {
+    INK: "#d1d7e0",
+    GRID: "#3d444d",
+    PAPER: "#14181e",
+    "#2a7d3f": "#74cf8c",
+    "#1f63b5": "#74b1ff",
+    "#b26a00": "#f0b056",
+    "#c2362b": "#ff8173",
+}
+STYLE = {
+    "font.size": 15,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "lines.linewidth": 2.6,
+    "path.simplify": False,
+    "svg.hashsalt": "spoloss",
+}
+
+
+def main(target: Path = TARGET) -> None:
+    """Draw values and slopes, in the colour scheme that the reader prefers."""
+    with mpl.rc_context(STYLE):
+        figure, (values, slopes) = plt.subplots(1, 2, figsize=(9.4, 4.2), layout="constrained")
+        for curve in CURVES:
+            look = {"color": curve.colour, "linestyle": curve.style, "label": curve.title}
+            values.plot(X, curve.loss.value(X, 1.0), gid=f"value-{curve.gid}", **look)
+            slopes.plot(X, curve.loss.slope(X, 1.0), gid=f"slope-{curve.gid}", **look)
+        _finish(values, "loss", (-0.8, 5.0))
+        _finish(slopes, "slope by x", (-5.0, 1.6))
+        slopes.legend(loc="lower right", labelcolor="linecolor", frameon=False, handlelength=1.5)
+        figure.savefig(target, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    _follow_the_colour_scheme(target)
+
+
+def _finish(axes: Axes, title: str, limits: tuple[float, float]) -> None:
+    axes.set_title(title, fontsize=16)
+    axes.set_xlabel("x = β·h")
+    axes.set_xlim(X[0], X[-1])
     axes.set_ylim(*limits)
-    axes.axhline(0.0, color="0.7", linewidth=0.8)
-    axes.axvline(0.0, color="0.7", linewidth=0.8)
-    axes.grid(alpha=0.25)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.axhline(0.0, color=INK, linewidth=0.9)
+    axes.axvline(0.0, color=INK, linewidth=0.9)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+
+
+def _follow_the_colour_scheme(target: Path) -> None:
+    rules = [
+        f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}'
+        for light, dark in IN_THE_DARK.items()
+        for part in ("fill", "stroke")
+    ]
+    style = f"<style>@media (prefers-color-scheme: dark) {{ {' '.join(rules)} }}</style>"
+    svg = target.read_text()
+    target.write_text(svg.replace("<defs>", f"{style}\n <defs>", 1))
 
 
 if __name__ == "__main__":
     main()
+    print(f"wrote {TARGET.name}")

@@ -8,6 +8,7 @@ Predict-then-Optimize, Soft Preference Optimization or SPPO, which share the let
 from spoloss.gradients import (
     dpo_grad,
     dpo_prob_grad,
+    ipo_grad,
     pair_grad,
     spo_grad,
     spo_prob_grad,
@@ -18,6 +19,7 @@ from spoloss.metrics import preference_metrics
 from spoloss.pairs import (
     dpo_loss,
     implicit_rewards,
+    ipo_loss,
     log_ratio_margin,
     pair_loss,
     spo_loss,
@@ -35,6 +37,8 @@ __all__ = [
     "dpo_loss",
     "dpo_prob_grad",
     "implicit_rewards",
+    "ipo_grad",
+    "ipo_loss",
     "log_ratio_margin",
     "pair_grad",
     "pair_loss",

@@ -1,8 +1,7 @@
-"""Floor 0: which library an array is of, shape and dtype checks, compute dtype, reduction.
+"""Layer 0: the library of an array, checks of shape and dtype, compute dtype, reductions.
 
-Nothing in this file knows what a preference is. PyTorch and JAX are looked up in
-`sys.modules` and never imported: an array of a library can only exist once that library is
-loaded.
+Nothing in this file knows what a preference is. PyTorch and JAX are looked up in `sys.modules`
+and never imported: an array of a library can only exist once that library is loaded.
 """
 
 from __future__ import annotations
@@ -11,18 +10,35 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy
 
 ArrayT = TypeVar("ArrayT")
-"""One array type for a whole call: `torch.Tensor`, `numpy.ndarray`, `jax.Array`, ..."""
+"""One array type for a whole call: `torch.Tensor`, `numpy.ndarray`, `jax.Array`, `mlx.core.array`
+or the array of another library that follows the Python array API standard."""
 
 REDUCTIONS = ("mean", "sum", "none")
 
+_NUMBERS = (int, float, numpy.integer, numpy.floating)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-def namespace(array: Any, name: str = "the margin") -> Any:
-    """The module that computes on `array`: `torch`, `numpy`, `jax.numpy`, ...
+_CONVERTERS = {
+    "torch": "torch.as_tensor",
+    "numpy": "numpy.asarray",
+    "jax.numpy": "jax.numpy.asarray",
+    "mlx.core": "mlx.core.array",
+}
+
+
+def namespace(array: Any, name: str = "the argument", *, or_number: bool = False) -> Any:
+    """The module that computes on `array`: `torch`, `numpy`, `jax.numpy`, `mlx.core`, ...
+
+    Args:
+      array: what should be an array.
+      name: the name of the argument, for the message.
+      or_number: whether the argument could have been a number as well, for the message.
 
     Raises:
       TypeError: `array` is a list, a number or anything else without a namespace.
@@ -32,13 +48,14 @@ def namespace(array: Any, name: str = "the margin") -> Any:
     if torch is not None and isinstance(array, torch.Tensor):
         return torch
     if not hasattr(array, "__array_namespace__"):
-        raise TypeError(f"{name} must be a PyTorch, NumPy or JAX array, got {type(array).__name__}")
+        kinds = "PyTorch, NumPy, JAX or MLX array" + (" or a number" if or_number else "")
+        raise TypeError(f"{name} must be a {kinds}, got {type(array).__name__}")
     return array.__array_namespace__()
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a scalar known now, not an array that a compiler may be tracing."""
-    return isinstance(value, (int, float, numpy.floating))
+    """Whether `value` is a number of Python or NumPy: no array, no tracer, no boolean."""
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def cast(xp: Any, array: Any, dtype: Any) -> Any:
@@ -56,7 +73,7 @@ def conform(
     Args:
       names: the arguments' names, for messages.
       values: arrays; the first one decides library and shape.
-      numbers_from: from this position on a value may be a Python number, which passes through.
+      numbers_from: from this position on a value may be a number, which becomes a float.
 
     Raises:
       TypeError: an array is of another library, or not real floating.
@@ -75,7 +92,7 @@ def conform(
         if not (name in may_be_number and is_number(value))
     }
     for name, array in arrays.items():
-        _check_kind(xp, name, array, leader_name)
+        _check_kind(xp, name, array, leader_name, or_number=name in may_be_number)
         dtype = _compute_dtype(xp, dtype, array.dtype)
     if any(array.shape != leader.shape for array in arrays.values()):
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
@@ -87,14 +104,18 @@ def conform(
 
 
 def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
-    """A parameter that is one number for all or one per element of `like`, in `like`'s dtype.
+    """A parameter that is one number for all pairs, or an array with one number for each.
 
     Args:
       name: the argument's name, for messages.
-      value: a Python number, or an array that is 0-d (a traced number) or of `like`'s shape.
-      like: the array whose library, shape and dtype `value` must fit.
-      positive: refuse numbers that are not positive and finite. Arrays are never looked into:
-        that would wait for the device and stop a compiler.
+      value: a number, or an array that is 0-d (a traced number) or of `like`'s shape.
+      like: an array of log-probabilities; `value` must fit its library and shape.
+      positive: whether a number must be positive; it must be finite in any case. Arrays are never
+        looked into: that would wait for the device and stop a compiler.
+
+    Returns:
+      A float, or an array in `like`'s dtype, but never in less than float32: log-probabilities in
+      half precision do not round their parameters.
 
     Raises:
       TypeError: `value` is an array of another library, or not real floating.
@@ -103,15 +124,17 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
     if is_number(value):
         if positive:
             check_positive(name, value)
+        elif not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
         return float(value)
-    xp = namespace(like)
-    _check_kind(xp, name, value, "the log-probabilities")
+    xp = namespace(like, "the log-probabilities")
+    _check_kind(xp, name, value, "the log-probabilities", or_number=True)
     if len(value.shape) > 0 and value.shape != like.shape:
         raise ValueError(
             f"{name} must be a number or have the log-probabilities' shape "
             f"{tuple(like.shape)}, got {tuple(value.shape)}"
         )
-    return cast(xp, value, like.dtype)
+    return cast(xp, value, _compute_dtype(xp, like.dtype))
 
 
 def check_positive(name: str, value: float) -> None:
@@ -135,19 +158,52 @@ def check_reduction(reduction: str) -> None:
 
 
 def reduction_scale(values: Any, reduction: str) -> float:
-    """What each value counts for: 1 / B under "mean", else 1. An empty mean is nan."""
+    """What each value counts for in the reduced result: 1 / B under "mean" (nan for B = 0), else 1.
+
+    It is read from the shape, so a graph that is compiled for any shape must not contain it.
+    """
     if reduction != "mean":
         return 1.0
     count = math.prod(values.shape)
     return 1.0 / count if count else math.nan
 
 
+def shares(values: Any, reduction: str) -> Any:
+    """Each value's part of the reduced result: the value / B under "mean", else the value."""
+    xp = namespace(values)
+    if reduction == "mean" and xp.__name__ == "mlx.core":
+        # mx.compile(shapeless=True) runs its graph on other shapes than the one it has traced.
+        return values / xp.sum(xp.logical_or(xp.isnan(values), True))
+    return values * reduction_scale(values, reduction)
+
+
+def quiet(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function reach 0, inf and nan in NumPy as silently as in the other libraries.
+
+    The second argument of `function` must be an array: it tells the library of them all.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for value in args[1:2] or kwargs.values():
+            if isinstance(value, (numpy.ndarray, numpy.generic)):
+                with numpy.errstate(all="ignore"):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
 def reduce(values: Any, reduction: str) -> Any:
-    """Reduce over all elements: their mean, their sum, or ("none") nothing."""
+    """Reduce over all elements: their mean (nan for none), their sum, or "none": unreduced."""
     if reduction == "none":
         return values
     xp = namespace(values)
-    return xp.mean(values) if reduction == "mean" else xp.sum(values)
+    if reduction == "sum":
+        return xp.sum(values)
+    if xp is numpy:
+        return xp.sum(values) / math.prod(values.shape)  # numpy.mean warns of an empty array
+    return xp.mean(values)
 
 
 def at_least(xp: Any, x: Any, floor: float) -> Any:
@@ -163,30 +219,23 @@ def log_sigmoid(xp: Any, x: Any) -> Any:
     if xp.__name__ == "torch":
         # The second derivative of torch.logaddexp is nan beyond x = 88 in float32: inf / inf.
         return xp.nn.functional.logsigmoid(x)
+    if xp.__name__ == "mlx.core":
+        # The derivative of mx.logaddexp is 1 minus a sigmoid, which loses the digits of small ones.
+        negative = x < 0.0
+        return xp.where(negative, x, 0.0) - xp.log1p(xp.exp(xp.where(negative, x, -x)))
     return -xp.logaddexp(xp.zeros_like(x), -x)
 
 
 def detach(array: Any) -> Any:
-    """`array` as a constant to the autograd of its library; NumPy has none."""
+    """`array` as a constant to the automatic differentiation of its library, if it has one."""
     xp = namespace(array)
     if xp.__name__ == "torch":
         return array.detach()
     if xp.__name__ == "jax.numpy":
         return sys.modules["jax"].lax.stop_gradient(array)
+    if xp.__name__ == "mlx.core":
+        return xp.stop_gradient(array)
     return array
-
-
-def quiet(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a loss reach 0 and inf in NumPy as silently as in PyTorch and JAX."""
-
-    @functools.wraps(method)
-    def wrapper(self: Any, margin: Any, beta: Any) -> Any:
-        if not isinstance(margin, (numpy.ndarray, numpy.generic)):
-            return method(self, margin, beta)
-        with numpy.errstate(all="ignore"):
-            return method(self, margin, beta)
-
-    return wrapper
 
 
 def _all_alike(values: tuple[Any, ...]) -> bool:
@@ -198,11 +247,13 @@ def _all_alike(values: tuple[Any, ...]) -> bool:
     return True
 
 
-def _check_kind(xp: Any, name: str, array: Any, leader: str) -> None:
-    if namespace(array, name) is not xp:
+def _check_kind(xp: Any, name: str, array: Any, leader: str, *, or_number: bool) -> None:
+    other = namespace(array, name, or_number=or_number)
+    if other is not xp:
+        converter = _CONVERTERS.get(xp.__name__, f"{xp.__name__}.asarray")
         raise TypeError(
             f"{name} must be of the same library as {leader}, {xp.__name__}; "
-            f"got {namespace(array, name).__name__}"
+            f"got {other.__name__}: convert it with {converter}"
         )
     _check_real(xp, name, array)
 

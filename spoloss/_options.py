@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from spoloss._arrays import check_positive
+from spoloss._arrays import check_positive, is_number
 
 
 def check_head_options(
@@ -28,21 +28,22 @@ def check_head_options(
       chunk_size: a positive number of tokens, or None.
 
     Raises:
-      TypeError: one of them is not a number.
-      ValueError: one of them is out of range.
+      TypeError: `softcap`, `logit_scale` or `temperature` is not a number.
+      ValueError: a number is out of range.
     """
     if softcap is not None:
         _check_number("softcap", softcap)
         check_positive("softcap", softcap)
     _check_number("logit_scale", logit_scale)
-    if not math.isfinite(logit_scale) or logit_scale == 0.0:
+    # Comparisons, because math.isfinite takes no symbolic float of torch.compile.
+    if not -math.inf < logit_scale < math.inf or logit_scale == 0.0:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
     _check_number("temperature", temperature)
     check_positive("temperature", temperature)
     if chunk_size is not None:
-        _check_integer("chunk_size", chunk_size)
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size}")
+        whole = isinstance(chunk_size, (int, numpy.integer)) and not isinstance(chunk_size, bool)
+        if not whole or chunk_size < 1:
+            raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
 
 
 def check_nll_weight(nll_weight: float) -> None:
@@ -58,12 +59,5 @@ def check_nll_weight(nll_weight: float) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    # True is an int to Python, but nobody means temperature=True.
-    numbers = (int, float, numpy.integer, numpy.floating)
-    if isinstance(value, bool) or not isinstance(value, numbers):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, numpy.integer)):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")

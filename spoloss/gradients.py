@@ -1,27 +1,29 @@
-"""Floor 2: the analytic gradients, for NumPy (no autograd) and for checking the others.
+"""Layer 2: the gradients of the losses in closed form.
 
-By log-probability, where a network's gradient lives: `spo_grad`, `dpo_grad`, `squared_grad`. By
-probability, as the paper states them: equations 7 and 8, `dpo_prob_grad` and `spo_prob_grad`.
+NumPy has no automatic differentiation, and the other libraries' can be checked against these.
+`spo_grad`, `dpo_grad`, `squared_grad`, `ipo_grad` and `pair_grad` are gradients by the policy's
+log-probabilities, which is where the gradient of a network begins. `spo_prob_grad` and
+`dpo_prob_grad` are the derivatives by probabilities that the paper states in equations 7 and 8.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from spoloss._arrays import ArrayT, check_reduction, conform, per_pair, reduction_scale
+from spoloss._arrays import ArrayT, check_reduction, conform, quiet, shares
 from spoloss.losses import DPO, SPO, MarginLoss, SignedLog, Squared
-from spoloss.pairs import LOGPS, beta_for_gap, check_loss, log_ratio_margin, weighted
+from spoloss.pairs import IPO_GAP, LOGPS, beta_for_gap, check_loss, margins, weighted
 
 
 class PairGrad(NamedTuple):
-    """Derivatives by the policy's log-probabilities; those by the reference's are the negatives."""
+    """Derivatives of a loss by the policy's log-probabilities, shape [B] each."""
 
     policy_chosen: Any
     policy_rejected: Any
 
 
 class PairProbGrad(NamedTuple):
-    """Derivatives by the policy's probabilities, as sign and log-magnitude."""
+    """Derivatives of each pair's loss by the policy's probabilities, as sign and log-magnitude."""
 
     policy_chosen: SignedLog
     policy_rejected: SignedLog
@@ -36,28 +38,66 @@ def spo_grad(
     beta: ArrayT | float = 0.1,
     reward_gap: ArrayT | float | None = None,
     linear_below: float | None = None,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
-    """The gradient of `spo_loss` with the same arguments, by the policy's log-probabilities.
+    """The gradient of `spo_loss` by the log-probabilities, in closed form.
 
-        dl/dh = beta * (x - 1) * e^(-x),   x = beta * h
+        dl/dh = (beta / reward_gap) * (x - 1) * e^(-x),   x = beta * h / reward_gap
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
+    needs no automatic differentiation. l is the loss of the paper's eq. 6, l = -x * e^(-x).
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
+
+    Under `jax.jit`, `linear_below` and `reduction` are static arguments.
+
+    Args:
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Inverse of the target margin for a reward gap of 1, in 1 / nats, > 0. A number, or an
+        array that is 0-d or of shape [B].
+      reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
+        reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
+        paper's choice where the gap is unknown. The curvature at the target grows like 1 /
+        reward_gap^2: with small gaps, pass `weights=reward_gap**2` and `linear_below`.
+      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0, with a
+        constant gradient. None is equation 6 as published.
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities, beta or
+        reward gap hold (nan, inf, a gap of 0). None means 1.
+      reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
+        each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each. Under "none" it is the gradient of
-      each pair's own loss.
+      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
+      are the negatives. float64 if any of the four log-probabilities is, else float32.
 
     Raises:
-      TypeError: as `spo_loss`.
-      ValueError: as `spo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
+        or `linear_below` is not a number.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
     """
-    return pair_grad(
+    return reduced_grad(
         SPO(linear_below),
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta=beta_for_gap(beta, reward_gap, policy_chosen_logps),
+        beta=beta,
+        reward_gap=reward_gap,
         weights=weights,
         reduction=reduction,
     )
@@ -71,21 +111,53 @@ def dpo_grad(
     *,
     beta: ArrayT | float = 0.1,
     label_smoothing: float = 0.0,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
-    """The gradient of `dpo_loss` with the same arguments, by the policy's log-probabilities.
+    """The gradient of `dpo_loss` by the log-probabilities, in closed form.
 
-        dl/dh = -beta * ((1 - e) * s(-x) - e * s(x)),   x = beta * h
+        dl/dh = -beta * ((1 - e) * s(-x) - e * s(x)),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
+    needs no automatic differentiation. l is the loss of eq. 7 in arXiv:2305.18290, -log s(x) for e
+    = 0.
+
+    Under `jax.jit`, `label_smoothing` and `reduction` are static arguments.
+
+    Args:
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
+        0-d or of shape [B].
+      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped
+        (conservative DPO).
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities or beta
+        hold (nan, inf). None means 1.
+      reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
+        each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      As `spo_grad`.
+      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
+      are the negatives. float64 if any of the four log-probabilities is, else float32.
 
     Raises:
-      TypeError: as `spo_loss`.
-      ValueError: as `spo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
+        or `label_smoothing` is not a number.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
     """
-    return pair_grad(
+    return reduced_grad(
         DPO(label_smoothing),
         policy_chosen_logps,
         policy_rejected_logps,
@@ -105,27 +177,124 @@ def squared_grad(
     *,
     beta: ArrayT | float = 0.1,
     reward_gap: ArrayT | float | None = None,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
-    """The gradient of `squared_loss` with the same arguments, by the policy's log-probabilities.
+    """The gradient of `squared_loss` by the log-probabilities, in closed form.
 
-        dl/dh = 2 * (h - reward_gap / beta)
+        dl/dh = 2 * (h - reward_gap / beta), in nats
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
+    needs no automatic differentiation. l = (h - reward_gap / beta)^2 is in the paper's section 2.2.
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
+
+    Under `jax.jit`, `reduction` is a static argument.
+
+    Args:
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Inverse of the target margin for a reward gap of 1, in 1 / nats, > 0. A number, or an
+        array that is 0-d or of shape [B].
+      reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
+        reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
+        paper's choice where the gap is unknown.
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities, beta or
+        reward gap hold (nan, inf, a gap of 0). None means 1.
+      reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
+        each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      As `spo_grad`.
+      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
+      are the negatives. float64 if any of the four log-probabilities is, else float32.
 
     Raises:
-      TypeError: as `spo_loss`.
-      ValueError: as `spo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
     """
-    return pair_grad(
+    return reduced_grad(
         Squared(),
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta=beta_for_gap(beta, reward_gap, policy_chosen_logps),
+        beta=beta,
+        reward_gap=reward_gap,
+        weights=weights,
+        reduction=reduction,
+    )
+
+
+def ipo_grad(
+    policy_chosen_logps: ArrayT,
+    policy_rejected_logps: ArrayT,
+    reference_chosen_logps: ArrayT | float,
+    reference_rejected_logps: ArrayT | float,
+    *,
+    beta: ArrayT | float = 0.1,
+    weights: ArrayT | float | None = None,
+    reduction: str = "mean",
+) -> PairGrad:
+    """The gradient of `ipo_loss` by the log-probabilities, in closed form.
+
+        dl/dh = 2 * (h - 1 / (2 * beta)), in nats
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
+    needs no automatic differentiation. l = (h - 1 / (2 * beta))^2 is eq. 17 in arXiv:2310.12036.
+
+    Under `jax.jit`, `reduction` is a static argument.
+
+    Args:
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Half of the inverse of the target margin, in 1 / nats, > 0. A number, or an array that
+        is 0-d or of shape [B].
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities or beta
+        hold (nan, inf). None means 1.
+      reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
+        each pair's own loss. "mean" divides by B, not by the sum of the weights.
+
+    Returns:
+      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
+      are the negatives. float64 if any of the four log-probabilities is, else float32.
+
+    Raises:
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
+    """
+    return reduced_grad(
+        Squared(),
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=IPO_GAP,
         weights=weights,
         reduction=reduction,
     )
@@ -139,29 +308,60 @@ def pair_grad(
     reference_rejected_logps: ArrayT | float,
     *,
     beta: ArrayT | float,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
-    """The gradient of `pair_loss` with the same arguments, from the loss's own slope.
+    """The gradient of `pair_loss` by the log-probabilities, from the slope of the loss.
+
+        dl/dh = loss.slope(h, beta)
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
+    needs no automatic differentiation.
+
+    Under `jax.jit`, `loss` and `reduction` are static arguments.
+
+    Args:
+      loss: `SPO(...)`, `DPO(...)`, `Squared()`, or an object of your own with the methods
+        `value(margin, beta)` and `slope(margin, beta)` (see `MarginLoss`).
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Handed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities or beta
+        hold (nan, inf). None means 1.
+      reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
+        each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      As `spo_grad`.
+      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
+      are the negatives. float64 if any of the four log-probabilities is, else float32.
 
     Raises:
-      TypeError: as `pair_loss`.
-      ValueError: as `pair_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
+        or `loss` is not a loss object.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
     """
-    check_loss(loss)
-    check_reduction(reduction)
-    margin = log_ratio_margin(
+    return reduced_grad(
+        loss,
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
+        beta=beta,
+        weights=weights,
+        reduction=reduction,
     )
-    slope = weighted(loss.slope, margin, beta, weights)
-    slope = slope * reduction_scale(slope, reduction)
-    return PairGrad(slope, -slope)
 
 
 def spo_prob_grad(
@@ -174,30 +374,49 @@ def spo_prob_grad(
     reward_gap: ArrayT | float | None = None,
     linear_below: float | None = None,
 ) -> PairProbGrad:
-    """The derivatives of each pair's SPO loss by the policy's probabilities; paper eq. 8.
+    """The derivatives of each pair's SPO loss by the policy's probabilities, paper eq. 8.
 
-        dl/dpi_l = -(x - 1) * e^(-x) * beta / pi_l,    dl/dpi_w = (x - 1) * e^(-x) * beta / pi_w
+        dl/dpi(y_l) = -b * (x - 1) * e^(-x) / pi(y_l),   x = b * h,   b = beta / reward_gap
+        dl/dpi(y_w) =  b * (x - 1) * e^(-x) / pi(y_w)
 
-    As pi_l -> 0 with the rest fixed, |dl/dpi_l| goes like pi_l^(beta - 1) * log(1 / pi_l): it
-    vanishes for beta > 1 only, and diverges for the usual beta (the paper says it vanishes).
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    As pi(y_l) -> 0 with the rest fixed, |dl/dpi(y_l)| grows like pi(y_l)^(b - 1) * log(1 /
+    pi(y_l)). The paper says that it vanishes; it does so for b > 1 only, and diverges for the usual
+    beta.
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
+
+    Under `jax.jit`, `linear_below` is a static argument.
 
     Args:
-      policy_chosen_logps: as for `spo_loss`; finite.
-      policy_rejected_logps: as for `spo_loss`; finite.
-      reference_chosen_logps: as for `spo_loss`.
-      reference_rejected_logps: as for `spo_loss`.
-      beta: as for `spo_loss`.
-      reward_gap: as for `spo_loss`.
-      linear_below: as for `spo_loss`.
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point, finite.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B], finite.
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Inverse of the target margin for a reward gap of 1, in 1 / nats, > 0. A number, or an
+        array that is 0-d or of shape [B].
+      reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
+        reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
+        paper's choice where the gap is unknown.
+      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0, where
+        dl/dx = -(1 - x0) * e^(-x0). None is equation 6 as published.
 
     Returns:
-      PairProbGrad(policy_chosen, policy_rejected), each a SignedLog(sign, log_abs) of arrays of
-      shape [B]: the derivative is sign * exp(log_abs), which fits no float at sequence
-      log-probabilities of -1,000.
+      PairProbGrad(policy_chosen, policy_rejected), each a SignedLog(sign, log_abs) of two arrays of
+      shape [B]. The derivative is sign * exp(log_abs), which is out of range of any float at the
+      log-probabilities of long sequences.
 
     Raises:
-      TypeError: as `spo_loss`.
-      ValueError: as `spo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
+        or `linear_below` is not a number.
+      ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     return _prob_grad(
         SPO(linear_below),
@@ -205,7 +424,8 @@ def spo_prob_grad(
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta_for_gap(beta, reward_gap, policy_chosen_logps),
+        beta=beta,
+        reward_gap=reward_gap,
     )
 
 
@@ -218,26 +438,45 @@ def dpo_prob_grad(
     beta: ArrayT | float = 0.1,
     label_smoothing: float = 0.0,
 ) -> PairProbGrad:
-    """The derivatives of each pair's DPO loss by the policy's probabilities; paper eq. 7.
+    """The derivatives of each pair's DPO loss by the policy's probabilities, paper eq. 7.
 
-        dl/dpi_l = beta * s(-x) / pi_l,    dl/dpi_w = -beta * s(-x) / pi_w    (e = 0)
+        dl/dpi(y_l) =  beta * s(-x) / pi(y_l),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
+        dl/dpi(y_w) = -beta * s(-x) / pi(y_w)
 
-    As pi_l -> 0 with the rest fixed, |dl/dpi_l| goes like pi_l^(beta - 1).
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    With label smoothing e, (1 - e) * s(-x) - e * s(x) takes the place of s(-x). As pi(y_l) -> 0
+    with the rest fixed, |dl/dpi(y_l)| goes like pi(y_l)^(beta - 1).
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
+
+    Under `jax.jit`, `label_smoothing` is a static argument.
 
     Args:
-      policy_chosen_logps: as for `spo_loss`; finite.
-      policy_rejected_logps: as for `spo_loss`; finite.
-      reference_chosen_logps: as for `spo_loss`.
-      reference_rejected_logps: as for `spo_loss`.
-      beta: as for `dpo_loss`.
-      label_smoothing: as for `dpo_loss`.
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point, finite.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B], finite.
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
+        0-d or of shape [B].
+      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped
+        (conservative DPO).
 
     Returns:
-      As `spo_prob_grad`.
+      PairProbGrad(policy_chosen, policy_rejected), each a SignedLog(sign, log_abs) of two arrays of
+      shape [B]. The derivative is sign * exp(log_abs), which is out of range of any float at the
+      log-probabilities of long sequences.
 
     Raises:
-      TypeError: as `dpo_loss`.
-      ValueError: as `dpo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
+        or `label_smoothing` is not a number.
+      ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     return _prob_grad(
         DPO(label_smoothing),
@@ -245,13 +484,25 @@ def dpo_prob_grad(
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta,
+        beta=beta,
     )
 
 
-def _prob_grad(loss: SPO | DPO, pc: Any, pr: Any, rc: Any, rr: Any, beta: Any) -> PairProbGrad:
-    margin = log_ratio_margin(pc, pr, rc, rr)
-    sign, log_abs = loss.log_slope(margin, per_pair("beta", beta, margin))
+@quiet
+def reduced_grad(
+    loss: MarginLoss, *logps: Any, beta: Any, weights: Any, reduction: str, reward_gap: Any = None
+) -> PairGrad:
+    """`pair_grad` by the four log-probabilities, with a reward gap where the loss takes one."""
+    check_loss(loss)
+    check_reduction(reduction)
+    slopes = shares(weighted(loss.slope, margins(*logps), beta, reward_gap, weights), reduction)
+    return PairGrad(slopes, -slopes)
+
+
+@quiet
+def _prob_grad(loss: SPO | DPO, *logps: Any, beta: Any, reward_gap: Any = None) -> PairProbGrad:
+    margin = margins(*logps)
+    sign, log_abs = loss.log_slope(margin, beta_for_gap(beta, reward_gap, margin))
     # d(log pi)/d(pi) = 1 / pi is a subtraction of logs.
-    pc, pr = conform(LOGPS[:2], (pc, pr), numbers_from=2)
+    pc, pr = conform(LOGPS[:2], logps[:2], numbers_from=2)
     return PairProbGrad(SignedLog(sign, log_abs - pc), SignedLog(-sign, log_abs - pr))

@@ -1,11 +1,13 @@
-"""Floor 1: the losses of a margin, and the only formulas of the package.
+"""Layer 1: the losses as functions of the margin, and the only file with their formulas.
 
-A pair's margin is h = log(pi/pi_ref)(chosen) - log(pi/pi_ref)(rejected), in nats (paper eq. 4);
-x = beta * h is its implicit reward margin (eq. 3). Each loss gives its value l(h) and its slope
-dl/dh, elementwise, for any array of PyTorch, NumPy, JAX or another array-API library.
+The margin of a pair is h = log[pi(y_w) / pi_ref(y_w)] - log[pi(y_l) / pi_ref(y_l)], in nats (paper
+eq. 4): how much further the policy pi prefers the chosen completion y_w over the rejected y_l than
+the reference pi_ref does. x = beta * h is the implicit reward margin (eq. 3). Each loss has its
+value l(h) and its slope dl/dh, both elementwise, on arrays of PyTorch, NumPy, JAX, MLX or any
+other library that follows the Python array API standard.
 
 "Paper" is Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
-12 August 2025; "DPO" is Rafailov et al., arXiv:2305.18290.
+12 August 2025. "DPO" is Rafailov et al. 2023, arXiv:2305.18290.
 """
 
 from __future__ import annotations
@@ -18,10 +20,19 @@ from spoloss._arrays import at_least, is_number, log_sigmoid, namespace, quiet
 
 
 class MarginLoss(Protocol):
-    """What a loss of the margin must offer; a class with these two methods is one.
+    """What a loss of the margin must offer. Any object with these two methods is one.
 
-    Both are elementwise. `margin` is an array of shape [B] in nats, `beta` a float or an array of
-    the margin's shape, in 1 / nats.
+    Both methods work elementwise. `margin` is an array of shape [B], in nats. `beta` is a float, or
+    an array that is 0-d or of the margin's shape, in 1 / nats. For example, in PyTorch:
+
+        class Hinge:
+            def value(self, margin, beta):
+                return (1 - beta * margin).clamp(min=0)
+
+            def slope(self, margin, beta):
+                return -beta * (beta * margin < 1).to(margin)
+
+        loss = pair_loss(Hinge(), chosen, rejected, ref_chosen, ref_rejected, beta=0.1)
     """
 
     def value(self, margin: Any, beta: Any) -> Any:
@@ -32,7 +43,12 @@ class MarginLoss(Protocol):
 
 
 class SignedLog(NamedTuple):
-    """A number that no float holds, as sign * exp(log_abs), like `numpy.linalg.slogdet`."""
+    """A number as sign * exp(log_abs), for magnitudes beyond the range of floating point.
+
+    Attributes:
+      sign: 1, -1, or 0.
+      log_abs: The logarithm of the magnitude; -inf for 0.
+    """
 
     sign: Any
     log_abs: Any
@@ -44,19 +60,21 @@ _VANISHED = -2000.0
 
 @dataclass(frozen=True)
 class SPO:
-    """Stable Preference Optimization: l = -x * e^(-x), x = beta * h (paper eq. 6).
+    """Stable Preference Optimization: l = -x * e^(-x) with x = beta * h (paper eq. 6).
 
-    Smallest, -1/e, at x = 1. Convex for x < 2 only. To the left of 0 it grows like |x| * e^|x| and
-    overflows float32 near x = -84 (to +inf, its slope to -inf; never to nan).
+    The loss is smallest, -1/e, at x = 1, that is h = 1 / beta. It is convex for x < 2 only. For
+    x < 0 it grows like |x| * e^|x|: in float32 it overflows near x = -84, to a value of +inf with a
+    slope of -inf, and never to nan.
 
     Attributes:
-      linear_below: x0 < 1, or None. For x < x0 the loss continues along its tangent at x0, where
-        |dl/dx| is (1 - x0) * e^(-x0); it is nowhere larger, but for the pull back to x = 1, which
-        reaches e^(-2) at x = 2. None is equation 6 as published.
+      linear_below: x0 in (-700, 1), or None. For x < x0 the loss continues along its tangent at x0,
+        so that dl/dx = -(1 - x0) * e^(-x0) there. No |dl/dx| is larger than that, except for the
+        e^(-2) at x = 2 where x0 is near 1. None, the default, is equation 6 as published. Below
+        -700, e^(-x0) overflows float64.
 
     Raises:
-      TypeError: `linear_below` is not a number.
-      ValueError: `linear_below` lies outside (-700, 1); at -700 e^(-x0) leaves float64.
+      TypeError: `linear_below` is not a number or None.
+      ValueError: `linear_below` is outside (-700, 1).
     """
 
     linear_below: float | None = None
@@ -69,32 +87,34 @@ class SPO:
             raise TypeError(f"linear_below must be a number or None, got {type(x0).__name__}")
         if not -700.0 < x0 < 1.0:
             raise ValueError(f"linear_below must lie in (-700, 1), got {x0}")
+        # A NumPy scalar would carry its own dtype into the result.
+        object.__setattr__(self, "linear_below", float(x0))
 
     @quiet
     def value(self, margin: Any, beta: Any) -> Any:
-        """l(h) = -x * e^(-x)."""
-        xp = namespace(margin)
+        """l(h) = -x * e^(-x), elementwise; linear in h where x < linear_below."""
+        xp = namespace(margin, "margin")
         z = at_least(xp, margin * -beta, _VANISHED)  # z = -x, so that l = z * e^z
-        if self.linear_below is None:
-            return z * xp.exp(z)
-        z0 = -self.linear_below
+        z0 = self._greatest_z
+        if z0 == math.inf or z0 * math.exp(z0) > float(xp.finfo(margin.dtype).max):
+            return z * xp.exp(z)  # where the tangent would begin, every value is inf either way
         below = z > z0
-        # The side not taken must stay finite: 0 * inf in its gradient would be nan.
-        curve = xp.where(below, z0, z)
-        tangent = math.exp(z0) * ((1.0 + z0) * z - z0 * z0)
+        # The branch not taken must stay finite: 0 * inf in its gradient would be nan.
+        curve, rise = xp.where(below, z0, z), xp.where(below, z - z0, 0.0)
+        tangent = math.exp(z0) * (z0 + (1.0 + z0) * rise)
         return xp.where(below, tangent, curve * xp.exp(curve))
 
     @quiet
     def slope(self, margin: Any, beta: Any) -> Any:
-        """dl/dh = beta * (x - 1) * e^(-x)."""
-        xp = namespace(margin)
+        """dl/dh = beta * (x - 1) * e^(-x), elementwise; constant where x < linear_below."""
+        xp = namespace(margin, "margin")
         z = xp.clip(margin * -beta, _VANISHED, self._greatest_z)
         return -beta * (1.0 + z) * xp.exp(z)
 
     @quiet
     def log_slope(self, margin: Any, beta: Any) -> SignedLog:
-        """dl/dh as sign and log-magnitude, for margins where e^(-x) fits no float."""
-        xp = namespace(margin)
+        """dl/dh as sign and log-magnitude, for margins where e^(-x) is out of range."""
+        xp = namespace(margin, "margin")
         z = xp.clip(margin * -beta, None, self._greatest_z)
         factor = -beta * (1.0 + z)
         return SignedLog(xp.sign(factor), xp.log(xp.abs(factor)) + z)
@@ -106,17 +126,17 @@ class SPO:
 
 @dataclass(frozen=True)
 class DPO:
-    """Direct Preference Optimization: l = -(1-e) * log s(x) - e * log s(-x) (DPO eq. 7).
+    """Direct Preference Optimization: l = -(1 - e) * log s(x) - e * log s(-x) (DPO eq. 7).
 
-    s is the logistic function, x = beta * h. Without smoothing the loss falls for every h,
-    towards 0.
+    s is the logistic function and x = beta * h. Without smoothing (e = 0) the loss falls for every
+    h, towards 0. With e > 0 (conservative DPO) it is smallest at x = log((1 - e) / e).
 
     Attributes:
-      label_smoothing: e in [0, 0.5), the share of labels taken to be flipped (conservative DPO).
+      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped.
 
     Raises:
       TypeError: `label_smoothing` is not a number.
-      ValueError: `label_smoothing` lies outside [0, 0.5).
+      ValueError: `label_smoothing` is outside [0, 0.5).
     """
 
     label_smoothing: float = 0.0
@@ -127,11 +147,13 @@ class DPO:
             raise TypeError(f"label_smoothing must be a number, got {type(e).__name__}")
         if not 0.0 <= e < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {e}")
+        # A NumPy scalar would carry its own dtype into the result.
+        object.__setattr__(self, "label_smoothing", float(e))
 
     @quiet
     def value(self, margin: Any, beta: Any) -> Any:
-        """l(h) = -(1-e) * log s(x) - e * log s(-x)."""
-        xp = namespace(margin)
+        """l(h) = -(1 - e) * log s(x) - e * log s(-x), elementwise."""
+        xp = namespace(margin, "margin")
         x = margin * beta
         if self.label_smoothing == 0.0:  # 0 * log s(-inf) would be nan
             return -log_sigmoid(xp, x)
@@ -140,15 +162,15 @@ class DPO:
 
     @quiet
     def slope(self, margin: Any, beta: Any) -> Any:
-        """dl/dh = -beta * ((1-e) * s(-x) - e * s(x))."""
+        """dl/dh = -beta * ((1 - e) * s(-x) - e * s(x)), elementwise."""
         x = margin * beta
         e = self.label_smoothing
         return -beta * ((1.0 - e) * _sigmoid(-x) - e * _sigmoid(x))
 
     @quiet
     def log_slope(self, margin: Any, beta: Any) -> SignedLog:
-        """dl/dh as sign and log-magnitude, for margins where s(-x) fits no float."""
-        xp = namespace(margin)
+        """dl/dh as sign and log-magnitude, for margins where s(-x) is out of range."""
+        xp = namespace(margin, "margin")
         if self.label_smoothing > 0.0:
             # Then |dl/dh| stays in range by itself: it tends to e * beta.
             slope = self.slope(margin, beta)
@@ -160,26 +182,26 @@ class DPO:
 
 @dataclass(frozen=True)
 class Squared:
-    """Squared error to the target: l = (h - 1/beta)^2 (paper 2.2), in nats^2.
+    """Squared error to the target margin: l = (h - 1/beta)^2, in nats^2 (paper section 2.2).
 
-    Identity Preference Optimization (IPO) is this loss with twice the beta: its target is
-    1 / (2 * beta).
+    The loss is smallest, 0, at h = 1 / beta. Identity Preference Optimization (IPO,
+    arXiv:2310.12036) has its target at 1 / (2 * beta): it is this loss with twice the beta.
     """
 
     @quiet
     def value(self, margin: Any, beta: Any) -> Any:
-        """l(h) = (h - 1/beta)^2."""
+        """l(h) = (h - 1/beta)^2, elementwise."""
         error = margin - 1.0 / beta
         return error * error
 
     @quiet
     def slope(self, margin: Any, beta: Any) -> Any:
-        """dl/dh = 2 * (h - 1/beta)."""
+        """dl/dh = 2 * (h - 1/beta), elementwise."""
         return 2.0 * (margin - 1.0 / beta)
 
 
 def _sigmoid(x: Any) -> Any:
     # Split by sign: e^(-|x|) never overflows, and neither side loses digits to a difference.
-    xp = namespace(x)
+    xp = namespace(x, "margin")
     e = xp.exp(-xp.abs(x))
     return xp.where(x < 0.0, e, 1.0) / (1.0 + e)

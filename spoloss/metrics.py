@@ -1,13 +1,12 @@
-"""Floor 2: what to log about a batch of pairs."""
+"""Layer 2: what to log about a batch of pairs."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from spoloss._arrays import ArrayT, cast, detach, namespace
+from spoloss._arrays import ArrayT, cast, detach, is_number, namespace, per_pair, quiet, reduce
 from spoloss.pairs import implicit_rewards
 
 
+@quiet
 def preference_metrics(
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
@@ -15,31 +14,53 @@ def preference_metrics(
     reference_rejected_logps: ArrayT | float,
     *,
     beta: ArrayT | float,
+    reward_gap: ArrayT | float | None = None,
+    weights: ArrayT | float | None = None,
 ) -> dict[str, ArrayT]:
-    """Means over the batch under TRL's key names, and the two shares that SPO users watch.
+    """What to log about a batch of pairs, under the names that TRL uses.
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
 
     | key | mean over the pairs of |
     |---|---|
-    | rewards/chosen, rewards/rejected | beta * log(pi / pi_ref) |
+    | rewards/chosen | beta * (log pi(y_w) - log pi_ref(y_w)), the implicit reward |
+    | rewards/rejected | beta * (log pi(y_l) - log pi_ref(y_l)) |
     | rewards/margins | x = beta * h, the difference of the two |
-    | rewards/accuracies | x > 0 (a tie, as at step 0, counts as wrong) |
-    | rewards/margins_below_0 | x < 0: on SPO's steep side, mis-ordered |
-    | rewards/margins_above_1 | x > 1: past SPO's target, pulled back |
-    | logps/chosen, logps/rejected | the policy's log-probability, nats |
+    | rewards/accuracies | 1 where x > 0, else 0; a tie, as in the first step, counts 0 |
+    | rewards/margins_below_0 | 1 where x < 0: mis-ordered, on the steep side of SPO |
+    | rewards/margins_above_1 | 1 where x > reward_gap: above the target; SPO pulls back |
+    | logps/chosen | log pi(y_w), in nats |
+    | logps/rejected | log pi(y_l), in nats |
+
+    With `weights` each mean is sum(weights * values) / sum(weights). The divisor is not B, as it is
+    in the losses: a batch that is half padding would otherwise show half the accuracy.
 
     Args:
-      policy_chosen_logps: as for `spo_loss`.
-      policy_rejected_logps: as for `spo_loss`.
-      reference_chosen_logps: as for `spo_loss`.
-      reference_rejected_logps: as for `spo_loss`.
-      beta: 1 / nats, > 0: a number or shape [B].
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
+        0-d or of shape [B].
+      reward_gap: Known difference of the two rewards, r_w - r_l, which is the target of x. A
+        number, or an array that is 0-d or of shape [B]. None means 1.
+      weights: Weight of each pair in the means: a number, or an array that is 0-d or of shape [B].
+        A pair of weight 0 is left out, whatever its log-probabilities, beta or reward gap hold
+        (nan, inf). None means 1.
 
     Returns:
-      name -> 0-d array, constant to autograd, still on its device: nothing here waits for it.
+      A dict from each key to a 0-d array, on the device of the log-probabilities: nothing here
+      waits for the device. Automatic differentiation treats them as constants. float64 if any of
+      the four log-probabilities is, else float32. nan for an empty batch, or weights that sum to 0.
 
     Raises:
-      TypeError: as `spo_loss`.
-      ValueError: as `spo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     chosen, rejected = implicit_rewards(
         policy_chosen_logps,
@@ -48,19 +69,27 @@ def preference_metrics(
         reference_rejected_logps,
         beta=beta,
     )
-    xp = namespace(chosen)
-
-    def mean(array: Any) -> Any:
-        return xp.mean(cast(xp, array, chosen.dtype))
-
     margins = chosen - rejected
+    target = 1.0 if reward_gap is None else per_pair("reward_gap", reward_gap, chosen)
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > 0.0,
+        "rewards/margins_below_0": margins < 0.0,
+        "rewards/margins_above_1": margins > target,
+        "logps/chosen": detach(policy_chosen_logps),
+        "logps/rejected": detach(policy_rejected_logps),
+    }
+    xp = namespace(chosen)
+    values = {key: cast(xp, value, chosen.dtype) for key, value in values.items()}
+    if weights is None:
+        return {key: reduce(value, "mean") for key, value in values.items()}
+    weights = per_pair("weights", weights, chosen, positive=False)
+    weights = xp.full_like(chosen, weights) if is_number(weights) else detach(weights)
+    total = reduce(weights, "mean")
     return {
-        "rewards/chosen": mean(chosen),
-        "rewards/rejected": mean(rejected),
-        "rewards/margins": mean(margins),
-        "rewards/accuracies": mean(margins > 0.0),
-        "rewards/margins_below_0": mean(margins < 0.0),
-        "rewards/margins_above_1": mean(margins > 1.0),
-        "logps/chosen": mean(detach(policy_chosen_logps)),
-        "logps/rejected": mean(detach(policy_rejected_logps)),
+        # Not weights * value alone: 0 times the nan of a padded pair would be nan.
+        key: reduce(xp.where(weights == 0.0, 0.0, weights * value), "mean") / total
+        for key, value in values.items()
     }

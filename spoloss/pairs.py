@@ -1,15 +1,30 @@
-"""Floor 2: from the four log-probabilities of a batch of pairs to a loss.
+"""Layer 2: from the four log-probabilities of a batch of pairs to a loss.
 
-The four come in the order that DPO's reference code set and most trainers follow:
-policy chosen, policy rejected, reference chosen, reference rejected. Each is the summed
-log-probability of a completion, in nats, of shape [B].
+The four come in the order of DPO's reference code, which most trainers follow: policy chosen,
+policy rejected, reference chosen, reference rejected. Each is the log-probability of a completion,
+summed over its tokens, in nats, as an array of shape [B].
+
+NumPy warns of nothing here: a mean over no pairs and inf - inf are nan, and overflow is inf, as in
+the other libraries.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
-from spoloss._arrays import ArrayT, check_reduction, conform, detach, namespace, per_pair, reduce
+from spoloss._arrays import (
+    ArrayT,
+    check_positive,
+    check_reduction,
+    conform,
+    detach,
+    is_number,
+    namespace,
+    per_pair,
+    quiet,
+    reduce,
+)
 from spoloss.losses import DPO, SPO, MarginLoss, Squared
 
 LOGPS = (
@@ -19,9 +34,12 @@ LOGPS = (
     "reference_rejected_logps",
 )
 
+IPO_GAP = 0.5
+"""IPO is the squared loss at this reward gap: its target is 1 / (2 * beta)."""
+
 
 class Rewards(NamedTuple):
-    """The implicit rewards beta * log(pi / pi_ref) of both sides, shape [B] each."""
+    """The implicit rewards of the chosen and of the rejected completions, shape [B] each."""
 
     chosen: Any
     rejected: Any
@@ -36,46 +54,66 @@ def spo_loss(
     beta: ArrayT | float = 0.1,
     reward_gap: ArrayT | float | None = None,
     linear_below: float | None = None,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
-    """Stable Preference Optimization (Tan 2025; not predict-then-optimize), paper eq. 6.
+    """The loss of Stable Preference Optimization (SPO), paper eq. 6.
 
         l = -x * e^(-x),   x = beta * h / reward_gap
 
-    h is `log_ratio_margin` of the four. Smallest, -1/e per pair, at h = reward_gap / beta. It is 0
-    where the policy equals the reference, and negative values are good ones. Near the reference
-    SPO(beta) acts like DPO(4 * beta).
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    The loss is smallest, -1/e per pair, at h = reward_gap / beta. It is 0 where the policy equals
+    the reference, and negative in between. Near the reference, SPO(beta) acts like DPO(4 * beta).
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
+
+    Under `jax.jit`, `linear_below` and `reduction` are static arguments.
 
     Args:
-      policy_chosen_logps: log pi(y_w|x), summed over tokens, nats. Shape [B], real floating.
-      policy_rejected_logps: log pi(y_l|x), likewise.
-      reference_chosen_logps: log pi_ref(y_w|x), likewise; 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l|x), likewise; 0.0 for no reference.
-      beta: inverse of the target margin, 1 / nats, > 0: a number or shape [B].
-      reward_gap: known reward difference r_w - r_l > 0: a number or shape [B]. None is 1, the
-        paper's choice for an unknown gap. Small gaps are steep: see `weights` and `linear_below`.
-      linear_below: x0 < 1; for x < x0 the loss continues along its tangent, with slope
-        -beta * (1 - x0) * e^(-x0). None is equation 6. Static under `jax.jit`.
-      weights: factor of each pair, shape [B]. A pair of weight 0 is left out, whatever its
-        log-probabilities hold. "mean" still divides by B.
-      reduction: "mean", "sum" or "none". Static under `jax.jit`.
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Inverse of the target margin for a reward gap of 1, in 1 / nats, > 0. A number, or an
+        array that is 0-d or of shape [B].
+      reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
+        reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
+        paper's choice where the gap is unknown. The curvature at the target grows like 1 /
+        reward_gap^2: with small gaps, pass `weights=reward_gap**2` and `linear_below`.
+      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0, where
+        dl/dx = -(1 - x0) * e^(-x0). None is equation 6 as published.
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
+        log-probabilities, beta or reward gap hold (nan, inf, a gap of 0). The gradient by a weight
+        is the loss of its pair, at weight 0 too (0 where that loss is not finite). None means 1.
+      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+        an empty batch), "sum", or "none".
 
     Returns:
-      The reduced loss, 0-d, or shape [B] with "none"; float32, or float64 if the input is.
+      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is, else float32.
 
     Raises:
-      TypeError: an argument is not a real floating array, or of another library than the first.
-      ValueError: shapes differ, a number is out of range, or the reduction does not exist.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
+        or `linear_below` is not a number.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
     """
-    beta = beta_for_gap(beta, reward_gap, policy_chosen_logps)
-    return pair_loss(
+    return reduced_loss(
         SPO(linear_below),
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
         beta=beta,
+        reward_gap=reward_gap,
         weights=weights,
         reduction=reduction,
     )
@@ -89,30 +127,50 @@ def dpo_loss(
     *,
     beta: ArrayT | float = 0.1,
     label_smoothing: float = 0.0,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
-    """Direct Preference Optimization, DPO eq. 7 (arXiv:2305.18290).
+    """The loss of Direct Preference Optimization (DPO), arXiv:2305.18290, eq. 7.
 
-        l = -(1 - e) * log s(x) - e * log s(-x),   x = beta * h,  s the logistic function
+        l = -(1 - e) * log s(x) - e * log s(-x),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    It is log 2 per pair where the policy equals the reference. Without label smoothing it falls for
+    every h, towards 0.
+
+    Under `jax.jit`, `label_smoothing` and `reduction` are static arguments.
 
     Args:
-      policy_chosen_logps: as for `spo_loss`.
-      policy_rejected_logps: as for `spo_loss`.
-      reference_chosen_logps: as for `spo_loss`.
-      reference_rejected_logps: as for `spo_loss`.
-      beta: strength of the pull to the reference, 1 / nats, > 0: a number or shape [B].
-      label_smoothing: e in [0, 0.5), the share of labels taken to be flipped (conservative DPO).
-        Static under `jax.jit`.
-      weights: as for `spo_loss`.
-      reduction: as for `spo_loss`.
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
+        0-d or of shape [B].
+      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped
+        (conservative DPO).
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
+        log-probabilities or beta hold (nan, inf). The gradient by a weight is the loss of its pair,
+        at weight 0 too (0 where that loss is not finite). None means 1.
+      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+        an empty batch), "sum", or "none".
 
     Returns:
-      As `spo_loss`.
+      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is, else float32.
 
     Raises:
-      TypeError: as `spo_loss`.
-      ValueError: as `spo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
+        or `label_smoothing` is not a number.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
     """
     return pair_loss(
         DPO(label_smoothing),
@@ -134,41 +192,124 @@ def squared_loss(
     *,
     beta: ArrayT | float = 0.1,
     reward_gap: ArrayT | float | None = None,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
-    """Squared error to the optimal margin, the candidate of the paper's section 2.2.
+    """The squared error of the margin to its target, paper section 2.2.
 
         l = (h - reward_gap / beta)^2, in nats^2
 
-    `reward_gap=0.5` is Identity Preference Optimization (IPO, arXiv:2310.12036) on summed
-    log-probabilities.
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    The loss is smallest, 0, at h = reward_gap / beta. A gap of 0.5 is IPO (`ipo_loss`).
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
+
+    Under `jax.jit`, `reduction` is a static argument.
 
     Args:
-      policy_chosen_logps: as for `spo_loss`.
-      policy_rejected_logps: as for `spo_loss`.
-      reference_chosen_logps: as for `spo_loss`.
-      reference_rejected_logps: as for `spo_loss`.
-      beta: inverse of the target margin, 1 / nats, > 0: a number or shape [B].
-      reward_gap: known reward difference r_w - r_l > 0: a number or shape [B]. None is 1.
-      weights: as for `spo_loss`.
-      reduction: as for `spo_loss`.
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Inverse of the target margin for a reward gap of 1, in 1 / nats, > 0. A number, or an
+        array that is 0-d or of shape [B].
+      reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
+        reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
+        paper's choice where the gap is unknown.
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
+        log-probabilities, beta or reward gap hold (nan, inf, a gap of 0). The gradient by a weight
+        is the loss of its pair, at weight 0 too (0 where that loss is not finite). None means 1.
+      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+        an empty batch), "sum", or "none".
 
     Returns:
-      As `spo_loss`.
+      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is, else float32.
 
     Raises:
-      TypeError: as `spo_loss`.
-      ValueError: as `spo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
     """
-    beta = beta_for_gap(beta, reward_gap, policy_chosen_logps)
-    return pair_loss(
+    return reduced_loss(
         Squared(),
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
         beta=beta,
+        reward_gap=reward_gap,
+        weights=weights,
+        reduction=reduction,
+    )
+
+
+def ipo_loss(
+    policy_chosen_logps: ArrayT,
+    policy_rejected_logps: ArrayT,
+    reference_chosen_logps: ArrayT | float,
+    reference_rejected_logps: ArrayT | float,
+    *,
+    beta: ArrayT | float = 0.1,
+    weights: ArrayT | float | None = None,
+    reduction: str = "mean",
+) -> ArrayT:
+    """The loss of Identity Preference Optimization (IPO), arXiv:2310.12036, eq. 17.
+
+        l = (h - 1 / (2 * beta))^2, in nats^2
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    The loss is smallest, 0, at h = 1 / (2 * beta). It is the squared loss with a reward gap of 0.5,
+    or with twice the beta. Some libraries average log-probabilities over tokens for IPO; the
+    published loss, and this one, sum them.
+
+    Under `jax.jit`, `reduction` is a static argument.
+
+    Args:
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Half of the inverse of the target margin, in 1 / nats, > 0. A number, or an array that
+        is 0-d or of shape [B].
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
+        log-probabilities or beta hold (nan, inf). The gradient by a weight is the loss of its pair,
+        at weight 0 too (0 where that loss is not finite). None means 1.
+      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+        an empty batch), "sum", or "none".
+
+    Returns:
+      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is, else float32.
+
+    Raises:
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
+    """
+    return reduced_loss(
+        Squared(),
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=IPO_GAP,
         weights=weights,
         reduction=reduction,
     )
@@ -182,71 +323,103 @@ def pair_loss(
     reference_rejected_logps: ArrayT | float,
     *,
     beta: ArrayT | float,
-    weights: ArrayT | None = None,
+    weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
-    """Any loss of the margin, reduced over a batch of pairs; PyTorch and JAX differentiate it.
+    """Any loss of the margin, weighted and reduced over a batch of pairs.
+
+        l = loss.value(h, beta)
+
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
+    and pi_ref the reference.
+
+    PyTorch, JAX and MLX differentiate it.
+
+    Under `jax.jit`, `loss` and `reduction` are static arguments.
 
     Args:
-      loss: `SPO(...)`, `DPO(...)`, `Squared()` or an object of your own with `value` and `slope`.
-      policy_chosen_logps: as for `spo_loss`.
-      policy_rejected_logps: as for `spo_loss`.
-      reference_chosen_logps: as for `spo_loss`.
-      reference_rejected_logps: as for `spo_loss`.
-      beta: handed to the loss, 1 / nats, > 0: a number or shape [B].
-      weights: as for `spo_loss`.
-      reduction: as for `spo_loss`.
+      loss: `SPO(...)`, `DPO(...)`, `Squared()`, or an object of your own with the methods
+        `value(margin, beta)` and `slope(margin, beta)` (see `MarginLoss`).
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 to train without a reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Handed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
+        log-probabilities or beta hold (nan, inf). The gradient by a weight is the loss of its pair,
+        at weight 0 too (0 where that loss is not finite). None means 1.
+      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+        an empty batch), "sum", or "none".
 
     Returns:
-      As `spo_loss`.
+      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is, else float32.
 
     Raises:
-      TypeError: as `spo_loss`, or `loss` is no loss object.
-      ValueError: as `spo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
+        or `loss` is not a loss object.
+      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
     """
-    check_loss(loss)
-    check_reduction(reduction)
-    margin = log_ratio_margin(
+    return reduced_loss(
+        loss,
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
+        beta=beta,
+        weights=weights,
+        reduction=reduction,
     )
-    return reduce(weighted(loss.value, margin, beta, weights), reduction)  # type: ignore[no-any-return]
 
 
+@quiet
 def log_ratio_margin(
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
 ) -> ArrayT:
-    """The margin h, `logits(pi)` of paper eq. 4.
+    """The margin h of each pair, `logits(pi)` in the paper (eq. 4).
 
-        h = (log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x))
+        h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l))
+
+    y_w is the chosen completion and y_l the rejected one; pi is the policy and pi_ref the
+    reference.
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
 
     Args:
-      policy_chosen_logps: as for `spo_loss`.
-      policy_rejected_logps: as for `spo_loss`.
-      reference_chosen_logps: as for `spo_loss`.
-      reference_rejected_logps: as for `spo_loss`.
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
 
     Returns:
-      h in nats, shape [B]; float32, or float64 if the input is.
+      h in nats, shape [B]. float64 if any of the four log-probabilities is, else float32.
 
     Raises:
-      TypeError: an argument is not a real floating array, or of another library than the first.
-      ValueError: the shapes differ.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      ValueError: The shapes differ.
     """
-    chosen, rejected = log_ratios(
+    return margins(  # type: ignore[no-any-return]
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    return chosen - rejected  # type: ignore[no-any-return]
 
 
+@quiet
 def implicit_rewards(
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
@@ -255,21 +428,35 @@ def implicit_rewards(
     *,
     beta: ArrayT | float,
 ) -> Rewards:
-    """The rewards that the policy implies, r = beta * log(pi / pi_ref) (paper eq. 2 without Z).
+    """The rewards that the policy implies, paper eq. 2 without its constant Z.
+
+        r(y) = beta * (log pi(y) - log pi_ref(y))
+
+    y is a completion, pi the policy and pi_ref the reference. Adding the same Z to both rewards of
+    a pair leaves their difference as it is. Automatic differentiation treats the result as a
+    constant: it is for logging.
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
 
     Args:
-      policy_chosen_logps: as for `spo_loss`.
-      policy_rejected_logps: as for `spo_loss`.
-      reference_chosen_logps: as for `spo_loss`.
-      reference_rejected_logps: as for `spo_loss`.
-      beta: 1 / nats, > 0: a number or shape [B].
+      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+        summed over its tokens, in nats. Shape [B], real floating point.
+      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
+        number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
+        or 0.0.
+      beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
+        0-d or of shape [B].
 
     Returns:
-      Rewards(chosen, rejected), shape [B] each, constants to autograd (for logging).
+      Rewards(chosen, rejected), shape [B] each. float64 if any of the four log-probabilities is,
+      else float32.
 
     Raises:
-      TypeError: as `spo_loss`.
-      ValueError: as `spo_loss`.
+      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     chosen, rejected = log_ratios(
         policy_chosen_logps,
@@ -281,42 +468,74 @@ def implicit_rewards(
     return Rewards(detach(beta * chosen), detach(beta * rejected))
 
 
-def log_ratios(
-    policy_chosen_logps: Any,
-    policy_rejected_logps: Any,
-    reference_chosen_logps: Any,
-    reference_rejected_logps: Any,
-) -> tuple[Any, Any]:
+@quiet
+def reduced_loss(
+    loss: MarginLoss,
+    *logps: ArrayT | float,
+    beta: ArrayT | float,
+    weights: ArrayT | float | None,
+    reduction: str,
+    reward_gap: ArrayT | float | None = None,
+) -> ArrayT:
+    """`pair_loss` of the four log-probabilities, with a reward gap where the loss takes one."""
+    check_loss(loss)
+    check_reduction(reduction)
+    values = weighted(loss.value, margins(*logps), beta, reward_gap, weights)
+    return reduce(values, reduction)  # type: ignore[no-any-return]
+
+
+def log_ratios(*logps: Any) -> tuple[Any, Any]:
     """log(pi / pi_ref) of the chosen and of the rejected completions, after all checks."""
-    pc, pr, rc, rr = conform(
-        LOGPS,
-        (
-            policy_chosen_logps,
-            policy_rejected_logps,
-            reference_chosen_logps,
-            reference_rejected_logps,
-        ),
-        numbers_from=2,
-    )
+    pc, pr, rc, rr = conform(LOGPS, logps, numbers_from=2)
     return pc - rc, pr - rr
 
 
+def margins(*logps: Any) -> Any:
+    """The margin of each pair, after all checks."""
+    chosen, rejected = log_ratios(*logps)
+    return chosen - rejected
+
+
 def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
-    """A known gap is a beta per pair: the target reward_gap / beta is 1 / (beta / reward_gap)."""
+    """The beta of each pair: a known gap has its target at reward_gap / beta, as beta / gap has."""
+    beta = per_pair("beta", beta, logps)
     if reward_gap is None:
         return beta
-    return per_pair("beta", beta, logps) / per_pair("reward_gap", reward_gap, logps)
+    beta = beta / per_pair("reward_gap", reward_gap, logps)
+    if is_number(beta):
+        check_positive("beta / reward_gap", beta)
+    return beta
 
 
-def weighted(function: Any, margin: Any, beta: Any, weights: Any) -> Any:
+def weighted(function: Any, margin: Any, beta: Any, reward_gap: Any, weights: Any) -> Any:
     """A loss's value or slope for each pair, times the pair's weight."""
-    beta = per_pair("beta", beta, margin)
     if weights is None:
-        return function(margin, beta)
+        return function(margin, beta_for_gap(beta, reward_gap, margin))
+    xp = namespace(margin)
     weights = per_pair("weights", weights, margin, positive=False)
-    # A pair of weight 0 may hold inf or nan (padding): 0 times that would be nan.
-    margin = namespace(margin).where(weights == 0.0, 0.0, margin)
-    return weights * function(margin, beta)
+    if is_number(weights):
+        weights = xp.full_like(margin, weights)
+    # 0 * inf and 0 * nan are nan, in derivatives too, so what weight 0 leaves out must be finite.
+    # Finite pairs of weight 0 stay as they are: the derivative by the weight is their loss.
+    usable = _usable(function, margin, beta, reward_gap)
+    lost = xp.logical_and(weights == 0.0, xp.logical_not(usable))
+    margin, beta, reward_gap = (
+        value if value is None or is_number(value) else xp.where(lost, 1.0, value)
+        for value in (margin, beta, reward_gap)
+    )
+    values = function(margin, beta_for_gap(beta, reward_gap, margin))
+    return weights * xp.where(lost, 0.0, values)
+
+
+def _usable(function: Any, margin: Any, beta: Any, reward_gap: Any) -> Any:
+    """Where a pair's value is finite, and the derivatives of what it is made of."""
+    beta = beta_for_gap(beta, reward_gap, margin)
+    terms = [margin, beta, function(margin, beta)]
+    if reward_gap is not None:
+        terms.append(beta / per_pair("reward_gap", reward_gap, margin))
+    xp = namespace(margin)
+    finite = (xp.isfinite(term) for term in terms if not is_number(term))
+    return functools.reduce(xp.logical_and, finite)
 
 
 def check_loss(loss: Any) -> None:

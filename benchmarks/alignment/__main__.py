@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from benchmarks.alignment import arms
 from benchmarks.alignment.command import Plan, at_least_one, carry_out, command_line
-from benchmarks.alignment.protocol import FULL, QUICK
+from benchmarks.alignment.language_protocols import FULL, QUICK
 from benchmarks.alignment.report import report
 
 PROGRAM = "python -m benchmarks.alignment"
@@ -42,9 +41,9 @@ def plan(argv: Sequence[str] | None) -> Plan:
     protocol = {"quick": QUICK, "full": FULL}[options.size]
     if options.arms is not None:
         chosen = dict.fromkeys(arms.parse_arm(text) for text in options.arms)
-        protocol = replace(protocol, arms=tuple(chosen))
+        protocol = protocol.with_first_part(arms=tuple(chosen))
     if options.seeds is not None:
-        protocol = replace(protocol, seeds=at_least_one("--seeds", options.seeds))
+        protocol = protocol.with_first_part(seeds=at_least_one("--seeds", options.seeds))
     return Plan(
         protocol.settings(),
         protocol.jobs(),

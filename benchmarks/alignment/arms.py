@@ -1,7 +1,11 @@
 """The arms of the experiment: which loss, at which beta, on which labels.
 
-An arm is written FORM:BETA, or FORM:BETA@noisy for labels drawn from Bradley-Terry instead of the
-sign of the reward difference. The forms:
+An arm is written FORM:BETA for labels by the sign of the reward difference, or FORM:BETA@LABELS:
+
+    noisy                     labels drawn from Bradley-Terry
+    flip20, flip40            20 or 40 % of the clean labels exchanged, whatever the difference
+
+The forms:
 
     dpo                       DPO
     spo                       SPO, equation 6
@@ -24,80 +28,97 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from benchmarks.alignment.errors import InputError
-from spoloss import dpo_loss, spo_loss, squared_loss
+from spoloss import DPO, SPO, MarginLoss, Squared, pair_loss
 
 GAP_FLOOR = 0.5
-NOISY = "noisy"
-
-Logps = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Policy chosen, policy rejected, reference chosen, reference rejected; nats, [B] each."""
-
-
-def _unaware(gap: Tensor) -> dict[str, Tensor]:  # noqa: ARG001
-    return {}
+CLEAN, NOISY = "clean", "noisy"
+FLIPPED_SHARES = {"flip20": 0.2, "flip40": 0.4}
+LABELS = (CLEAN, NOISY, *FLIPPED_SHARES)
 
 
-def _known_gap(gap: Tensor) -> dict[str, Tensor]:
-    return {"reward_gap": gap}
+class Logps(NamedTuple):
+    """Log-probabilities of B pairs, nats, [B] each."""
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+
+    def reversed(self) -> Logps:
+        """The pairs with chosen and rejected exchanged."""
+        pc, pr, rc, rr = self
+        return Logps(pr, pc, rr, rc)
 
 
-def _floored_gap(gap: Tensor) -> dict[str, Tensor]:
-    return {"reward_gap": gap.clamp(min=GAP_FLOOR)}
+@dataclass(frozen=True)
+class Term:
+    """One pair loss; an arm's loss is the sum of its terms.
+
+    Attributes:
+      beta: a number, or [B] where every pair has its own.
+      weights: factors of the pairs, [B]; None is 1.
+      reversed: whether chosen and rejected change places.
+    """
+
+    beta: Tensor | float
+    weights: Tensor | None = None
+    reversed: bool = False
 
 
-def _weighted_gap(gap: Tensor) -> dict[str, Tensor]:
-    return {"reward_gap": gap, "weights": gap**2}
+def _plain(beta: float, gap: Tensor) -> list[Term]:  # noqa: ARG001
+    return [Term(beta)]
 
 
-def soft_dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float,
-    reward_gap: Tensor,
-) -> Tensor:
-    """DPO on both orders of each pair, each with the probability that Bradley-Terry gives it."""
-    right = reward_gap.sigmoid()
-    as_labelled = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    reversed_ = (policy_rejected, policy_chosen, reference_rejected, reference_chosen)
-    return dpo_loss(*as_labelled, beta=beta, weights=right) + dpo_loss(
-        *reversed_, beta=beta, weights=1.0 - right
-    )
+def _known_gap(beta: float, gap: Tensor) -> list[Term]:
+    return [Term(beta / gap)]
+
+
+def _floored_gap(beta: float, gap: Tensor) -> list[Term]:
+    return _known_gap(beta, gap.clamp(min=GAP_FLOOR))
+
+
+def _weighted_gap(beta: float, gap: Tensor) -> list[Term]:
+    return [Term(beta / gap, weights=gap**2)]
+
+
+def _both_orders(beta: float, gap: Tensor) -> list[Term]:
+    """Both orders of each pair, each with the probability that Bradley-Terry gives it."""
+    right = gap.sigmoid()
+    return [Term(beta, weights=right), Term(beta, weights=1.0 - right, reversed=True)]
 
 
 @dataclass(frozen=True)
 class Form:
-    """A loss of the library, and what it is told of the reward difference."""
+    """A loss of the library, and how it is put on pairs of known reward difference."""
 
-    loss: Callable[..., Tensor]
-    told: Callable[[Tensor], dict[str, Tensor]] = _unaware
+    loss: MarginLoss
+    terms: Callable[[float, Tensor], list[Term]] = _plain
 
     @property
     def needs_gap(self) -> bool:
         """Whether it is for pairs whose reward difference is known."""
-        return self.told is not _unaware
+        return self.terms is not _plain
 
 
 FORMS = {
-    "dpo": Form(dpo_loss),
-    "spo": Form(spo_loss),
-    "spo-below0": Form(partial(spo_loss, linear_below=0.0)),
-    "spo-below-1": Form(partial(spo_loss, linear_below=-1.0)),
-    "spo-below-2": Form(partial(spo_loss, linear_below=-2.0)),
-    "squared": Form(squared_loss),
-    "dpo-soft": Form(soft_dpo_loss, _known_gap),
-    "squared-gap": Form(squared_loss, _known_gap),
-    "spo-gap": Form(spo_loss, _known_gap),
-    "spo-gap-floor": Form(spo_loss, _floored_gap),
-    "spo-gap-weighted": Form(spo_loss, _weighted_gap),
-    "spo-gap-weighted-below0": Form(partial(spo_loss, linear_below=0.0), _weighted_gap),
+    "dpo": Form(DPO()),
+    "spo": Form(SPO()),
+    "spo-below0": Form(SPO(linear_below=0.0)),
+    "spo-below-1": Form(SPO(linear_below=-1.0)),
+    "spo-below-2": Form(SPO(linear_below=-2.0)),
+    "squared": Form(Squared()),
+    "dpo-soft": Form(DPO(), _both_orders),
+    "squared-gap": Form(Squared(), _known_gap),
+    "spo-gap": Form(SPO(), _known_gap),
+    "spo-gap-floor": Form(SPO(), _floored_gap),
+    "spo-gap-weighted": Form(SPO(), _weighted_gap),
+    "spo-gap-weighted-below0": Form(SPO(linear_below=0.0), _weighted_gap),
 }
 
 
@@ -107,10 +128,10 @@ class Arm:
 
     form: str
     beta: float
-    noisy: bool = False
+    labels: str = CLEAN
 
     def __str__(self) -> str:
-        return f"{self.form}:{self.beta:.12g}" + (f"@{NOISY}" if self.noisy else "")
+        return f"{self.form}:{self.beta:.12g}" + ("" if self.labels == CLEAN else f"@{self.labels}")
 
     @property
     def title(self) -> str:
@@ -119,10 +140,24 @@ class Arm:
         name = head.upper() if head in ("dpo", "spo") else head
         return "-".join((name, *rest)) + f"({self.beta:.12g})"
 
+    @property
+    def margin_loss(self) -> MarginLoss:
+        """The loss of the margin that every term is."""
+        return FORMS[self.form].loss
+
+    def terms(self, gap: Tensor) -> list[Term]:
+        """The terms of the loss of pairs whose reward differences are `gap` [B]."""
+        return FORMS[self.form].terms(self.beta, gap)
+
     def loss(self, logps: Logps, gap: Tensor) -> Tensor:
-        """The mean loss of a batch of pairs, whose reward differences are `gap`."""
-        form = FORMS[self.form]
-        return form.loss(*logps, beta=self.beta, **form.told(gap))
+        """The mean loss of a batch of pairs whose reward differences are `gap` [B]."""
+        total = torch.zeros(())
+        for term in self.terms(gap):
+            ordered = logps.reversed() if term.reversed else logps
+            total = total + pair_loss(
+                self.margin_loss, *ordered, beta=term.beta, weights=term.weights
+            )
+        return total
 
 
 def parse_arm(text: str) -> Arm:
@@ -141,8 +176,8 @@ def parse_arm(text: str) -> Arm:
         beta = float("nan")
     if not (colon and 0.0 < beta < float("inf")):
         raise InputError(f"{text}: expected a finite beta above 0 behind the colon")
-    if at and labels != NOISY:
-        raise InputError(f"{text}: expected @{NOISY} or nothing behind beta")
+    if at and labels not in LABELS[1:]:
+        raise InputError(f"{text}: expected @{' or @'.join(LABELS[1:])} or nothing behind beta")
     if at and FORMS[form].needs_gap:
         raise InputError(f"{text}: expected clean labels, for {form} knows the reward difference")
-    return Arm(form, beta, noisy=bool(at))
+    return Arm(form, beta, labels or CLEAN)

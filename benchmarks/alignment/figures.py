@@ -42,7 +42,6 @@ def draw_figures(results: Results, folder: Path, header: str) -> None:
     """Writes every picture that the run has something to show in."""
     pictures: dict[str, Draw] = {
         "frontier": draw_frontier,
-        "margins": draw_margins,
         "heat_map": draw_heat_maps,
         "gradients": draw_gradients,
     }
@@ -60,18 +59,13 @@ def save(figure: Figure, path: Path, header: str) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def labels_present(results: Results) -> list[bool]:
-    """The kinds of labels that have arms: clean (False), noisy (True)."""
-    return sorted({arm.noisy for arm in results.arms})
-
-
-def panels(results: Results, width: float, height: float) -> tuple[Figure, dict[bool, Axes]]:
+def panels(results: Results, width: float, height: float) -> tuple[Figure, dict[str, Axes]]:
     """A figure with a panel for each kind of labels."""
-    kinds = labels_present(results)
+    kinds = results.labels
     figure = Figure(figsize=(width * len(kinds), height), layout="constrained", dpi=90)
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for noisy, each in zip(kinds, axes, strict=True):
-        each.set_title(f"{'noisy' if noisy else 'clean'} labels")
+    for labels, each in zip(kinds, axes, strict=True):
+        each.set_title(f"{labels} labels")
     return figure, dict(zip(kinds, axes, strict=True))
 
 
@@ -83,11 +77,11 @@ def draw_frontier(results: Results) -> Figure | None:
     if not results.arms:
         return None
     figure, by_labels = panels(results, 7.0, 5.5)
-    for noisy, axes in by_labels.items():
+    for labels, axes in by_labels.items():
         draw_limits(axes, results)
         families = defaultdict(list)
         for arm in results.arms:
-            if arm.noisy == noisy:
+            if arm.labels == labels:
                 families[arm.form].append(arm)
         for form, arms in families.items():
             draw_family(axes, results, form, sorted(arms))
@@ -103,24 +97,25 @@ def draw_frontier(results: Results) -> Figure | None:
 def draw_limits(axes: Axes, results: Results) -> None:
     """The exact optimum and best of n, averaged over the seeds."""
     points: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for foundation in results.foundations:
+    for foundation in results.references:
         for limit in foundation["limits"]:
             if limit["kl"] > 0.0:  # the reference itself has no place on a logarithmic axis
                 points[limit["curve"], limit["parameter"]].append(limit)
-    shared = {key: found for key, found in points.items() if len(found) == results.protocol.seeds}
+    shared = {key: found for key, found in points.items() if len(found) == results.part.seeds}
     curves = (("optimum", "-", "optimum π_ref·e^(r/β)"), ("best of n", ":", "best of n (KL bound)"))
     for curve, line, label in curves:
         found = [limits for key, limits in shared.items() if key[0] == curve]
         kl, reward = (
             [np.mean([each[key] for each in f]) for f in found] for key in ("kl", "reward")
         )
-        axes.plot(kl, reward, line, color="gold", linewidth=2, label=label)
+        if found:
+            axes.plot(kl, reward, line, color="gold", linewidth=2, label=label)
 
 
 def draw_family(axes: Axes, results: Results, form: str, arms: Sequence[Arm]) -> None:
     """One loss at its betas, with standard errors."""
-    kl = [results.estimate(arm, lambda found: found["kl"]) for arm in arms]
-    reward = [results.estimate(arm, lambda found: found["reward"]) for arm in arms]
+    kl = [results.estimate(arm, "kl") for arm in arms]
+    reward = [results.estimate(arm, "reward") for arm in arms]
     axes.errorbar(
         means(kl),
         means(reward),
@@ -151,18 +146,17 @@ def errors(estimates: Sequence[Estimate]) -> list[float]:
 # ------------------------------------------------------------------------------------- margins
 
 
-def draw_margins(results: Results) -> Figure | None:
+def draw_margins(results: Results) -> Figure:
     """Implicit reward margins x = beta * h on memorised and on held-out pairs, over training."""
-    if not results.memorised:
-        return None
     figure = Figure(figsize=(12, 4.8), layout="constrained", dpi=90)
     titles = {"train": "memorised pairs", "held_out": "held-out pairs"}
+    greatest = max(arm.beta for arm in results.arms)
     for axes, (split, heading) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for arm, found in results.memorised.items():
-            seen = [each for each in found["snapshots"] if each["split"] == split]
+        for arm, found in results.arms.items():
+            seen = [each for each in found[0]["snapshots"] if each["split"] == split]
             steps = [each["step"] for each in seen]
             low, middle, high = ([each[f"x_q{q}"] for each in seen] for q in (10, 50, 90))
-            style = "-" if arm.beta == max(a.beta for a in results.memorised) else "--"
+            style = "-" if arm.beta == greatest else "--"
             axes.plot(steps, middle, style, color=COLOURS[arm.form], label=arm.title)
             axes.fill_between(steps, low, high, color=COLOURS[arm.form], alpha=0.15)
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
@@ -179,15 +173,15 @@ def draw_margins(results: Results) -> Figure | None:
 def draw_heat_maps(results: Results) -> Figure | None:
     """Win rates of every SPO over every DPO; frames mark the same beta and four times it."""
     if not all(
-        any(arm.form == form and arm.noisy == noisy for arm in results.arms)
-        for noisy in labels_present(results)
+        any(arm.form == form and arm.labels == labels for arm in results.arms)
+        for labels in results.labels
         for form in ("spo", "dpo")
     ):
         return None
     figure, by_labels = panels(results, 7.0, 4.5)
-    for noisy, axes in by_labels.items():
+    for labels, axes in by_labels.items():
         ours, theirs = (
-            sorted(arm for arm in results.arms if (arm.form, arm.noisy) == (form, noisy))
+            sorted(arm for arm in results.arms if (arm.form, arm.labels) == (form, labels))
             for form in ("spo", "dpo")
         )
         rates = np.array([[100 * results.wins(a, b).mean for b in theirs] for a in ours])
@@ -220,8 +214,8 @@ def draw_gradients(results: Results) -> Figure | None:
     if not results.arms:
         return None
     figure, by_labels = panels(results, 8.0, 5.0)
-    for noisy, axes in by_labels.items():
-        arms = sorted(arm for arm in results.arms if arm.noisy == noisy)
+    for labels, axes in by_labels.items():
+        arms = sorted(arm for arm in results.arms if arm.labels == labels)
         for place, arm in enumerate(arms):
             found = results.of(arm)
             median = np.median([each["grad_norm_median"] for each in found])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.alignment.arms import Arm
 from benchmarks.alignment.language import (
     COMPLETION_TOKENS,
     END,
@@ -13,7 +17,13 @@ from benchmarks.alignment.language import (
     TOKEN_IDS,
     VOCABULARY,
 )
+from benchmarks.alignment.training import PairLoss, Pairs
+from spoloss import log_ratio_margin
 from spoloss.torch import sequence_logps
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+    from typing_extensions import Self
 
 WIDTH, LAYERS, HEADS = 64, 2, 4
 END_ID, IGNORED = TOKEN_IDS[END], -100
@@ -68,6 +78,24 @@ class Policy(nn.Module):
             stream, keys_values = block(stream, block_past)
             new_past.append(keys_values)
         return self.norm(stream) @ self.tokens.weight.T, new_past
+
+    def copy(self) -> Self:
+        """A policy of its own with the same weights."""
+        return copy.deepcopy(self)
+
+    def trained(self) -> list[Parameter]:
+        """All parameters."""
+        return list(self.parameters())
+
+    def logps(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Log-probabilities of answers, nats, [M], from their ids and those of their prompts."""
+        return completion_logps(self, **inputs)
+
+    def pair_loss(self, arm: Arm, pairs: Pairs) -> PairLoss:
+        """The arm's loss of a batch, and its margins."""
+        both = self.logps(pairs.answers[torch.cat((pairs.chosen, pairs.rejected))].inputs)
+        logps = pairs.logps_given(*both.chunk(2))
+        return PairLoss(arm.loss(logps, pairs.gap), log_ratio_margin(*logps).detach())
 
 
 @torch.no_grad()

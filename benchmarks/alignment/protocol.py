@@ -1,129 +1,106 @@
-"""The two protocols, quick and full, and the jobs that each consists of."""
+"""An experiment: its parts, and the jobs that they consist of."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from benchmarks.alignment.arms import Arm, parse_arm
-from benchmarks.alignment.experiment import (
-    Foundation,
-    foundation_name,
-    lay_foundation,
-    run_arm,
-)
+from benchmarks.alignment.experiment import Foundation, foundation_name, run_arm
 from benchmarks.alignment.runner import Job
 from benchmarks.alignment.training import Stage
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """The whole experiment.
+class Part:
+    """Arms that are trained alike.
 
     Attributes:
-      foundation: what every arm of a seed starts from.
+      name: how it is called.
+      arms: each of them trained for every seed.
+      stage: how.
       seeds: how often all of it is repeated, from the prompts' split to the order of pairs.
-      arms: trained at the stage `preference`, for every seed.
-      preference: the preference stage.
-      memorised_arms: trained at the stage `memorised`, for seed 0.
-      memorised: a long stage on few pairs.
+      prefix: stands before an arm in the store; parts differ in it.
     """
 
-    foundation: Foundation
-    seeds: int
+    name: str
     arms: tuple[Arm, ...]
-    preference: Stage
-    memorised_arms: tuple[Arm, ...]
-    memorised: Stage
+    stage: Stage
+    seeds: int
+    prefix: str = ""
+
+    def result_name(self, arm: Arm, seed: int) -> str:
+        """Under which the store keeps an arm."""
+        return f"seed-{seed}/{self.prefix}{arm}"
 
     def settings(self) -> dict[str, Any]:
         """All of it, as it is written to settings.json."""
-        arms = {
-            name: [str(arm) for arm in getattr(self, name)] for name in ("arms", "memorised_arms")
+        return {
+            "seeds": self.seeds,
+            "arms": [str(arm) for arm in self.arms],
+            "stage": asdict(self.stage),
         }
-        return {**asdict(self), **arms}
+
+    def jobs(self, foundation: Foundation[Any], seed: int) -> list[Job]:
+        """Those of a seed, the foundation's left out."""
+        if seed >= self.seeds:
+            return []
+        return [
+            arm_job(self.result_name(arm, seed), arm, self.stage, foundation, seed)
+            for arm in self.arms
+        ]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Parts that start from the same foundations.
+
+    Attributes:
+      foundation: what every arm of a seed starts from.
+      parts: the first one's arms come first.
+    """
+
+    foundation: Foundation[Any]
+    parts: tuple[Part, ...]
+
+    def settings(self) -> dict[str, Any]:
+        """All of it, as it is written to settings.json."""
+        parts = {part.name: part.settings() for part in self.parts}
+        return {"foundation": self.foundation.settings(), **parts}
+
+    def with_first_part(self, **changes: Any) -> Protocol:
+        """The protocol with another first part."""
+        first, *others = self.parts
+        return replace(self, parts=(replace(first, **changes), *others))
 
     def jobs(self) -> list[Job]:
-        """Its parts, seed by seed."""
-        found = []
-        for seed in range(self.seeds):
-            found.append(foundation_job(self.foundation, seed))
-            if seed == 0:
-                found += [
-                    arm_job(memorised_name(arm), arm, self.memorised, self.foundation, seed)
-                    for arm in self.memorised_arms
-                ]
-            found += [
-                arm_job(arm_name(arm, seed), arm, self.preference, self.foundation, seed)
-                for arm in self.arms
-            ]
-        return found
+        """All of them, seed by seed."""
+        return jobs_of(self.foundation, self.parts)
 
 
-def arm_name(arm: Arm, seed: int) -> str:
-    """Under which the store keeps an arm."""
-    return f"seed-{seed}/{arm}"
+def jobs_of(foundation: Foundation[Any], parts: Sequence[Part]) -> list[Job]:
+    """The jobs of parts of an experiment, seed by seed, each seed's foundation first."""
+    found = []
+    for seed in range(max(part.seeds for part in parts)):
+        found.append(foundation_job(foundation, seed))
+        for part in parts:
+            found += part.jobs(foundation, seed)
+    return found
 
 
-def memorised_name(arm: Arm) -> str:
-    """Under which the store keeps an arm that memorised a few pairs."""
-    return f"seed-0/memorised-{arm}"
-
-
-def foundation_job(foundation: Foundation, seed: int) -> Job:
+def foundation_job(foundation: Foundation[Any], seed: int) -> Job:
     """The job that lays a seed's foundation."""
-    function = partial(lay_foundation, foundation, seed)
-    return Job(foundation_name(seed), foundation.fine_tuning.steps, function)
+    return Job(foundation_name(seed), foundation.steps, partial(foundation.lay, seed))
 
 
-def arm_job(name: str, arm: Arm, stage: Stage, foundation: Foundation, seed: int) -> Job:
+def arm_job(name: str, arm: Arm, stage: Stage, foundation: Foundation[Any], seed: int) -> Job:
     """The job that trains and judges an arm."""
     function = partial(run_arm, name, arm, stage, foundation, seed)
     return Job(name, stage.steps, function, needs=foundation_name(seed))
 
 
-def _arms(form: str, *betas: str) -> tuple[Arm, ...]:
+def arms(form: str, *betas: str) -> tuple[Arm, ...]:
+    """Arms of one form at betas such as "0.1" and "0.4@noisy"."""
     return tuple(parse_arm(f"{form}:{beta}") for beta in betas)
-
-
-QUICK = Protocol(
-    foundation=Foundation(
-        fine_tuning=Stage(pairs=10_000, steps=600, batch=64, lr=2e-3, clip=None),
-        pairs=2000,
-        held_out_pairs=512,
-        answers=64,
-        limit_answers=400,
-    ),
-    seeds=1,
-    arms=(*_arms("dpo", "0.1", "0.4"), *_arms("spo", "0.1")),
-    preference=Stage(pairs=2000, steps=200, snapshots=5),
-    memorised_arms=(*_arms("dpo", "0.25"), *_arms("spo", "0.25")),
-    memorised=Stage(pairs=64, steps=300, lr_end=1.0, snapshots=10),
-)
-FULL = Protocol(
-    foundation=replace(
-        QUICK.foundation,
-        fine_tuning=replace(QUICK.foundation.fine_tuning, steps=1000),
-        pairs=3000,
-    ),
-    seeds=5,
-    arms=(
-        *_arms("dpo", "0.025", "0.05", "0.1", "0.2", "0.25", "0.4", "1", "4"),
-        *_arms("spo", "0.025", "0.05", "0.1", "0.25", "1"),
-        *_arms("spo-below0", "0.1"),
-        *_arms("squared", "0.1", "0.2"),
-        *_arms("dpo-soft", "0.25"),
-        *_arms("squared-gap", "0.25"),
-        *_arms("spo-gap", "0.25"),
-        *_arms("spo-gap-floor", "0.25"),
-        *_arms("spo-gap-weighted", "0.25"),
-        *_arms("spo-gap-weighted-below0", "0.25"),
-        *_arms("dpo", "0.025@noisy", "0.1@noisy", "0.25@noisy", "0.4@noisy", "1@noisy"),
-        *_arms("spo", "0.025@noisy", "0.1@noisy", "0.25@noisy"),
-        *_arms("spo-below0", "0.1@noisy"),
-    ),
-    preference=Stage(pairs=3000, steps=300, snapshots=5),
-    memorised_arms=(*_arms("dpo", "0.1", "1"), *_arms("spo", "0.1", "1")),
-    memorised=Stage(pairs=300, steps=1500, lr_end=1.0, snapshots=30),
-)

@@ -6,12 +6,14 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.alignment.arms import Arm
-from benchmarks.alignment.figures import draw_figures
+from benchmarks.alignment.figures import draw_figures, draw_margins, save
+from benchmarks.alignment.language_protocols import MEMORISED
 from benchmarks.alignment.protocol import Protocol
-from benchmarks.alignment.results import Comparison, Estimate, Policy, Results, title
+from benchmarks.alignment.results import Comparison, Estimate, Policy, Results
 from benchmarks.alignment.results import rewards_win_rate as win_rate
 from benchmarks.alignment.store import Store, write_atomically
 from benchmarks.machine import describe
@@ -27,29 +29,43 @@ Row = dict[str, Any]
 
 def report(protocol: Protocol, store: Store) -> str:
     """Writes tables, CSV files and figures to the results folder, and returns the tables."""
-    results = Results(protocol, store)
-    header = f"{describe(*PACKAGES)}; {protocol.seeds} seed{'s' * (protocol.seeds > 1)}"
-    text = "\n\n".join([header, pairs_sentence(results), *sections(results)])
-    write_atomically(store.folder / "tables.md", f"{text}\n".encode())
-    for name, rows in tables(results).items():
-        write_csv(store, name, rows, header)
-    draw_figures(results, store.folder, header)
+    parts = {part.name: Results(protocol.foundation, part, store) for part in protocol.parts}
+    first = next(iter(parts.values()))
+    header = header_of(first.part.seeds)
+    sections = [pairs_sentence(first), *part_sections(first)]
+    if MEMORISED in parts:
+        sections += memorised_section(parts[MEMORISED])
+    text = "\n\n".join([header, *sections])
+    publish(store.folder, text, csv_tables(parts), header)
+    draw_figures(first, store.folder, header)
+    if MEMORISED in parts:
+        save(draw_margins(parts[MEMORISED]), store.folder / "margins.png", header)
     return text
 
 
-def sections(results: Results) -> list[str]:
-    """All that is printed, in reading order."""
+def header_of(seeds: int, *packages: str) -> str:
+    """Where and with what a run was made, in one line."""
+    return f"{describe(*PACKAGES, *packages)}; {seeds} seed{'s' * (seeds > 1)}"
+
+
+def publish(folder: Path, text: str, tables: dict[str, list[Row]], header: str) -> None:
+    """Writes what is printed and the CSV files."""
+    write_atomically(folder / "tables.md", f"{text}\n".encode())
+    for name, rows in tables.items():
+        write_csv(folder, name, rows, header)
+
+
+def part_sections(results: Results) -> list[str]:
+    """All that is printed of a part, in reading order."""
     found = [paper_table(results, dpo) for dpo in PAPER_DPOS if has_paper_arms(results, dpo)]
-    for noisy in (False, True):
-        policies = results.policies(noisy=noisy)
-        if len(policies) > 1:
-            labels = "noisy" if noisy else "clean"
-            found += [
-                policy_table(results, policies, labels),
-                pair_table(results, policies[1:], labels),
-                win_table(results, policies, f"All win rates, {labels} labels"),
-            ]
-    return [*found, *memorised_section(results), *comparison_section(results)]
+    for labels in results.labels:
+        policies = results.policies(labels)
+        found += [
+            policy_table(results, policies, labels),
+            pair_table(results, policies[1:], labels),
+            win_table(results, policies, f"All win rates, {labels} labels"),
+        ]
+    return [*found, *comparison_section(results)]
 
 
 # ----------------------------------------------------------------------------------- the sections
@@ -57,9 +73,9 @@ def sections(results: Results) -> list[str]:
 
 def pairs_sentence(results: Results) -> str:
     """What the arms were trained on."""
-    gap = Estimate(tuple(each["mean_gap"] for each in results.foundations))
-    wrong = Estimate(tuple(each["wrong_labels"] for each in results.foundations))
-    pairs = " or ".join(sorted({str(each["pairs"]) for each in results.foundations}))
+    gap = Estimate(tuple(each["mean_gap"] for each in results.references))
+    wrong = Estimate(tuple(each["wrong_labels"] for each in results.references))
+    pairs = " or ".join(sorted({str(each["pairs"]) for each in results.references}))
     return (
         f"{pairs} training pairs a seed; their rewards differ by {gap.mean:.2f} on average; noisy "
         f"labels are wrong for {100 * wrong.mean:.1f} % of them. Figures are means over seeds "
@@ -73,22 +89,28 @@ def has_paper_arms(results: Results, dpo: Arm) -> bool:
 
 
 def paper_table(results: Results, dpo: Arm) -> str:
-    """SFT, DPO and SPO as in the paper's tables 1 and 2, and how sure the gain over SFT is."""
+    """The reference, DPO and SPO as in the paper's tables 1 and 2, and how sure their gain is."""
     policies: list[Policy] = [None, dpo, PAPER_SPO]
-    text = win_table(results, policies, f"SFT, {dpo.title} and {PAPER_SPO.title}")
+    reference = results.title(None)
+    text = win_table(results, policies, f"{reference}, {dpo.title} and {PAPER_SPO.title}")
     for policy in policies[1:]:
         wins = results.wins(policy, None)
         if wins.error > 0.0:
             sure = (wins.mean - 0.5) / wins.error
-            text += f"\n\n{title(policy)} is above SFT by {sure:.1f} standard errors."
+            text += (
+                f"\n\n{results.title(policy)} is above {reference} by {sure:.1f} standard errors."
+            )
     return text
 
 
 def win_table(results: Results, policies: Sequence[Policy], heading: str) -> str:
     """Win rates of row over column, ± their standard errors over seeds."""
-    columns = ["Win rate (%) of row vs. column", *map(title, policies)]
+    columns = ["Win rate (%) of row vs. column", *map(results.title, policies)]
     rows = [
-        [title(a), *("-" if a == b else results.wins(a, b).text(1, 100.0) for b in policies)]
+        [
+            results.title(a),
+            *("-" if a == b else results.wins(a, b).text(1, 100.0) for b in policies),
+        ]
         for a in policies
     ]
     return markdown(heading, columns, rows)
@@ -96,17 +118,19 @@ def win_table(results: Results, policies: Sequence[Policy], heading: str) -> str
 
 def policy_table(results: Results, policies: Sequence[Policy], labels: str) -> str:
     """What each policy's own answers say of it, and how its training went."""
-    columns = ["", "win rate vs SFT (%)", "reward", "KL (nats)", "words", "malformed (%)"]
+    measures = results.foundation.measures
+    columns = ["", f"win rate vs {results.title(None)} (%)", "reward", "KL (nats)"]
+    columns += [measure.heading for measure in measures]
     columns += ["gradient norm, median", "max", "stopped"]
     rows = []
     for policy in policies:
         found = results.of(policy)
-        vs_sft = "-" if policy is None else results.wins(policy, None).text(1, 100.0)
-        row = [title(policy), vs_sft, of(results, policy, "reward").text(2)]
-        row += [of(results, policy, "kl").text(2), of(results, policy, "words").text(1)]
-        row += [of(results, policy, "malformed").text(1, 100.0)]
+        vs_reference = "-" if policy is None else results.wins(policy, None).text(1, 100.0)
+        row = [results.title(policy), vs_reference]
+        row += [results.estimate(policy, key).text(2) for key in ("reward", "kl")]
+        row += [results.estimate(policy, m.key).text(m.digits, m.factor) for m in measures]
         if policy is not None:
-            row += [f"{of(results, policy, 'grad_norm_median').mean:.3g}"]
+            row += [f"{results.estimate(policy, 'grad_norm_median').mean:.3g}"]
             row += [f"{max(each['grad_norm_max'] for each in found):.2g}"]
             row += [str(sum(each["stopped_at"] is not None for each in found))]
         rows.append(row + [""] * (len(columns) - len(row)))
@@ -120,7 +144,7 @@ def pair_table(results: Results, policies: Sequence[Policy], labels: str) -> str
         columns += [f"{split}: x mean", "sd", "10/50/90 %", "x < 0 (%)", "Δlogp chosen", "rejected"]
     rows = []
     for policy in policies:
-        row = [title(policy)]
+        row = [results.title(policy)]
         for split in ("train", "held_out"):
             row += pair_cells([found[split] for found in results.of(policy)])
         rows.append(row)
@@ -141,22 +165,23 @@ def pair_cells(measured: Sequence[dict[str, float]]) -> list[str]:
 
 
 def memorised_section(results: Results) -> list[str]:
-    """What becomes of margins on pairs that are seen again and again."""
-    if not results.memorised:
-        return []
-    stage = results.protocol.memorised
+    """What becomes of margins on pairs that are seen again and again; means over seeds."""
+    stage, measures = results.part.stage, results.foundation.measures
     columns = ["", "trained: x mean", "sd", "10/50/90 %", "x < 0 (%)", "Δlogp chosen", "rejected"]
     columns += ["x in [0.9, 1.1] (%)", "held-out: x mean", "sd", "x < 0 (%)"]
-    columns += ["KL (nats)", "reward", "malformed (%)", "win rate vs SFT (%)"]
+    columns += ["KL (nats)", "reward", *(measure.heading for measure in measures)]
+    columns += [f"win rate vs {results.title(None)} (%)"]
     rows = []
-    for arm, found in results.memorised.items():
-        held_out, rate = found["held_out"], win_rate(found, results.foundations[0])
-        row = [arm.title, *pair_cells([found["train"]])]
-        row += [f"{100 * found['train']['x_near_1']:.0f}", f"{held_out['x_mean']:.2f}"]
-        row += [f"{held_out['x_sd']:.2f}", f"{100 * held_out['x_below_0']:.0f}"]
-        row += [f"{found['kl']:.2f}", f"{found['reward']:.2f}"]
-        rows.append([*row, f"{100 * found['malformed']:.0f}", f"{100 * rate:.1f}"])
-    heading = f"Memorised: {stage.pairs} pairs, {stage.steps} steps of {stage.batch}, seed 0"
+    for arm, found in results.arms.items():
+        row = [arm.title, *pair_cells([each["train"] for each in found])]
+        near = Estimate(tuple(each["train"]["x_near_1"] for each in found)).mean
+        x_mean, x_sd, _, x_below_0, *_ = pair_cells([each["held_out"] for each in found])
+        row += [f"{100 * near:.0f}", x_mean, x_sd, x_below_0]
+        row += [results.estimate(arm, key).text(2) for key in ("kl", "reward")]
+        row += [results.estimate(arm, m.key).text(m.digits, m.factor) for m in measures]
+        rows.append([*row, results.wins(arm, None).text(1, 100.0)])
+    seeds = "seed 0" if results.part.seeds == 1 else f"{results.part.seeds} seeds"
+    heading = f"Memorised: {stage.pairs} pairs, {stage.steps} steps of {stage.batch}, {seeds}"
     return [markdown(heading, columns, rows)]
 
 
@@ -167,16 +192,15 @@ def comparison_section(results: Results) -> list[str]:
         return []
     lines = [comparison_sentence(each, number) for each in results.comparisons]
     heading = "SPO against DPO of the same beta and of four times that"
-    if results.protocol.seeds > 1:
+    if results.part.seeds > 1:
         heading += f" (Student's intervals, 95 %: alone, and for all {number} at once)"
-    lines += [sentence for noisy in (False, True) for sentence in best_sentence(results, noisy)]
+    lines += [sentence for labels in results.labels for sentence in best_sentence(results, labels)]
     return ["\n".join([f"### {heading}", "", *(f"- {line}" for line in lines)])]
 
 
 def comparison_sentence(each: Comparison, number: int) -> str:
     """One comparison and its verdict."""
-    labels = "noisy" if each.ours.noisy else "clean"
-    start = f"{each.ours.title} over {each.theirs.title}, {labels} labels: "
+    start = f"{each.ours.title} over {each.theirs.title}, {each.ours.labels} labels: "
     start += f"{each.wins.text(1, 100.0)} %"
     if math.isnan(each.wins.error):
         reason = "one seed" if len(each.wins.values) == 1 else "a policy has broken down"
@@ -188,21 +212,16 @@ def comparison_sentence(each: Comparison, number: int) -> str:
     return f"{start}; {alone} alone, {together} with all: {each.verdict(number)}."
 
 
-def best_sentence(results: Results, noisy: bool) -> list[str]:
+def best_sentence(results: Results, labels: str) -> list[str]:
     """Each loss at the beta that suits it."""
-    ours, theirs = results.best("spo", noisy=noisy), results.best("dpo", noisy=noisy)
+    ours, theirs = results.best("spo", labels), results.best("dpo", labels)
     if ours is None or theirs is None:
         return []
     wins = results.wins(ours, theirs).text(1, 100.0)
     return [
         f"Each at the beta of its greatest reward (chosen on the same answers, so no interval), "
-        f"{'noisy' if noisy else 'clean'} labels: {ours.title} over {theirs.title} {wins} %."
+        f"{labels} labels: {ours.title} over {theirs.title} {wins} %."
     ]
-
-
-def of(results: Results, policy: Policy, key: str) -> Estimate:
-    """A figure that every seed's result holds under a key."""
-    return results.estimate(policy, lambda found: float(found[key]))
 
 
 def markdown(heading: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -214,25 +233,26 @@ def markdown(heading: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 # ---------------------------------------------------------------------------------- the CSV files
 
 
-def tables(results: Results) -> dict[str, list[Row]]:
-    """The rows of every CSV file."""
+def csv_tables(parts: dict[str, Results]) -> dict[str, list[Row]]:
+    """The rows of every CSV file; those that hold one part hold the first."""
+    first = next(iter(parts.values()))
     return {
-        "win_rates": win_rows(results),
-        "policies": policy_rows(results),
-        "comparisons": comparison_rows(results),
-        "margins": margin_rows(results),
+        "win_rates": win_rows(first),
+        "policies": [row for results in parts.values() for row in policy_rows(results)],
+        "comparisons": comparison_rows(first),
+        "margins": [row for results in parts.values() for row in margin_rows(results)],
         "limits": [
             {"seed": seed, **limit}
-            for seed, found in enumerate(results.foundations)
+            for seed, found in enumerate(first.references)
             for limit in found["limits"]
         ],
-        "texts": text_rows(results),
+        "texts": text_rows(first),
     }
 
 
-def name_of(policy: Policy) -> str:
+def name_of(results: Results, policy: Policy) -> str:
     """How a CSV file names a policy: as the command line does."""
-    return "sft" if policy is None else str(policy)
+    return results.foundation.reference_title.lower() if policy is None else str(policy)
 
 
 def win_rows(results: Results) -> list[Row]:
@@ -240,8 +260,8 @@ def win_rows(results: Results) -> list[Row]:
     policies: list[Policy] = [None, *results.arms]
     return [
         {
-            "row": name_of(a),
-            "column": name_of(b),
+            "row": name_of(results, a),
+            "column": name_of(results, b),
             "win_rate": wins.mean,
             "standard_error": wins.error,
             **{f"seed_{seed}": value for seed, value in enumerate(wins.values)},
@@ -254,24 +274,24 @@ def win_rows(results: Results) -> list[Row]:
 
 
 def policy_rows(results: Results) -> list[Row]:
-    """Everything measured of every policy, seed by seed, with those that memorised."""
-    rows = [
-        policy_row("preference", name_of(policy), seed, found, results)
-        for policy in (None, *results.arms)
+    """Everything measured of every policy of a part, seed by seed."""
+    # The reference is the same in every part, so it is listed with the part that all arms are in.
+    policies: list[Policy] = [*([] if results.part.prefix else [None]), *results.arms]
+    return [
+        policy_row(results, policy, seed, found)
+        for policy in policies
         for seed, found in enumerate(results.of(policy))
     ]
-    return rows + [
-        policy_row("memorised", str(arm), 0, found, results)
-        for arm, found in results.memorised.items()
-    ]
 
 
-def policy_row(stage: str, name: str, seed: int, found: dict[str, Any], results: Results) -> Row:
+def policy_row(results: Results, policy: Policy, seed: int, found: dict[str, Any]) -> Row:
     """A row of policies.csv."""
-    own = ("reward", "kl", "words", "malformed", "grad_norm_median", "grad_norm_max")
-    row: Row = {"stage": stage, "policy": name, "seed": seed}
-    row["win_rate_vs_sft"] = win_rate(found, results.foundations[seed])
-    row |= {key: found.get(key) for key in (*own, "stopped_at", "lowest_x")}
+    measures = (measure.key for measure in results.foundation.measures)
+    keys = ("reward", "kl", *measures, "grad_norm_median", "grad_norm_max")
+    reference = results.title(None).lower()
+    row: Row = {"stage": results.part.name, "policy": name_of(results, policy), "seed": seed}
+    row[f"win_rate_vs_{reference}"] = win_rate(found, results.references[seed])
+    row |= {key: found.get(key) for key in (*keys, "stopped_at", "lowest_x")}
     for split in ("train", "held_out"):
         row |= {f"{split}_{key}": value for key, value in found.get(split, {}).items()}
     return row
@@ -294,14 +314,10 @@ def comparison_rows(results: Results) -> list[Row]:
 
 def margin_rows(results: Results) -> list[Row]:
     """Margins over training."""
-    found = [
-        ("preference", arm, seed, each)
-        for arm, all_seeds in results.arms.items()
-        for seed, each in enumerate(all_seeds)
-    ] + [("memorised", arm, 0, each) for arm, each in results.memorised.items()]
     return [
-        {"stage": stage, "policy": str(arm), "seed": seed, **snapshot}
-        for stage, arm, seed, each in found
+        {"stage": results.part.name, "policy": str(arm), "seed": seed, **snapshot}
+        for arm, found in results.arms.items()
+        for seed, each in enumerate(found)
         for snapshot in each["snapshots"]
     ]
 
@@ -309,13 +325,13 @@ def margin_rows(results: Results) -> list[Row]:
 def text_rows(results: Results) -> list[Row]:
     """A few answers of every policy, of seed 0."""
     return [
-        {"policy": name_of(policy), "text": text}
+        {"policy": name_of(results, policy), "text": text}
         for policy in (None, *results.arms)
         for text in results.of(policy)[0]["texts"]
     ]
 
 
-def write_csv(store: Store, name: str, rows: Sequence[Row], header: str) -> None:
+def write_csv(folder: Path, name: str, rows: Sequence[Row], header: str) -> None:
     """Writes rows under a line that says where they come from; a file without rows is none."""
     if not rows:
         return
@@ -325,7 +341,7 @@ def write_csv(store: Store, name: str, rows: Sequence[Row], header: str) -> None
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
-    write_atomically(store.folder / f"{name}.csv", buffer.getvalue().encode())
+    write_atomically(folder / f"{name}.csv", buffer.getvalue().encode())
 
 
 def cell(value: object) -> object:

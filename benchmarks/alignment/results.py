@@ -1,31 +1,25 @@
-"""A finished run, read back from the store: its policies, their win rates, means and intervals."""
+"""A part of a run, read back from the store: its policies, their win rates, means and intervals."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from benchmarks.alignment.arms import Arm
+from benchmarks.alignment.arms import LABELS, Arm
 from benchmarks.alignment.evaluation import win_rate
-from benchmarks.alignment.experiment import foundation_name
-from benchmarks.alignment.protocol import Protocol, arm_name, memorised_name
+from benchmarks.alignment.experiment import Foundation, foundation_name
+from benchmarks.alignment.protocol import Part
 from benchmarks.alignment.store import Store
 
 LEVEL = 0.95
 
 Policy = Arm | None
-"""An arm, or None for the fine-tuned policy that all arms start from."""
-
-
-def title(policy: Policy) -> str:
-    """How a table names a policy."""
-    return "SFT" if policy is None else policy.title
+"""An arm, or None for the reference that all arms start from."""
 
 
 @dataclass(frozen=True)
@@ -84,29 +78,37 @@ class Comparison:
 
 
 class Results:
-    """What a protocol's run has left in its store."""
+    """What a part of a protocol has left in its store."""
 
-    def __init__(self, protocol: Protocol, store: Store) -> None:
-        self.protocol = protocol
-        seeds = range(protocol.seeds)
-        self.foundations = [store.read(foundation_name(seed)) for seed in seeds]
+    def __init__(self, foundation: Foundation[Any], part: Part, store: Store) -> None:
+        self.foundation, self.part = foundation, part
+        seeds = range(part.seeds)
+        self.references = [store.read(foundation_name(seed)) for seed in seeds]
         self.arms = {
-            arm: [store.read(arm_name(arm, seed)) for seed in seeds] for arm in protocol.arms
+            arm: [store.read(part.result_name(arm, seed)) for seed in seeds] for arm in part.arms
         }
-        self.memorised = {arm: store.read(memorised_name(arm)) for arm in protocol.memorised_arms}
         self._wins: dict[tuple[Policy, Policy], Estimate] = {}
 
-    def policies(self, *, noisy: bool) -> list[Policy]:
-        """SFT and the arms of one kind of labels."""
-        return [None, *(arm for arm in self.arms if arm.noisy == noisy)]
+    @property
+    def labels(self) -> list[str]:
+        """The kinds of labels that have arms."""
+        return [labels for labels in LABELS if any(arm.labels == labels for arm in self.arms)]
+
+    def policies(self, labels: str) -> list[Policy]:
+        """The reference and the arms of one kind of labels."""
+        return [None, *(arm for arm in self.arms if arm.labels == labels)]
+
+    def title(self, policy: Policy) -> str:
+        """How a table names a policy."""
+        return self.foundation.reference_title if policy is None else policy.title
 
     def of(self, policy: Policy) -> list[dict[str, Any]]:
         """What was found of a policy, seed by seed."""
-        return self.foundations if policy is None else self.arms[policy]
+        return self.references if policy is None else self.arms[policy]
 
-    def estimate(self, policy: Policy, figure: Callable[[dict[str, Any]], float]) -> Estimate:
-        """A figure of a policy."""
-        return Estimate(tuple(figure(found) for found in self.of(policy)))
+    def estimate(self, policy: Policy, key: str) -> Estimate:
+        """A figure that every seed's result holds under a key."""
+        return Estimate(tuple(float(found[key]) for found in self.of(policy)))
 
     def wins(self, ours: Policy, theirs: Policy) -> Estimate:
         """Win rate of a policy over another, in [0, 1]."""
@@ -125,17 +127,13 @@ class Results:
             if ours.form == "spo"
             for factor in (1, 4)
             for theirs in self.arms
-            if theirs == Arm("dpo", float(f"{factor * ours.beta:.12g}"), ours.noisy)
+            if theirs == Arm("dpo", float(f"{factor * ours.beta:.12g}"), ours.labels)
         ]
 
-    def best(self, form: str, *, noisy: bool) -> Arm | None:
+    def best(self, form: str, labels: str) -> Arm | None:
         """The arm of a form that has the greatest reward."""
-        arms = [arm for arm in self.arms if (arm.form, arm.noisy) == (form, noisy)]
-
-        def mean_reward(arm: Arm) -> float:
-            return self.estimate(arm, lambda found: float(found["reward"])).mean
-
-        return max(arms, key=mean_reward, default=None)
+        arms = [arm for arm in self.arms if (arm.form, arm.labels) == (form, labels)]
+        return max(arms, key=lambda arm: self.estimate(arm, "reward").mean, default=None)
 
 
 def rewards_win_rate(ours: dict[str, Any], theirs: dict[str, Any]) -> float:

@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.alignment.arms import Arm
+from benchmarks.alignment.arms import CLEAN, NOISY, Arm
 from benchmarks.alignment.command import Plan, at_least_one, carry_out, command_line
-from benchmarks.alignment.experiment import Foundation, foundation_name
+from benchmarks.alignment.experiment import foundation_name
 from benchmarks.alignment.figures import save
-from benchmarks.alignment.protocol import FULL, arm_job, foundation_job
+from benchmarks.alignment.language_protocols import FULL
+from benchmarks.alignment.language_task import LanguageFoundation
+from benchmarks.alignment.protocol import arm_job, foundation_job
 from benchmarks.alignment.report import PACKAGES, markdown, write_csv
 from benchmarks.alignment.results import rewards_win_rate
 from benchmarks.alignment.runner import Job
@@ -63,7 +65,7 @@ class Setting:
 class Study:
     """The grid, and what its runs have in common."""
 
-    foundation: Foundation
+    foundation: LanguageFoundation
     stage: Stage
     forms: tuple[str, ...]
     betas: tuple[float, ...]
@@ -73,9 +75,9 @@ class Study:
     def runs(self) -> list[Setting]:
         """Every run of the grid."""
         return [
-            Setting(Arm(form, beta, noisy), lr, clip)
-            for form, beta, noisy, lr, clip in itertools.product(
-                self.forms, self.betas, (False, True), self.rates, self.clips
+            Setting(Arm(form, beta, labels), lr, clip)
+            for form, beta, labels, lr, clip in itertools.product(
+                self.forms, self.betas, (CLEAN, NOISY), self.rates, self.clips
             )
         ]
 
@@ -180,7 +182,7 @@ def report(study: Study, store: Store) -> str:
     found = [header, count_table(outcomes), cell_table(study, outcomes), advice(outcomes)]
     text = "\n\n".join(found)
     write_atomically(store.folder / "tables.md", f"{text}\n".encode())
-    write_csv(store, "stability", [row_of(outcome) for outcome in outcomes], header)
+    write_csv(store.folder, "stability", [row_of(outcome) for outcome in outcomes], header)
     save(draw(study, outcomes), store.folder / "stability.png", header)
     return text
 
@@ -258,7 +260,7 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
     """A row of stability.csv."""
     setting = outcome.setting
     row = {"form": setting.arm.form, "beta": setting.arm.beta, "lr": setting.lr}
-    row["labels"] = "noisy" if setting.arm.noisy else "clean"
+    row["labels"] = setting.arm.labels
     row["clip"] = "none" if setting.clip is None else setting.clip
     return {**row, **{key: value for key, value in vars(outcome).items() if key != "setting"}}
 
@@ -268,23 +270,23 @@ def draw(study: Study, outcomes: Sequence[Outcome]) -> Figure:
     figure = Figure(figsize=(3.2 * len(study.forms), 5.5), layout="constrained", dpi=90)
     panels = figure.subplots(1, len(study.forms), squeeze=False)[0]
     rows = list(itertools.product(study.betas, study.rates))
-    columns = list(itertools.product((False, True), study.clips))
+    columns = list(itertools.product((CLEAN, NOISY), study.clips))
     for axes, form in zip(panels, study.forms, strict=True):
         grid = np.full((len(rows), len(columns)), math.nan)
         for outcome in outcomes:
             setting, arm = outcome.setting, outcome.setting.arm
             if arm.form == form:
-                place = rows.index((arm.beta, setting.lr)), columns.index((arm.noisy, setting.clip))
+                place = (
+                    rows.index((arm.beta, setting.lr)),
+                    columns.index((arm.labels, setting.clip)),
+                )
                 grid[place] = math.nan if outcome.stopped else 100 * outcome.win_rate
                 note = f"stop\n{outcome.stopped_at}" if outcome.stopped else f"{grid[place]:.0f}"
                 axes.text(*place[::-1], note, ha="center", va="center", fontsize=7)
         image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
         axes.set_facecolor("silver")
         axes.set_title(form)
-        names = [
-            f"{'noisy' if n else 'clean'}\n{'no clip' if c is None else f'clip {c:g}'}"
-            for n, c in columns
-        ]
+        names = [f"{labels}\n{'no clip' if c is None else f'clip {c:g}'}" for labels, c in columns]
         axes.set_xticks(range(len(columns)), names, fontsize=7)
         axes.set_yticks(range(len(rows)), [f"β {b:g}, lr {lr:g}" for b, lr in rows], fontsize=7)
     figure.colorbar(image, ax=panels, label="win rate vs SFT, %")

@@ -1,21 +1,22 @@
-"""Supervised fine-tuning, and preference training from the model that it gave."""
+"""Preference training: the stage, the pairs, the policy that it needs, and the loop."""
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from benchmarks.alignment import seeds
 from benchmarks.alignment.arms import Arm, Logps
-from benchmarks.alignment.model import Policy, completion_logps
-from spoloss import log_ratio_margin
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCORING_ROWS = 256
 
@@ -35,6 +36,7 @@ class Stage:
       lr_end: the share of it that a cosine has left at the last; 1 is a constant rate.
       clip: the gradient norm that is clipped to; None is no clipping.
       snapshots: how often the margins are looked at on the way.
+      judgements: how often the policy's answers are judged on the way.
     """
 
     pairs: int
@@ -44,54 +46,108 @@ class Stage:
     lr_end: float = 0.0
     clip: float | None = 1.0
     snapshots: int = 0
+    judgements: int = 0
 
     def lr_factor(self, step: int) -> float:
         """The share of the learning rate at a step."""
         cosine = 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
         return self.lr_end + (1.0 - self.lr_end) * cosine
 
+    def is_due(self, step: int, times: int) -> bool:
+        """Whether something done `times` times, evenly spread, comes after this step."""
+        return times > 0 and step % (self.steps // times) == 0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of a reference, and what is known of them.
+
+    Attributes:
+      inputs: the tensors [M, ...] that the policy reads an answer from, by argument name.
+      rewards: true rewards, [M].
+      reference: log-probabilities under the reference, nats, [M].
+    """
+
+    inputs: dict[str, Tensor]
+    rewards: Tensor
+    reference: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def __getitem__(self, rows: Tensor) -> Answers:
+        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
+        return Answers(inputs, self.rewards[rows], self.reference[rows])
+
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of completions, with what the reference gives them.
+    """Pairs of answers.
 
     Attributes:
-      prompts: ids [N, 4].
-      chosen: ids [N, 40].
-      rejected: ids [N, 40].
-      gap: true reward of chosen less that of rejected, [N]; negative where the label is wrong.
-      reference_chosen: log-probabilities, nats, [N].
-      reference_rejected: likewise.
+      answers: all of them; several pairs may share one.
+      chosen: the row of each pair's chosen answer, [N].
+      rejected: of its rejected answer, [N].
     """
 
-    prompts: Tensor
+    answers: Answers
     chosen: Tensor
     rejected: Tensor
-    gap: Tensor
-    reference_chosen: Tensor
-    reference_rejected: Tensor
 
     def __len__(self) -> int:
-        return len(self.gap)
+        return len(self.chosen)
 
     def __getitem__(self, rows: Tensor | slice) -> Pairs:
-        return Pairs(*(tensor[rows] for tensor in vars(self).values()))
+        return replace(self, chosen=self.chosen[rows], rejected=self.rejected[rows])
+
+    @property
+    def gap(self) -> Tensor:
+        """True reward of chosen less that of rejected, [N]; negative where the label is wrong."""
+        rewards = self.answers.rewards
+        return (rewards[self.chosen] - rewards[self.rejected]).float()
 
     def flipped(self, wrong: Tensor) -> Pairs:
         """The pairs with chosen and rejected exchanged where `wrong` [N] says so."""
-        rows = wrong[:, None]
         return replace(
             self,
-            chosen=torch.where(rows, self.rejected, self.chosen),
-            rejected=torch.where(rows, self.chosen, self.rejected),
-            gap=torch.where(wrong, -self.gap, self.gap),
-            reference_chosen=torch.where(wrong, self.reference_rejected, self.reference_chosen),
-            reference_rejected=torch.where(wrong, self.reference_chosen, self.reference_rejected),
+            chosen=torch.where(wrong, self.rejected, self.chosen),
+            rejected=torch.where(wrong, self.chosen, self.rejected),
         )
+
+    def logps_given(self, chosen: Tensor, rejected: Tensor) -> Logps:
+        """The pairs' log-probabilities, where `chosen` and `rejected` [N] are the policy's."""
+        reference = self.answers.reference
+        return Logps(chosen, rejected, reference[self.chosen], reference[self.rejected])
+
+
+class PairLoss(NamedTuple):
+    """The loss of a batch of pairs, and their margins h [N] in nats, detached."""
+
+    loss: Tensor
+    margins: Tensor
+
+
+class Policy(Protocol):
+    """What can be trained on pairs."""
+
+    def copy(self) -> Self:
+        """A policy of its own that starts where this one is."""
+
+    def trained(self) -> list[Parameter]:
+        """The parameters that are trained."""
+
+    def logps(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Log-probabilities of answers, nats, [M], from the tensors that hold them."""
+
+    def pair_loss(self, arm: Arm, pairs: Pairs) -> PairLoss:
+        """The arm's loss, by which `trained()` can be differentiated."""
+
+
+PolicyT = TypeVar("PolicyT", bound=Policy)
 
 
 @dataclass
-class Trained:
+class Trained(Generic[PolicyT]):
     """What a preference stage leaves.
 
     Attributes:
@@ -102,7 +158,7 @@ class Trained:
       lowest_x: the smallest x = beta * h of any pair in any step.
     """
 
-    policy: Policy
+    policy: PolicyT
     grad_norms: list[float] = field(default_factory=list)
     stopped_at: int | None = None
     lowest_x: float = 0.0
@@ -119,56 +175,38 @@ class Trained:
         }
 
 
-def fine_tune(
-    prompts: Tensor, completions: Tensor, stage: Stage, seed: int, hook: StepHook
-) -> Policy:
-    """Trains a new policy on texts, by their mean negative log-probability."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seeds.number(seed, "weights"))
-        policy = Policy()
-    updater = Updater(policy, stage)
-    for rows in draw_batches(len(prompts), stage, seeds.generator(seed, "fine-tuning order")):
-        logps = completion_logps(policy, prompts[rows], completions[rows])
-        updater.step(-logps.mean())
-        hook()
-    return policy
-
-
 def train_on_pairs(
-    reference: Policy,
+    reference: PolicyT,
     pairs: Pairs,
     arm: Arm,
     stage: Stage,
     seed: int,
     hook: StepHook,
-    look: Callable[[int, Policy], None],
-) -> Trained:
+    look: Callable[[int, PolicyT], None],
+) -> Trained[PolicyT]:
     """Trains a copy of the reference on preferences.
 
     Args:
-      reference: the fine-tuned policy; it stays as it is.
+      reference: the policy to start from; it stays as it is.
       pairs: the pairs to train on, as the arm's labels have them.
       arm: the loss.
       stage: the settings.
       seed: of the order in which pairs come; the same for every arm.
       hook: called after every step.
-      look: called with the step and the policy, `stage.snapshots` times.
+      look: called after every step with its number and the policy.
     """
-    trained = Trained(copy.deepcopy(reference))
-    updater = Updater(trained.policy, stage)
+    trained = Trained(reference.copy())
+    updater = Updater(trained.policy.trained(), stage)
     batches = draw_batches(len(pairs), stage, seeds.generator(seed, "preference order"))
     for step, rows in enumerate(batches, start=1):
-        batch = pairs[rows]
-        logps = pair_logps(trained.policy, batch)
-        margins = log_ratio_margin(*logps).detach()
+        loss, margins = trained.policy.pair_loss(arm, pairs[rows])
         trained.lowest_x = min(trained.lowest_x, arm.beta * margins.min().item())
-        norm, moved = updater.step(arm.loss(logps, batch.gap))
+        norm, moved = updater.step(loss)
         trained.grad_norms.append(norm)
         if not moved:
             trained.stopped_at = step
             break
-        if stage.snapshots and step % (stage.steps // stage.snapshots) == 0:
-            look(step, trained.policy)
+        look(step, trained.policy)
         hook()
     return trained
 
@@ -176,9 +214,9 @@ def train_on_pairs(
 class Updater:
     """AdamW, its schedule and its clipping, for one stage."""
 
-    def __init__(self, policy: Policy, stage: Stage) -> None:
-        self.parameters = list(policy.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=stage.lr, weight_decay=0.0)
+    def __init__(self, parameters: list[Parameter], stage: Stage) -> None:
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, stage.lr_factor)
         self.clip = math.inf if stage.clip is None else stage.clip
 
@@ -206,17 +244,14 @@ def draw_batches(number: int, stage: Stage, order: torch.Generator) -> Iterator[
     return iter(torch.cat(passes)[:needed].split(stage.batch))
 
 
-def pair_logps(policy: Policy, pairs: Pairs) -> Logps:
-    """The four log-probabilities of the pairs."""
-    both = completion_logps(
-        policy, pairs.prompts.repeat(2, 1), torch.cat((pairs.chosen, pairs.rejected))
-    )
-    chosen, rejected = both.chunk(2)
-    return chosen, rejected, pairs.reference_chosen, pairs.reference_rejected
-
-
 @torch.no_grad()
-def score(policy: Policy, prompts: Tensor, completions: Tensor) -> Tensor:
-    """Log-probabilities of any number of completions, without gradients."""
-    slices = zip(prompts.split(SCORING_ROWS), completions.split(SCORING_ROWS), strict=True)
-    return torch.cat([completion_logps(policy, *each) for each in slices])
+def score(policy: Policy, inputs: dict[str, Tensor]) -> Tensor:
+    """Log-probabilities of any number of answers, without gradients."""
+    slices = zip(*(tensor.split(SCORING_ROWS) for tensor in inputs.values()), strict=True)
+    return torch.cat([policy.logps(dict(zip(inputs, each, strict=True))) for each in slices])
+
+
+def pair_logps(policy: Policy, pairs: Pairs) -> Logps:
+    """The log-probabilities of any number of pairs, without gradients."""
+    both = score(policy, pairs.answers[torch.cat((pairs.chosen, pairs.rejected))].inputs)
+    return pairs.logps_given(*both.chunk(2))

@@ -1,15 +1,21 @@
-"""Floor 3: what only PyTorch can do. From a language model's logits to the loss."""
+"""The PyTorch wing: log-probabilities, the fused head from hidden states to the loss, and modules.
+
+The functions `linear_..._loss` go from hidden states and the head's weight to the loss in one pass,
+without holding the logits. The losses of log-probabilities are in `spoloss` itself.
+"""
 
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
     raise ImportError('spoloss.torch needs PyTorch: pip install "spoloss[torch]"') from error
 
-from spoloss.torch.fused import (
-    LinearPairLoss,
+from spoloss.torch._fused import LinearPairLoss
+from spoloss.torch.fused import linear_pair_loss
+from spoloss.torch.fused_losses import (
     linear_dpo_loss,
-    linear_pair_loss,
+    linear_ipo_loss,
     linear_spo_loss,
+    linear_squared_loss,
 )
 from spoloss.torch.logps import linear_logps, sequence_logps
 from spoloss.torch.modules import DPOLoss, PreferenceOutput, SPOLoss, SquaredLoss
@@ -21,8 +27,10 @@ __all__ = [
     "SPOLoss",
     "SquaredLoss",
     "linear_dpo_loss",
+    "linear_ipo_loss",
     "linear_logps",
     "linear_pair_loss",
     "linear_spo_loss",
+    "linear_squared_loss",
     "sequence_logps",
 ]

@@ -1,31 +1,43 @@
-"""What a call asks of a language-model head: its options, checked with the tensors it works on."""
+"""A language-model head: weight [V, D], bias [V], and what lies between the product and softmax."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from spoloss._arrays import check_positive
-from spoloss.torch._rows import check_labels
-from spoloss.torch._vocab_parallel import VocabShard, join
+from spoloss.torch._devices import Device, device_of
+from spoloss.torch._plan import Budget
+from spoloss.torch._products import product
+from spoloss.torch._vocab_parallel import VocabShard
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+LEAST_COLUMNS = 1024
+"""The narrowest block of the vocabulary: a narrower one makes its products slow."""
+
+ALIGNED = 64
+"""Blocks are a multiple of this many words wide, so that a GPU's rows stay aligned."""
+
+LEAST_KEPT_ROWS = 256
+"""The smallest tile that is kept, however large the vocabulary is."""
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What a model does between h W^T + b and the softmax, and how it is worked on here.
+    """How the logits follow from the hidden states h, and how the work on them is cut.
 
         logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
 
-    `chunk_size` is the tokens of a tile, or None for the defaults; `dtype` is autocast's, or None
-    where autocast is off; `shard` is this rank's part of a head that is split over the vocabulary,
-    or None where it is whole; `vocabulary` is V of the whole head.
+    Attributes:
+      softcap: None for no soft-capping.
+      logit_scale: factor before the soft-capping.
+      temperature: divisor after it.
+      chunk_size: tokens of a tile, or None for the device's default.
+      dtype: the dtype of the products under autocast, or None for that of the weight.
+      shard: this rank's part of a head that is split over the vocabulary, or None.
     """
 
     softcap: float | None
@@ -33,104 +45,111 @@ class HeadOptions:
     temperature: float
     chunk_size: int | None
     dtype: torch.dtype | None
-    shard: VocabShard | None
-    vocabulary: int
+    shard: VocabShard | None = None
+
+    def vocabulary(self, weight: Tensor) -> int:
+        """V of the whole head, of which `weight` is this rank's part."""
+        return len(weight) if self.shard is None else self.shard.vocabulary
 
 
-def head_options(
-    hidden: dict[str, Tensor],
-    labels: dict[str, Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    chunk_size: int | None,
-    ignore_index: int,
-    vocab_parallel_group: ProcessGroup | None,
-) -> HeadOptions:
-    """The options of a call, after a check of its tensors (name -> tensor) and numbers.
+@dataclass(frozen=True)
+class Head:
+    """The head's tensors with its options. V is the number of rows that this rank holds."""
 
-    Raises:
-      TypeError: a dtype does not fit, or a tensor is a DTensor.
-      ValueError: a shape or a number does not fit, or the ranks of a split head do not agree.
-      RuntimeError: a split head is asked for in a compiled graph.
-    """
-    _refuse_dtensors(hidden, weight)
-    device = weight.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    _check_weight(weight, bias)
-    for (name, states), (label_name, ids) in zip(hidden.items(), labels.items(), strict=True):
-        _check_hidden(name, states, weight, same_dtype=autocast is None)
-        check_labels(label_name, ids, name, states)
-    check_positive("temperature", temperature)
-    if softcap is not None:
-        check_positive("softcap", softcap)
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
-    shard = None
-    if vocab_parallel_group is not None:
-        shard = _join(vocab_parallel_group, hidden, labels, weight, bias, ignore_index, chunk_size)
-    vocabulary = len(weight) if shard is None else shard.vocabulary
-    return HeadOptions(softcap, logit_scale, temperature, chunk_size, autocast, shard, vocabulary)
+    weight: Tensor
+    bias: Tensor | None
+    options: HeadOptions
+    device: Device
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Head:
+        """The head in the dtype of its products."""
+        weight = weight if options.dtype is None else weight.to(options.dtype)
+        return cls(weight, bias, options, device_of(weight))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of logits, log-probabilities and sums: at least float32."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype of the exponentials that the gradient products take."""
+        return factor_dtype_of(self.weight.dtype, self.device)
+
+    @property
+    def gain(self) -> float:
+        """The derivative of the logits by h W^T + b, without that of the soft-capping."""
+        return self.options.logit_scale / self.options.temperature
+
+    def logits(
+        self, states: Tensor, columns: slice, out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Some columns of the logits, [n, C], and the soft-capping's derivative 1 - tanh^2."""
+        logits = product(states, self.weight[columns].t(), self.dtype, self.device, out)
+        if self.bias is not None:
+            logits.add_(self.bias[columns])
+        softcap = self.options.softcap
+        if softcap is None:
+            return (logits if self.gain == 1.0 else logits.mul_(self.gain)), None
+        logits.mul_(self.options.logit_scale / softcap).tanh_()
+        bend = 1.0 - logits * logits
+        return logits.mul_(softcap / self.options.temperature), bend
+
+    def bend_at(self, target_logit: Tensor) -> Tensor:
+        """The soft-capping's derivative where a logit is known; 1 without soft-capping."""
+        if self.options.softcap is None:
+            return torch.ones_like(target_logit)
+        capped = target_logit * (self.options.temperature / self.options.softcap)
+        return 1.0 - capped * capped
+
+    def local(self, targets: Tensor) -> Tensor:
+        """Targets as rows of this rank's weight; out of range where another rank holds them."""
+        shard = self.options.shard
+        return targets if shard is None else targets - shard.start
+
+    def blocks(self, rows: int) -> Iterator[slice]:
+        """The vocabulary in blocks of about one size, for a tile of so many rows.
+
+        A width of 30,413 would put rows at odd addresses, which slows a GPU down. So widths are
+        multiples of ALIGNED, and the remainder of the vocabulary is a block by itself.
+        """
+        vocabulary = len(self.weight)
+        aligned = vocabulary - vocabulary % ALIGNED
+        fitting = self.device.block_bytes // max(1, rows * self.dtype.itemsize)
+        widest = max(LEAST_COLUMNS, fitting) // ALIGNED * ALIGNED
+        count = max(1, math.ceil(aligned / widest))
+        even = ALIGNED * max(1, math.ceil(aligned / ALIGNED / count))
+        edges = dict.fromkeys((*range(0, aligned, even), aligned, vocabulary))
+        for start, stop in itertools.pairwise(edges):
+            yield slice(start, stop)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a tile whose blocks are dropped one by one."""
+        shard = self.options.shard
+        return self.options.chunk_size or (self.device.rows if shard is None else shard.rows)
+
+    def budget(self, *, keep: bool) -> Budget:
+        """The most tokens of a tile.
+
+        Args:
+          keep: whether the tile's exponentials are kept, which the weight's gradient needs.
+        """
+        if not keep or self.options.chunk_size is not None:
+            return Budget(self.rows, self.rows, self.rows)
+        itemsize, shard = self.factor_dtype.itemsize, self.options.shard
+        # All ranks of a split head must cut the same tiles, so they agree on the smallest.
+        numbers = self.device.kept_bytes // itemsize if shard is None else shard.kept_numbers
+        widest = len(self.weight) if shard is None else shard.largest
+        kept = max(LEAST_KEPT_ROWS, numbers // max(1, widest))
+        # One pair may take what the float32 scratch [V, D] of a longer pair would take.
+        scratch = self.weight.shape[1] * self.dtype.itemsize // itemsize
+        if shard is not None:
+            scratch = self.weight.shape[1]
+        return Budget(shared=kept // 2, single=max(kept, scratch), part=kept)
 
 
-def _refuse_dtensors(hidden: dict[str, Tensor], weight: Tensor) -> None:
-    if hasattr(weight, "full_tensor"):
-        raise TypeError(
-            "weight is a sharded DTensor: call this inside the forward of the FSDP module that "
-            "owns the head, where it is whole and its gradient is averaged over the ranks. Of a "
-            "head that is split over the vocabulary pass weight.to_local() and vocab_parallel_group"
-        )
-    for name, states in hidden.items():
-        if hasattr(states, "full_tensor"):
-            raise TypeError(f"{name} is a DTensor: pass the whole rows as a plain tensor")
-
-
-def _join(
-    group: ProcessGroup,
-    hidden: dict[str, Tensor],
-    labels: dict[str, Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    chunk_size: int | None,
-) -> VocabShard:
-    if torch.compiler.is_compiling():
-        # Dynamo runs the call outside its graph, or says so under fullgraph=True.
-        raise RuntimeError("vocab_parallel_group cannot be part of a compiled graph")
-    tensors = {**hidden, "weight": weight, "bias": bias}
-    facts = {f"the number of tokens of {name}": ids.numel() for name, ids in labels.items()}
-    facts |= {
-        f"whether {name} requires a gradient": int(tensor is not None and tensor.requires_grad)
-        for name, tensor in tensors.items()
-    }
-    facts |= {"whether there is a bias": int(bias is not None), "chunk_size": chunk_size or 0}
-    facts |= {"whether gradients are enabled": int(torch.is_grad_enabled())}
-    return join(group, weight, labels.values(), ignore_index, facts)
-
-
-def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be real floating, got {weight.dtype}")
-    if weight.ndim != 2:
-        raise ValueError(f"weight must have shape [V, D], got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias must have shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}"
-        )
-
-
-def _check_hidden(name: str, hidden: Tensor, weight: Tensor, *, same_dtype: bool) -> None:
-    if not hidden.is_floating_point() or (same_dtype and hidden.dtype != weight.dtype):
-        raise TypeError(f"{name} must have the weight's dtype {weight.dtype}, got {hidden.dtype}")
-    if hidden.ndim != 3 or hidden.shape[2] != weight.shape[1]:
-        raise ValueError(
-            f"{name} must have shape [B, T, D] with the weight's D = {weight.shape[1]}, "
-            f"got {tuple(hidden.shape)}"
-        )
-    if hidden.device != weight.device:
-        raise ValueError(f"{name} must be on the weight's {weight.device}, got {hidden.device}")
+def factor_dtype_of(dtype: torch.dtype, device: Device) -> torch.dtype:
+    """The dtype of exponentials where the head's products have `dtype`."""
+    return dtype if device.wide_sums else torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
 """A head whose weight is split over the vocabulary: each rank of a group holds some rows of V.
 
-Ranks see the same tokens and the same upstream gradient. Each works on logits of its own rows; of
-every token only three numbers travel: the largest logit, the target's, and the sum of exponentials.
+Ranks see the same tokens and the same upstream gradient. Each computes the logits of its own rows.
+Three numbers per token are exchanged: the largest logit, the target's, and the sum of exponentials.
 """
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ class VocabShard:
       start: how many rows the ranks before this one hold.
       largest: the rows of the largest shard.
       vocabulary: the rows of all shards.
+      rows: the tokens of a tile on the rank whose device takes the fewest.
+      kept_numbers: the exponentials of a tile that is kept on the rank that keeps the fewest.
     """
 
     group: ProcessGroup
     start: int
     largest: int
     vocabulary: int
+    rows: int
+    kept_numbers: int
 
     def join_sums(
         self, shift: Tensor, others: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of n tokens, over all shards: what to subtract from logits, the sums, the target's logit.
+        """What all shards together know of n tokens: shift, sum of exponentials, target's logit.
 
         Args:
           shift: [n] what this rank subtracted before its exponentials.
@@ -50,11 +54,21 @@ class VocabShard:
         self.sum_(others)
         return highest[0], others, highest[1]
 
-    def sum_(self, *partial: Tensor | None) -> None:
-        """Sum each tensor over the ranks, in place."""
-        for tensor in partial:
-            if tensor is not None:
-                dist.all_reduce(tensor, group=self.group)
+    def sum_(self, partial: Tensor) -> None:
+        """Sum a tensor over the ranks, in place."""
+        dist.all_reduce(partial, group=self.group)
+
+
+def refuse_compilation() -> None:
+    """Keep a split head out of a compiled graph.
+
+    Dynamo then runs the call eagerly, or reports the error under fullgraph=True.
+
+    Raises:
+      RuntimeError: under torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("vocab_parallel_group cannot be part of a compiled graph")
 
 
 def join(
@@ -63,6 +77,9 @@ def join(
     labels: Iterable[Tensor],
     ignore_index: int,
     facts: dict[str, int],
+    *,
+    rows: int,
+    kept_numbers: int,
 ) -> VocabShard:
     """This rank's place among the shards, learnt from all ranks in one exchange.
 
@@ -71,7 +88,10 @@ def join(
       weight: this rank's rows, [rows, D].
       labels: token ids of any shape, the same on all ranks.
       ignore_index: the label that does not count.
-      facts: name -> number of what else must be one on all ranks, lest they wait for one another.
+      facts: name -> number of what else must be equal on all ranks, or they would deadlock.
+      rows: the tokens of a tile on this rank's device. The ranks agree on the smallest, since
+        ranks that cut different tiles would deadlock.
+      kept_numbers: the exponentials of a kept tile on this rank's device, likewise agreed on.
 
     Raises:
       TypeError: `group` is not a process group.
@@ -83,20 +103,21 @@ def join(
             "vocab_parallel_group must be a torch.distributed ProcessGroup (of a DeviceMesh: "
             f"mesh.get_group()), got {type(group).__name__}"
         )
-    ids = torch.cat([side.flatten() for side in labels])
-    ids = torch.cat([torch.where(ids == ignore_index, -1, ids), ids.new_tensor([-1])]).long()
-    known = torch.tensor([len(weight), *facts.values()], device=ids.device)
-    mine = torch.cat([known, torch.stack([ids.sum(), ids.max()])])
+    ids = torch.cat([side.flatten().long() for side in labels])
+    ids = torch.cat([torch.where(ids == ignore_index, -1, ids), ids.new_tensor([-1])])
+    known = [len(weight), rows, kept_numbers, *facts.values()]
+    mine = torch.cat([ids.new_tensor(known), torch.stack([ids.sum(), ids.max()])])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
-    sizes, *others, tops = torch.stack(gathered).t().tolist()
+    sizes, all_rows, all_kept, *others, tops = torch.stack(gathered).t().tolist()
     for name, values in zip([*facts, "the labels (here their sum)"], others, strict=True):
         if len(set(values)) > 1:
             raise ValueError(
                 f"the ranks of vocab_parallel_group must agree on {name}, got {values}"
             )
     _check_sizes(sizes, max(tops))
-    return VocabShard(group, sum(sizes[: dist.get_rank(group)]), max(sizes), sum(sizes))
+    start = sum(sizes[: dist.get_rank(group)])
+    return VocabShard(group, start, max(sizes), sum(sizes), min(all_rows), min(all_kept))
 
 
 def _check_sizes(sizes: list[int], top: int) -> None:

@@ -1,65 +1,25 @@
-"""Hidden states to the loss in one pass, for any loss of the margin.
+"""Hidden states to the loss in one pass, without the logits: `linear_pair_loss`.
 
-The gradient of such a loss is one number per pair times a fixed direction:
-
-    dL/dlogits_t = -dL/dlogp_i * (softmax_t - onehot_t)
-
-so the tile that gives a token's log-probability gives its gradients too, and nothing is computed
-twice: three matrix products per token where a head that recomputes needs four. Pairs that fit a
-tile know their slope before the gradient products. A longer pair is walked by tiles with slope 1,
-its weight gradient gathered in a scratch of its own and scaled once the slope is known.
-
-No formula of a loss is in this file: slopes come from `pair_grad`, the value from `pair_loss`.
+`spoloss.torch.fused_losses` has its spellings for SPO, DPO, the squared loss and IPO.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
-from spoloss._arrays import check_reduction, per_pair, reduce, reduction_scale
-from spoloss.gradients import pair_grad
-from spoloss.losses import DPO, SPO, MarginLoss
-from spoloss.pairs import beta_for_gap, check_loss, log_ratio_margin, pair_loss
-from spoloss.torch._head import HeadOptions, head_options
-from spoloss.torch._once import once
-from spoloss.torch._rows import Rows, select_rows
-from spoloss.torch._tiles import Head, HeadGrad, Tile
-from spoloss.torch.logps import linear_token_logps, sum_tokens
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from typing_extensions import Unpack
-
-
-class LinearOptions(TypedDict, total=False):
-    """The keyword arguments that every fused loss shares; `linear_pair_loss` documents them."""
-
-    bias: Tensor | None
-    weights: Tensor | None
-    nll_weight: float
-    reduction: str
-    ignore_index: int
-    shift: bool
-    average: bool
-    softcap: float | None
-    logit_scale: float
-    temperature: float
-    chunk_size: int | None
-    vocab_parallel_group: ProcessGroup | None
-
-
-class LinearPairLoss(NamedTuple):
-    """The loss, and the policy's log-probabilities [P] in nats, detached, for metrics."""
-
-    loss: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
+from spoloss._arrays import check_reduction, per_pair
+from spoloss._options import check_nll_weight
+from spoloss.losses import MarginLoss
+from spoloss.pairs import check_loss, log_ratio_margin
+from spoloss.torch._checks import Side, head_options
+from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
+from spoloss.torch._labels import IGNORED, sum_sequences, targets_of
+from spoloss.torch._objective import Objective, zero_weights
+from spoloss.torch._tokens import Sequences
 
 
 def linear_pair_loss(
@@ -74,7 +34,7 @@ def linear_pair_loss(
     *,
     beta: Tensor | float,
     bias: Tensor | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | float | None = None,
     nll_weight: float = 0.0,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -84,64 +44,84 @@ def linear_pair_loss(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-    vocab_parallel_group: ProcessGroup | None = None,
+    chosen_cu_seqlens: Tensor | None = None,
+    rejected_cu_seqlens: Tensor | None = None,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> LinearPairLoss:
-    """`pair_loss` of `linear_logps` in one pass: loss and gradients, never the logits.
+    """Any loss of the margin from hidden states, in one pass: loss and gradients, no logits.
 
-        loss = l(h) + nll_weight * NLL,    NLL = -log pi(y_w|x) / (number of its tokens)
+        h      = (log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x))   (eq. 4)
+        logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature
+        loss   = l(h) + nll_weight * NLL,    NLL = -log pi(y_w|x) / (number of its tokens)
 
-    With a head that is frozen, memory beyond the gradients is one block of a tile, as in
-    `linear_logps`. The weight's gradient needs tiles that are kept whole: pairs share one of up to
-    32 MiB of float32 (1 GiB on CUDA), but at least 128 tokens; a longer pair takes one of up to
-    64 MiB (2 GiB; 256 tokens) or the weight's size in float32, whichever is more; a pair that is
-    longer still is walked in tiles of 64 MiB and, if it is not the first or has an NLL, needs a
-    float32 array of the weight's size. Tokens with ignored labels are never worked on.
-    Gradients are made in the forward, so nothing is left to do in the backward; without a tensor
-    that requires one this is `linear_logps`. `reduction="none"` with a head that is trained needs
-    each pair's upstream gradient first, and so works twice, as `linear_logps` does.
+    Equation 4 is that of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
+    Alignment", 2025. The result equals `pair_loss` of `linear_logps`, at three matrix products per
+    token instead of four, because the gradients are computed in the forward.
+
+    Memory beyond the gradients: with a frozen head, one block of a tile's logits. With a trained
+    head, one tile is kept whole. Pairs share a tile of up to 32 MiB of float32 (1 GiB on CUDA) and
+    at least 128 tokens. A longer pair takes a tile of up to 64 MiB (2 GiB) or the weight's size in
+    float32, whichever is larger. A pair that is longer still is cut into tiles. Unless it is the
+    first pair and has no NLL, it needs one more float32 array of the weight's size.
+    `reduction="none"` with a trained head computes the logits twice, and so does torch.compile.
 
     Args:
       loss: `SPO(...)`, `DPO(...)`, `Squared()` or an object of your own with `value` and `slope`.
-      chosen_hidden: last hidden states of the chosen sequences, shape [P, T, D].
-      rejected_hidden: of the rejected, shape [P, T', D]; T' may differ from T.
-      weight: the head's weight, as for `linear_logps`.
-      chosen_labels: token ids, shape [P, T], as for `linear_logps`.
-      rejected_labels: token ids, shape [P, T'].
+      chosen_hidden: last hidden states of the chosen sequences, shape [P, T, D], real floating.
+      rejected_hidden: last hidden states of the rejected sequences, shape [P, T', D].
+      weight: the head's weight, shape [V, D], in the dtype of the hidden states. Under DDP, FSDP
+        and DeepSpeed, read it inside the forward of the wrapped module: outside, its gradient is
+        not synchronised, and no error is raised. A LoRA adapter on the head is not in it.
+      chosen_labels: token ids, shape [P, T], integer. Labels equal to `ignore_index` (prompt,
+        padding) do not count and cost nothing. Others must lie in [0, V).
+      rejected_labels: token ids of the rejected sequences, shape [P, T'].
       reference_chosen_logps: log pi_ref(y_w|x), nats, shape [P]; 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l|x), likewise.
-      beta: handed to the loss, 1 / nats, > 0: a number or shape [P].
-      bias: as for `linear_logps`.
-      weights: factor of each pair (of its NLL too), shape [P]. "mean" still divides by P.
-      nll_weight: factor of the chosen answers' negative log-likelihood per token, >= 0.
-      reduction: "mean", "sum" or "none".
-      ignore_index: as for `linear_logps`.
-      shift: as for `linear_logps`.
-      average: log-probabilities per token in place of sums, for policy and loss alike; the
-        reference's must then be averages too.
-      softcap: as for `linear_logps`.
-      logit_scale: as for `linear_logps`.
-      temperature: as for `linear_logps`.
-      chunk_size: tokens of a tile, kept or not; None for the defaults above.
-      vocab_parallel_group: as for `linear_logps`. The loss is the same on all ranks.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, shape [P]; 0.0 for no reference.
+      beta: what the loss takes as beta, 1 / nats, > 0: a number or shape [P].
+      bias: the head's bias, shape [V].
+      weights: factor of each pair and of its NLL: a number or shape [P]. A pair of weight 0 adds
+        nothing to the loss or the gradients, whatever it holds. "mean" still divides by P.
+      nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+      ignore_index: the label that does not count.
+      shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
+        you have shifted already, so position t predicts label t.
+      average: use log-probabilities per token instead of sums; the reference's too.
+      softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
+      logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
+      temperature: divisor of the logits, > 0.
+      chunk_size: tokens of a tile, kept or not; None for the sizes above.
+      chosen_cu_seqlens: offsets of P chosen sequences that lie one after another in one row without
+        padding, shape [P + 1], int32 or int64, rising from 0 to T. `chosen_hidden` is then
+        [1, T, D] and `chosen_labels` [1, T].
+      rejected_cu_seqlens: the same for the rejected sequences; both or neither.
+      vocab_parallel_group: the ranks that hold a head split over the vocabulary. `weight` and
+        `bias` are then this rank's rows (of a DTensor: `to_local()`), in the order of the ranks, in
+        shards of any size. Hidden states, labels and the upstream gradient must be equal on all
+        ranks. So are the loss and the gradients by the hidden states.
 
     Returns:
       LinearPairLoss(loss, chosen_logps, rejected_logps). The loss is differentiable once, by the
-      hidden states, weight and bias.
+      hidden states, weight and bias. The log-probabilities, [P] in nats, are detached.
 
     Raises:
-      TypeError: a dtype does not fit, `loss` is no loss object, or the weight is a sharded DTensor.
-      ValueError: a shape, device or number does not fit, an argument that is a constant here
-        (references, beta, weights) requires a gradient, or the ranks of `vocab_parallel_group` do
-        not agree on their tokens or lack rows for the labels.
+      TypeError: a dtype does not fit, an option is not a number, `loss` is no loss object, or the
+        weight is a sharded DTensor.
+      ValueError: a shape, device or number does not fit, a label is outside [0, V), offsets are out
+        of order, an argument that is constant here (references, `beta`, `weights`) requires a
+        gradient, the weight is partitioned by ZeRO-3, or the ranks of `vocab_parallel_group` do not
+        agree or lack rows for the labels.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
     check_loss(loss)
     check_reduction(reduction)
-    hidden = {"chosen_hidden": chosen_hidden, "rejected_hidden": rejected_hidden}
-    labels = {"chosen_labels": chosen_labels, "rejected_labels": rejected_labels}
+    check_nll_weight(nll_weight)
+    sides = [
+        Side("chosen_", chosen_hidden, chosen_labels, chosen_cu_seqlens),
+        Side("rejected_", rejected_hidden, rejected_labels, rejected_cu_seqlens),
+    ]
     options = head_options(
-        hidden,
-        labels,
+        sides,
         weight,
         bias,
         softcap=softcap,
@@ -151,14 +131,29 @@ def linear_pair_loss(
         ignore_index=ignore_index,
         vocab_parallel_group=vocab_parallel_group,
     )
+    _check_sides(*sides)
     constants = {
         "reference_chosen_logps": reference_chosen_logps,
         "reference_rejected_logps": reference_rejected_logps,
         "beta": beta,
         "weights": weights,
     }
-    _check_constants(chosen_hidden, rejected_hidden, constants, nll_weight)
-    terms = _Terms(
+    like = like_margins(
+        chosen_hidden, sides[0].sequences, reference_chosen_logps, reference_rejected_logps
+    )
+    _check_constants(like, constants)
+    sequences = [
+        Sequences(
+            f"{side.prefix}labels",
+            targets_of(side.labels, ignore_index, shift=shift, cu_seqlens=side.cu_seqlens),
+            ignore_index,
+            side.cu_seqlens,
+            zero_weights(weights, like),
+        )
+        for side in sides
+    ]
+    lengths = [sum_sequences(side.targets != IGNORED, side.cu_seqlens) for side in sequences]
+    objective = Objective(
         loss,
         reference_chosen_logps,
         reference_rejected_logps,
@@ -167,475 +162,47 @@ def linear_pair_loss(
         nll_weight,
         reduction,
         average,
+        torch.stack(lengths),
     )
-    sides = select_rows(
-        labels, vocabulary=options.vocabulary, ignore_index=ignore_index, shift=shift
-    )
-    inputs = (chosen_hidden, rejected_hidden, weight, bias)
-    needed = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs)
-    if not any(needed) or (reduction == "none" and (needed[2] or needed[3])):
-        return _two_passes(inputs, sides, terms, options)
-    value, chosen, rejected, *_ = _OnePass.apply(*inputs, sides, terms, options, needed)  # type: ignore[no-untyped-call]
-    return LinearPairLoss(value, chosen, rejected)
+    inputs = Inputs(chosen_hidden, rejected_hidden, weight, bias)
+    return fused_loss(inputs, sequences, objective, options)
 
 
-def linear_spo_loss(
-    chosen_hidden: Tensor,
-    rejected_hidden: Tensor,
-    weight: Tensor,
-    chosen_labels: Tensor,
-    rejected_labels: Tensor,
-    reference_chosen_logps: Tensor | float,
-    reference_rejected_logps: Tensor | float,
-    *,
-    beta: Tensor | float = 0.1,
-    reward_gap: Tensor | float | None = None,
-    linear_below: float | None = None,
-    **options: Unpack[LinearOptions],
-) -> LinearPairLoss:
-    """`spoloss.spo_loss` (paper eq. 6) from hidden states, in one pass.
-
-    Args:
-      chosen_hidden: as for `linear_pair_loss`.
-      rejected_hidden: as for `linear_pair_loss`.
-      weight: as for `linear_pair_loss`.
-      chosen_labels: as for `linear_pair_loss`.
-      rejected_labels: as for `linear_pair_loss`.
-      reference_chosen_logps: as for `linear_pair_loss`.
-      reference_rejected_logps: as for `linear_pair_loss`.
-      beta: as for `spoloss.spo_loss`.
-      reward_gap: as for `spoloss.spo_loss`.
-      linear_below: as for `spoloss.spo_loss`.
-      **options: the other keyword arguments of `linear_pair_loss`.
-
-    Returns:
-      As `linear_pair_loss`.
-
-    Raises:
-      TypeError: as `linear_pair_loss`.
-      ValueError: as `linear_pair_loss`.
-    """
-    return linear_pair_loss(
-        SPO(linear_below),
-        chosen_hidden,
-        rejected_hidden,
-        weight,
-        chosen_labels,
-        rejected_labels,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta=beta_for_gap(beta, reward_gap, _no_logps(chosen_hidden)),
-        **options,
-    )
+def like_margins(hidden: Tensor, pairs: int, *references: Tensor | float) -> Tensor:
+    """An array of the margins' shape [P], dtype and device, to check other arguments against."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    for reference in references:
+        if isinstance(reference, Tensor) and reference.is_floating_point():
+            dtype = torch.promote_types(dtype, reference.dtype)
+    return hidden.new_zeros(pairs, dtype=dtype)
 
 
-def linear_dpo_loss(
-    chosen_hidden: Tensor,
-    rejected_hidden: Tensor,
-    weight: Tensor,
-    chosen_labels: Tensor,
-    rejected_labels: Tensor,
-    reference_chosen_logps: Tensor | float,
-    reference_rejected_logps: Tensor | float,
-    *,
-    beta: Tensor | float = 0.1,
-    label_smoothing: float = 0.0,
-    **options: Unpack[LinearOptions],
-) -> LinearPairLoss:
-    """`spoloss.dpo_loss` (DPO eq. 7) from hidden states, in one pass.
-
-    Args:
-      chosen_hidden: as for `linear_pair_loss`.
-      rejected_hidden: as for `linear_pair_loss`.
-      weight: as for `linear_pair_loss`.
-      chosen_labels: as for `linear_pair_loss`.
-      rejected_labels: as for `linear_pair_loss`.
-      reference_chosen_logps: as for `linear_pair_loss`.
-      reference_rejected_logps: as for `linear_pair_loss`.
-      beta: as for `spoloss.dpo_loss`.
-      label_smoothing: as for `spoloss.dpo_loss`.
-      **options: the other keyword arguments of `linear_pair_loss`.
-
-    Returns:
-      As `linear_pair_loss`.
-
-    Raises:
-      TypeError: as `linear_pair_loss`.
-      ValueError: as `linear_pair_loss`.
-    """
-    return linear_pair_loss(
-        DPO(label_smoothing),
-        chosen_hidden,
-        rejected_hidden,
-        weight,
-        chosen_labels,
-        rejected_labels,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta=beta,
-        **options,
-    )
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """What the loss is of, beside the policy's log-probabilities."""
-
-    loss: MarginLoss
-    reference_chosen: Any
-    reference_rejected: Any
-    beta: Any
-    weights: Any
-    nll_weight: float
-    reduction: str
-    average: bool
-
-    def value(self, chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor) -> Tensor:
-        """The reduced loss of all pairs."""
-        value: Tensor = pair_loss(
-            self.loss,
-            chosen,
-            rejected,
-            self.reference_chosen,
-            self.reference_rejected,
-            beta=self.beta,
-            weights=self.weights,
-            reduction=self.reduction,
-        )
-        if self.nll_weight == 0.0:
-            return value
-        nll = -chosen if self.average else -chosen / chosen_lengths.clamp(min=1)
-        nll = nll if self.weights is None else nll * self.weights
-        total: Tensor = value + self.nll_weight * reduce(nll, self.reduction)
-        return total
-
-    def slopes(self, chosen: Tensor, rejected: Tensor, pairs: slice) -> Tensor:
-        """Derivatives of the loss by the margins of some pairs."""
-        grad = pair_grad(
-            self.loss,
-            chosen[pairs],
-            rejected[pairs],
-            _of_pairs(self.reference_chosen, pairs),
-            _of_pairs(self.reference_rejected, pairs),
-            beta=_of_pairs(self.beta, pairs),
-            weights=_of_pairs(self.weights, pairs),
-            reduction="sum",
-        )
-        slopes: Tensor = grad.policy_chosen * reduction_scale(chosen, self.reduction)
-        return slopes.to(chosen.dtype)
-
-    def nll_slopes(self, chosen_lengths: Tensor, pairs: slice) -> Tensor:
-        """Derivatives by a chosen token's log-probability through the NLL term alone."""
-        weights = 1.0 if self.weights is None else self.weights[pairs]
-        scale = -self.nll_weight * reduction_scale(chosen_lengths, self.reduction)
-        return scale * weights / chosen_lengths[pairs].clamp(min=1)
-
-    def token_share(self, lengths: Tensor, pairs: slice, dtype: torch.dtype) -> Tensor:
-        """What a token counts for in its sequence: 1, or 1 / length in an average."""
-        shares = lengths[pairs].clamp(min=1).to(dtype)
-        return shares.reciprocal() if self.average else torch.ones_like(shares)
-
-
-def _two_passes(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    sides: list[Rows],
-    terms: _Terms,
-    options: HeadOptions,
-) -> LinearPairLoss:
-    """The same by `linear_logps`: for no gradient at all, or one per pair."""
-    chosen, rejected, weight, bias = inputs
-    chosen_logps, rejected_logps = (
-        sum_tokens(
-            linear_token_logps(hidden, weight, bias, rows, options),
-            rows.lengths,
-            average=terms.average,
-        )
-        for hidden, rows in zip((chosen, rejected), sides, strict=True)
-    )
-    value = terms.value(chosen_logps, rejected_logps, sides[0].lengths)
-    return LinearPairLoss(value, chosen_logps.detach(), rejected_logps.detach())
-
-
-class _OnePass(torch.autograd.Function):
-    """Loss, log-probabilities and gradients at once; backward has only to scale."""
-
-    @staticmethod
-    def forward(
-        chosen: Tensor,
-        rejected: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        sides: list[Rows],
-        terms: _Terms,
-        options: HeadOptions,
-        needed: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
-        with torch.autocast(chosen.device.type, enabled=False):
-            head = Head(weight, bias, options)
-            sweep = _Sweep(head, [chosen, rejected], sides, terms, needed)
-            sweep.run()
-            head.complete(*sweep.grad_hidden)
-            chosen_logps, rejected_logps = sweep.logps
-            return (
-                terms.value(chosen_logps, rejected_logps, sides[0].lengths),
-                chosen_logps,
-                rejected_logps,
-                *(
-                    None if grad is None else grad.view(states.shape)
-                    for grad, states in zip(sweep.grad_hidden, (chosen, rejected), strict=True)
-                ),
-                *sweep.grad_head.to(_held(weight), None if bias is None else _held(bias)),
-            )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        gradients = output[3:]
-        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*gradients, *inputs[:4])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        gradients, inputs = saved[:4], saved[4:]
-        if upstream is None:
-            return (None,) * 8
-        with torch.no_grad():
-            scaled = tuple(
-                None if grad is None else _scale(grad, upstream).to(tensor.dtype)
-                for grad, tensor in zip(gradients, inputs, strict=True)
-            )
-        return *once(scaled, *inputs), None, None, None, None
-
-
-class _Sweep:
-    """One pass over all pairs, gathering log-probabilities and gradients."""
-
-    def __init__(
-        self,
-        head: Head,
-        hidden: list[Tensor],
-        sides: list[Rows],
-        terms: _Terms,
-        needed: tuple[bool, ...],
-    ) -> None:
-        self.head, self.sides, self.terms = head, sides, terms
-        self.hidden = [states.reshape(-1, states.shape[2]) for states in hidden]
-        self.pairs = len(hidden[0])
-        self.needed = {"weight": needed[2], "bias": needed[3]}
-        if any(needed[2:]):
-            head.reserve(self._count(0, self.pairs))
-        self.logps = [states.new_zeros(self.pairs, dtype=head.dtype) for states in hidden]
-        self.token_logps = [
-            states.new_zeros(states.shape[:2], dtype=head.dtype) for states in hidden
-        ]
-        self.grad_hidden = [
-            torch.zeros_like(states, dtype=_held(states)) if need else None
-            for states, need in zip(self.hidden, needed[:2], strict=True)
-        ]
-        self.grad_head = HeadGrad(head, **self.needed)
-
-    def run(self) -> None:
-        """Walk all pairs, by the way that suits each."""
-        if not any(self.needed.values()):
-            # A frozen head needs no slope before its products: tiles fill up across pairs.
-            self._walk(0, self.pairs, None)
-            return
-        scratch = None
-        for first, last in self._groups():
-            if self._count(first, last) <= self.head.most_kept_rows:
-                if self._count(first, last) > 0:
-                    self._short(first, last)
-            elif self.grad_head.empty and self.terms.nll_weight == 0.0:
-                # The first pair needs no scratch: there is nothing yet to keep its sum apart from.
-                self._walk(first, last, self.grad_head)
-            else:
-                scratch = scratch or HeadGrad(self.head, **self.needed)
-                self._walk(first, last, scratch)
-
-    def _groups(self) -> Iterator[tuple[int, int]]:
-        first = 0
-        while first < self.pairs:
-            last = first + 1
-            while last < self.pairs and self._count(first, last + 1) <= self.head.grouped_rows:
-                last += 1
-            yield first, last
-            first = last
-
-    def _count(self, first: int, last: int) -> int:
-        return sum(rows.ends[last] - rows.ends[first] for rows in self.sides)
-
-    def _short(self, first: int, last: int) -> None:
-        """Pairs that share a tile: their slopes first, then the gradient products."""
-        pairs = slice(first, last)
-        parts = [
-            (side, slice(rows.ends[first], rows.ends[last])) for side, rows in enumerate(self.sides)
-        ]
-        tile = self._tile(parts)
-        blocks = tile.sweep(keep=True)
-        self._note(tile, parts)
-        self._sum(pairs)
-        factors = self._factors(self._slopes(pairs), pairs)
-        factor = torch.cat(
-            [self._of_rows(factors[side], side, part, first) for side, part in parts]
-        )
-        self._write_hidden(tile, factor, parts)
-        self.grad_head.add(tile, blocks, factor)
-
-    def _walk(self, first: int, last: int, scratch: HeadGrad | None) -> None:
-        """Products with slope 1, scaled once the slopes are known.
-
-        Hidden gradients are scaled row by row, so any pairs may go together; the scratch takes the
-        head's gradient of one pair that is longer than a tile.
-        """
-        pairs = slice(first, last)
-        height = self.head.rows if scratch is None else self.head.kept_rows
-        for side, sign in ((0, -1.0), (1, 1.0)):
-            rows = self.sides[side]
-            share = sign * self.terms.token_share(rows.lengths, pairs, self.head.dtype)
-            for part in rows.slices(first, last, height):
-                tile = self._tile([(side, part)])
-                blocks = tile.sweep(keep=scratch is not None)
-                self._note(tile, [(side, part)])
-                unit = rows.mask(torch.full_like(tile.logps, self.head.gain), part)
-                self._write_hidden(tile, unit, [(side, part)])
-                if scratch is not None:
-                    scratch.add(tile, blocks, unit * share)
-            if side == 0 and scratch is not None and self.terms.nll_weight != 0.0:
-                # At this moment the scratch holds the chosen side alone, all that the NLL is of.
-                nll = self.terms.nll_slopes(rows.lengths, pairs) / -share
-                self.grad_head.add_scaled(scratch, nll[0].to(self.head.dtype))
-        self._sum(pairs)
-        slopes = self._slopes(pairs)
-        if scratch is self.grad_head:
-            scratch.scale(slopes[0])
-        elif scratch is not None:
-            self.grad_head.add_scaled(scratch, slopes[0])
-            scratch.empty = True
-        for side, factor in enumerate(self._factors(slopes, pairs)):
-            self._scale_hidden(side, first, last, factor / self.head.gain)
-
-    def _factors(self, slopes: Tensor, pairs: slice) -> list[Tensor]:
-        """By side, what a token's direction counts for: minus the loss's derivative by it."""
-        terms, dtype = self.terms, self.head.dtype
-        chosen, rejected = (terms.token_share(rows.lengths, pairs, dtype) for rows in self.sides)
-        by_chosen, by_rejected = slopes * chosen, -slopes * rejected
-        if terms.nll_weight != 0.0:
-            by_chosen = by_chosen + terms.nll_slopes(self.sides[0].lengths, pairs)
-        return [(-self.head.gain * by).to(dtype) for by in (by_chosen, by_rejected)]
-
-    def _slopes(self, pairs: slice) -> Tensor:
-        chosen, rejected = self.logps
-        return self.terms.slopes(chosen, rejected, pairs)
-
-    def _tile(self, parts: list[tuple[int, slice]]) -> Tile:
-        """A tile whose rows are those of the parts (side, slice of its rows) in turn."""
-        states, targets, wanted, n = [], [], [], 0
-        for side, part in parts:
-            rows, start = self.sides[side], n
-            states.append(rows.take(self.hidden[side], part, self.head.weight.dtype))
-            targets.append(rows.targets[part])
-            n += part.stop - part.start
-            if self.grad_hidden[side] is not None:
-                wanted += [start, n]
-        return Tile(
-            self.head,
-            torch.cat(states),
-            torch.cat(targets),
-            slice(wanted[0], wanted[-1]) if wanted else None,
-        )
-
-    def _note(self, tile: Tile, parts: list[tuple[int, slice]]) -> None:
-        sizes = [part.stop - part.start for _, part in parts]
-        for (side, part), logps in zip(parts, torch.split(tile.logps, sizes), strict=True):
-            rows = self.sides[side]
-            self.token_logps[side].view(-1)[rows.index[part]] = rows.mask(logps, part)
-
-    def _of_rows(self, of_pair: Tensor, side: int, part: slice, first: int) -> Tensor:
-        """What pairs from the first on have each, for rows; 0 for those that do not count."""
-        rows = self.sides[side]
-        return rows.mask(of_pair[rows.sequence[part] - first], part)
-
-    def _sum(self, pairs: slice) -> None:
-        for side, rows in enumerate(self.sides):
-            share = self.terms.token_share(rows.lengths, pairs, self.head.dtype)
-            self.logps[side][pairs] = self.token_logps[side][pairs].sum(dim=1) * share
-
-    def _write_hidden(self, tile: Tile, factor: Tensor, parts: list[tuple[int, slice]]) -> None:
-        """The hidden gradients of a tile, whose rows are those of the parts in turn."""
-        start, found = 0, None
-        for side, part in parts:
-            total = self.grad_hidden[side]
-            if total is not None:
-                found = tile.hidden_grad(factor) if found is None else found
-                here = slice(start, start + part.stop - part.start)
-                total[self.sides[side].index[part]] = found[here].to(total.dtype)
-                start = here.stop
-
-    def _scale_hidden(self, side: int, first: int, last: int, factor: Tensor) -> None:
-        grad, rows = self.grad_hidden[side], self.sides[side]
-        if grad is None:
-            return
-        for part in rows.slices(first, last, self.head.rows):
-            index, of_row = rows.index[part], self._of_rows(factor, side, part, first)
-            grad[index] = (grad[index] * of_row[:, None]).to(grad.dtype)
-
-
-def _held(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a gradient waits for the upstream one.
-
-    With float16 that is a loss scale, which is there to keep small gradients from vanishing.
-    """
-    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
-
-
-def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """A gradient made in the forward, times the upstream gradient: 0-d, or one per pair."""
-    factor = upstream.reshape(-1, *(1,) * (gradient.ndim - 1)) if upstream.ndim else upstream
-    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    if torch.compiler.is_compiling() or keep_graph is None or keep_graph():
-        return (gradient * factor).to(gradient.dtype)
-    # A graph that is about to be freed needs its gradient no more: no second V x D. The 1 of
-    # loss.backward() spares the pass too, where a look at it waits for nothing.
-    if upstream.ndim == 0 and upstream.device.type == "cpu" and upstream == 1.0:
-        return gradient
-    return gradient.mul_(factor)
-
-
-def _check_constants(
-    chosen_hidden: Tensor, rejected_hidden: Tensor, constants: dict[str, Any], nll_weight: float
-) -> None:
-    """Check what is constant here, before any work, as `pair_loss` would after it."""
-    if len(chosen_hidden) != len(rejected_hidden):
+def _check_sides(chosen: Side, rejected: Side) -> None:
+    """Refuse sides that do not form pairs."""
+    if (chosen.cu_seqlens is None) != (rejected.cu_seqlens is None):
+        given = "chosen_" if rejected.cu_seqlens is None else "rejected_"
         raise ValueError(
-            f"chosen_hidden and rejected_hidden must hold the same number of pairs, "
-            f"got {len(chosen_hidden)} and {len(rejected_hidden)}"
+            f"chosen_cu_seqlens and rejected_cu_seqlens must both be given or neither, "
+            f"got {given}cu_seqlens alone"
         )
-    if not 0.0 <= nll_weight < math.inf:
-        raise ValueError(f"nll_weight must be finite and not negative, got {nll_weight}")
+    if chosen.sequences != rejected.sequences:
+        names = "hidden" if chosen.cu_seqlens is None else "cu_seqlens"
+        raise ValueError(
+            f"chosen_{names} and rejected_{names} must hold the same number of pairs, "
+            f"got {chosen.sequences} and {rejected.sequences}"
+        )
+
+
+def _check_constants(like: Tensor, constants: dict[str, Any]) -> None:
+    """Check what is constant here, before any work, as `pair_loss` would after it."""
     for name, value in constants.items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
-                f"{name} must not require a gradient, for one pass makes none of it: "
-                "detach it, or use linear_logps and pair_loss"
+                f"{name} must not require a gradient: one pass computes none for it. Detach it, or "
+                "use linear_logps and pair_loss"
             )
-    logps = _no_logps(chosen_hidden)
-    log_ratio_margin(
-        logps,
-        logps,
-        constants["reference_chosen_logps"],
-        constants["reference_rejected_logps"],
-    )
-    per_pair("beta", constants["beta"], logps)
+    references = (constants["reference_chosen_logps"], constants["reference_rejected_logps"])
+    log_ratio_margin(like, like, *references)
+    per_pair("beta", constants["beta"], like)
     if constants["weights"] is not None:
-        per_pair("weights", constants["weights"], logps, positive=False)
-
-
-def _no_logps(hidden: Tensor) -> Tensor:
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_zeros(len(hidden), dtype=dtype)
-
-
-def _of_pairs(value: Any, pairs: slice) -> Any:
-    """Some pairs' share of what is one number for all, 0-d, or one per pair."""
-    return value[pairs] if isinstance(value, Tensor) and value.ndim else value
+        per_pair("weights", constants["weights"], like, positive=False)

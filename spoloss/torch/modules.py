@@ -1,4 +1,4 @@
-"""The losses as modules that return the triple which most preference trainers unpack."""
+"""The losses as modules, which return the triple that most preference trainers unpack."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from spoloss._arrays import check_positive, check_reduction, is_number
 from spoloss.losses import DPO, SPO, MarginLoss, Squared
-from spoloss.pairs import beta_for_gap, implicit_rewards, pair_loss
+from spoloss.pairs import implicit_rewards, reduced_loss
 
 
 class PreferenceOutput(NamedTuple):
-    """The loss, [B] or 0-d after a reduction, and the detached implicit rewards, [B] each."""
+    """The losses, shape [B] or 0-d when reduced, and the implicit rewards, [B] each, detached."""
 
     losses: Tensor
     chosen_rewards: Tensor
@@ -20,7 +20,7 @@ class PreferenceOutput(NamedTuple):
 
 
 class _PairModule(nn.Module):
-    """A loss with its beta and reduction; subclasses choose the loss and what forward takes."""
+    """A loss with its beta and reduction. Subclasses choose the loss and what forward takes."""
 
     def __init__(self, loss: MarginLoss, beta: float, reduction: str) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class _PairModule(nn.Module):
             raise TypeError(f"beta must be a number, got {type(beta).__name__}")
         check_positive("beta", beta)
         self.loss = loss
-        self.beta = beta
+        self.beta = float(beta)
         self.reduction = reduction
 
     def extra_repr(self) -> str:
@@ -39,12 +39,13 @@ class _PairModule(nn.Module):
         self,
         logps: tuple[Tensor, Tensor, Tensor | float, Tensor | float],
         reward_gap: Tensor | float | None,
-        weights: Tensor | None,
+        weights: Tensor | float | None,
     ) -> PreferenceOutput:
-        losses = pair_loss(
+        losses = reduced_loss(
             self.loss,
             *logps,
-            beta=beta_for_gap(self.beta, reward_gap, logps[0]),
+            beta=self.beta,
+            reward_gap=reward_gap,
             weights=weights,
             reduction=self.reduction,
         )
@@ -52,16 +53,27 @@ class _PairModule(nn.Module):
 
 
 class SPOLoss(_PairModule):
-    """`spoloss.spo_loss` as a module, unreduced by default.
+    """Stable Preference Optimization (SPO) as a module, paper eq. 6.
+
+        l = -x * e^(-x),   x = beta * h
+
+    h is the margin of a pair (paper eq. 4), in nats. The loss is smallest, -1/e, at h = 1 / beta.
+
+    Calling it returns PreferenceOutput(losses, chosen_rewards, rejected_rewards), the triple that
+    most preference trainers unpack.
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
 
     Args:
-      beta: inverse of the target margin, 1 / nats, > 0.
-      linear_below: x0 < 1, where the loss goes on along its tangent; None is equation 6.
-      reduction: "none", "mean" or "sum".
+      beta: Inverse of the target margin, in 1 / nats: a number > 0.
+      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0, where
+        dl/dx = -(1 - x0) * e^(-x0). None is equation 6 as published.
+      reduction: "none" (the default), "mean", which divides by B, or "sum".
 
     Raises:
-      TypeError: an argument is not a number.
-      ValueError: a number is out of range, or the reduction does not exist.
+      TypeError: `beta` or `linear_below` is not a number.
+      ValueError: A number is out of range, or `reduction` is unknown.
     """
 
     def __init__(
@@ -77,9 +89,44 @@ class SPOLoss(_PairModule):
         reference_rejected_logps: Tensor | float,
         *,
         reward_gap: Tensor | float | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | float | None = None,
     ) -> PreferenceOutput:
-        """Arguments, shapes and errors are those of `spoloss.spo_loss`."""
+        """The losses of a batch of pairs, and their implicit rewards.
+
+            l = -x * e^(-x),   x = beta * h / reward_gap
+
+        h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+        (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the
+        policy and pi_ref the reference.
+
+        Args:
+          policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+            summed over its tokens, in nats. Shape [B], real floating point.
+          policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+          reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or
+            the number 0.0 to train without a reference.
+          reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape
+            [B], or 0.0.
+          reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
+            reward_gap / beta. A number, or a tensor that is 0-d or of shape [B]. None means 1, the
+            paper's choice where the gap is unknown. The curvature at the target grows like 1 /
+            reward_gap^2: with small gaps, pass `weights=reward_gap**2`, and `linear_below` to the
+            module.
+          weights: Factor of each pair: a number, or a tensor that is 0-d or of shape [B]; it may be
+            negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
+            log-probabilities or reward gap hold (nan, inf, a gap of 0). The gradient by a
+            weight is the loss of its pair, at weight 0 too (0 where that loss is not finite). None
+            means 1.
+
+        Returns:
+          PreferenceOutput(losses, chosen_rewards, rejected_rewards): the losses, of shape [B] or
+          0-d by the module's reduction, and beta * log(pi / pi_ref) of both sides, shape [B] each,
+          detached. float64 if any of the four log-probabilities is, else float32.
+
+        Raises:
+          TypeError: A tensor is not real floating point, or an argument is not a tensor.
+          ValueError: The shapes differ, or a number is out of range (tensors are not inspected).
+        """
         logps = (
             policy_chosen_logps,
             policy_rejected_logps,
@@ -90,16 +137,24 @@ class SPOLoss(_PairModule):
 
 
 class DPOLoss(_PairModule):
-    """`spoloss.dpo_loss` as a module, unreduced by default.
+    """Direct Preference Optimization (DPO) as a module, arXiv:2305.18290, eq. 7.
+
+        l = -(1 - e) * log s(x) - e * log s(-x),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
+
+    h is the margin of a pair, in nats.
+
+    Calling it returns PreferenceOutput(losses, chosen_rewards, rejected_rewards), the triple that
+    most preference trainers unpack.
 
     Args:
-      beta: strength of the pull to the reference, 1 / nats, > 0.
-      label_smoothing: the share of labels taken to be flipped, in [0, 0.5).
-      reduction: "none", "mean" or "sum".
+      beta: Strength of the pull to the reference, in 1 / nats: a number > 0.
+      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped
+        (conservative DPO).
+      reduction: "none" (the default), "mean", which divides by B, or "sum".
 
     Raises:
-      TypeError: an argument is not a number.
-      ValueError: a number is out of range, or the reduction does not exist.
+      TypeError: `beta` or `label_smoothing` is not a number.
+      ValueError: A number is out of range, or `reduction` is unknown.
     """
 
     def __init__(
@@ -114,9 +169,38 @@ class DPOLoss(_PairModule):
         reference_chosen_logps: Tensor | float,
         reference_rejected_logps: Tensor | float,
         *,
-        weights: Tensor | None = None,
+        weights: Tensor | float | None = None,
     ) -> PreferenceOutput:
-        """Arguments, shapes and errors are those of `spoloss.dpo_loss`."""
+        """The losses of a batch of pairs, and their implicit rewards.
+
+            l = -(1 - e) * log s(x) - e * log s(-x),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
+
+        h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+        (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the
+        policy and pi_ref the reference.
+
+        Args:
+          policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+            summed over its tokens, in nats. Shape [B], real floating point.
+          policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+          reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or
+            the number 0.0 to train without a reference.
+          reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape
+            [B], or 0.0.
+          weights: Factor of each pair: a number, or a tensor that is 0-d or of shape [B]; it may be
+            negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
+            log-probabilities hold (nan, inf). The gradient by a weight is the loss of its pair, at
+            weight 0 too (0 where that loss is not finite). None means 1.
+
+        Returns:
+          PreferenceOutput(losses, chosen_rewards, rejected_rewards): the losses, of shape [B] or
+          0-d by the module's reduction, and beta * log(pi / pi_ref) of both sides, shape [B] each,
+          detached. float64 if any of the four log-probabilities is, else float32.
+
+        Raises:
+          TypeError: A tensor is not real floating point, or an argument is not a tensor.
+          ValueError: The shapes differ, or a number is out of range (tensors are not inspected).
+        """
         logps = (
             policy_chosen_logps,
             policy_rejected_logps,
@@ -127,15 +211,26 @@ class DPOLoss(_PairModule):
 
 
 class SquaredLoss(_PairModule):
-    """`spoloss.squared_loss` as a module, unreduced by default.
+    """The squared error of the margin to its target as a module, paper section 2.2.
+
+        l = (h - 1 / beta)^2, in nats^2
+
+    h is the margin of a pair (paper eq. 4), in nats. With twice the beta it is Identity Preference
+    Optimization (IPO).
+
+    Calling it returns PreferenceOutput(losses, chosen_rewards, rejected_rewards), the triple that
+    most preference trainers unpack.
+
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
+    August 2025 ("the paper").
 
     Args:
-      beta: inverse of the target margin, 1 / nats, > 0.
-      reduction: "none", "mean" or "sum".
+      beta: Inverse of the target margin, in 1 / nats: a number > 0.
+      reduction: "none" (the default), "mean", which divides by B, or "sum".
 
     Raises:
-      TypeError: beta is not a number.
-      ValueError: beta is out of range, or the reduction does not exist.
+      TypeError: `beta` is not a number.
+      ValueError: A number is out of range, or `reduction` is unknown.
     """
 
     def __init__(self, beta: float = 0.1, *, reduction: str = "none") -> None:
@@ -149,9 +244,42 @@ class SquaredLoss(_PairModule):
         reference_rejected_logps: Tensor | float,
         *,
         reward_gap: Tensor | float | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | float | None = None,
     ) -> PreferenceOutput:
-        """Arguments, shapes and errors are those of `spoloss.squared_loss`."""
+        """The losses of a batch of pairs, and their implicit rewards.
+
+            l = (h - reward_gap / beta)^2
+
+        h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
+        (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the
+        policy and pi_ref the reference.
+
+        Args:
+          policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
+            summed over its tokens, in nats. Shape [B], real floating point.
+          policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
+          reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or
+            the number 0.0 to train without a reference.
+          reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape
+            [B], or 0.0.
+          reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
+            reward_gap / beta. A number, or a tensor that is 0-d or of shape [B]. None means 1, the
+            paper's choice where the gap is unknown.
+          weights: Factor of each pair: a number, or a tensor that is 0-d or of shape [B]; it may be
+            negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
+            log-probabilities or reward gap hold (nan, inf, a gap of 0). The gradient by a
+            weight is the loss of its pair, at weight 0 too (0 where that loss is not finite). None
+            means 1.
+
+        Returns:
+          PreferenceOutput(losses, chosen_rewards, rejected_rewards): the losses, of shape [B] or
+          0-d by the module's reduction, and beta * log(pi / pi_ref) of both sides, shape [B] each,
+          detached. float64 if any of the four log-probabilities is, else float32.
+
+        Raises:
+          TypeError: A tensor is not real floating point, or an argument is not a tensor.
+          ValueError: The shapes differ, or a number is out of range (tensors are not inspected).
+        """
         logps = (
             policy_chosen_logps,
             policy_rejected_logps,

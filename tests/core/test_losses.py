@@ -56,7 +56,9 @@ def test_range_anywhere(name: str, dtype: type) -> None:
     loss, oracle = LOSSES[name]
 
     @given(
-        margins(dtype), st.sampled_from(checks.BETAS), st.sampled_from(["numpy", "torch", "jax"])
+        margins(dtype),
+        st.sampled_from(checks.BETAS),
+        st.sampled_from(["numpy", "torch", "jax", "mlx"]),
     )
     def run(values: np.ndarray, beta: float, backend: str) -> None:
         checks.check_range(loss, oracle, BACKENDS[backend], values, beta)
@@ -69,12 +71,13 @@ def test_derivatives(name: str) -> None:
     loss, oracle = LOSSES[name]
     checks.check_torch_autograd(loss, oracle)
     checks.check_jax_grad(loss, oracle)
+    checks.check_mlx_grad(loss, oracle)
     checks.check_finite_differences(loss)
     checks.check_gradcheck(loss)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax", "mlx"])
 def test_no_nan_at_infinity(name: str, library: str) -> None:
     checks.check_no_nan_at_infinity(LOSSES[name][0], BACKENDS[library])
 
@@ -90,7 +93,9 @@ def test_limits(backend: Backend) -> None:
         (Squared(), [np.inf, np.inf], [-np.inf, np.inf]),
     ):
         np.testing.assert_array_equal(np.asarray(loss.value(at_inf, 0.5)), value)
-        np.testing.assert_allclose(np.asarray(loss.slope(at_inf, 0.5)), slopes, rtol=1e-15)
+        np.testing.assert_allclose(
+            np.asarray(loss.slope(at_inf, 0.5)), slopes, rtol=backend.rtol(1e-15)
+        )
 
 
 @pytest.mark.parametrize("x0", [-3.0, -1.0, 0.0, 0.5])
@@ -192,6 +197,8 @@ def _with_oracle(check: object, oracle: Oracle = spo) -> object:
         (_with_oracle(checks.check_torch_autograd), wrong.WrongPolynomial()),
         (_with_oracle(checks.check_jax_grad), wrong.StrayDetach()),
         (_with_oracle(checks.check_jax_grad), wrong.LostBeta()),
+        (_with_oracle(checks.check_mlx_grad), wrong.StrayDetach()),
+        (_with_oracle(checks.check_mlx_grad), wrong.LostBeta()),
         (checks.check_finite_differences, wrong.LostBeta()),
         (checks.check_finite_differences, wrong.WrongPolynomial()),
         (checks.check_gradcheck, wrong.StrayDetach()),
@@ -200,7 +207,7 @@ def _with_oracle(check: object, oracle: Oracle = spo) -> object:
         (checks.check_spo_anchors, wrong.LostBeta()),
         *(
             (functools.partial(checks.check_no_nan_at_infinity, backend=b), wrong.Naive())
-            for b in (BACKENDS["numpy"], BACKENDS["torch"], BACKENDS["jax"])
+            for b in (BACKENDS["numpy"], BACKENDS["torch"], BACKENDS["jax"], BACKENDS["mlx"])
         ),
     ],
 )

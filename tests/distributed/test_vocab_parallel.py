@@ -15,8 +15,8 @@ from helpers import processes
 from helpers.fused import ALL, INPUTS, Case
 from spoloss import SPO
 from spoloss.torch import (
-    _device,
-    _tiles,
+    _devices,
+    _head,
     _vocab_parallel,
     linear_logps,
     linear_pair_loss,
@@ -98,8 +98,8 @@ def three(rank: int) -> dict[str, Any]:
 
 
 def two(rank: int) -> dict[str, Any]:
-    _tiles._LEAST_COLUMNS = _tiles._ALIGNED = 4  # each shard in blocks
-    _device.CPU = _device.CPU._replace(block_bytes=1)
+    _head.LEAST_COLUMNS = _head.ALIGNED = 4  # each shard in blocks
+    _devices.CPU = _devices.CPU._replace(block_bytes=1)
     right = {str(sizes): all_ways(rank, sizes) for sizes in SIZES[2]}
     return {**right, "uses": other_uses(rank), "wrong": wrong_ways(rank, SIZES[2][0])}
 
@@ -131,9 +131,9 @@ def wrong_ways(rank: int, sizes: tuple[int, ...]) -> dict[str, Any]:
     found = {}
 
     class HiddenUnsummed(right):
-        def sum_(self, *partial: Tensor | None) -> None:
-            if partial[0] is None or partial[0].ndim == 1:
-                super().sum_(*partial)
+        def sum_(self, partial: Tensor) -> None:
+            if partial.ndim == 1:
+                super().sum_(partial)
 
     class FromZero(right):
         def __init__(self, group: Any, start: int, *sizes: int) -> None:

@@ -456,7 +456,9 @@ def gradients(policy: nn.Module) -> dict[str, Tensor]:
 
 
 @functools.cache
-def exact_steps(tied: bool, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+def exact_steps(
+    tied: bool, dtype: torch.dtype, rate: float = LEARNING_RATE
+) -> list[dict[str, Tensor]]:
     """One process's gradients, of two steps of gradient descent."""
     policy, reference = toy.models(tied=tied, dtype=dtype)
     steps = []
@@ -464,7 +466,7 @@ def exact_steps(tied: bool, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         steps.append(exact_step(policy, reference, PAIRS, BETA)[1])
         with torch.no_grad():
             for name, parameter in policy.named_parameters():
-                parameter -= LEARNING_RATE * steps[-1][name].to(dtype)
+                parameter -= rate * steps[-1][name].to(dtype)
     return steps
 
 

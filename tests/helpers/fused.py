@@ -14,8 +14,8 @@ from torch import Tensor
 from helpers.memory import LargestTensor
 from spoloss import DPO, SPO, Squared, pair_loss
 from spoloss.torch import (
-    _device,
-    _tiles,
+    _devices,
+    _head,
     linear_logps,
     linear_pair_loss,
     linear_spo_loss,
@@ -141,9 +141,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 def cut_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     """Blocks of so many words, however little memory they take."""
-    monkeypatch.setattr(_tiles, "_LEAST_COLUMNS", columns)
-    monkeypatch.setattr(_tiles, "_ALIGNED", columns)
-    monkeypatch.setattr(_device, "CPU", _device.CPU._replace(block_bytes=1))
+    monkeypatch.setattr(_head, "LEAST_COLUMNS", columns)
+    monkeypatch.setattr(_head, "ALIGNED", columns)
+    monkeypatch.setattr(_devices, "CPU", _devices.CPU._replace(block_bytes=1))
 
 
 def check_linear_logps(

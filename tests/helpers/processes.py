@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 SECONDS = 300.0
 
+CPUS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+"""The environment in which Accelerate and DeepSpeed see no GPU; they look at their import."""
+
 
 def run(work: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:
     """work(rank, *arguments) in `world` processes of one group: what each rank returned."""

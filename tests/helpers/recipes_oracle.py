@@ -11,9 +11,10 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,11 +22,11 @@ from torch.nn import functional as F
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 
 
-def load(name: str) -> ModuleType:
+def load(name: str, folder: Path = RECIPES) -> ModuleType:
     """A file of docs/recipes as a module; `toy` among them, under the name that recipes import."""
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -50,6 +51,20 @@ class Recorder(torch.optim.SGD):
         loss = None if closure is None else closure()
         self.steps.append({name: p.grad.clone() for name, p in self.trained.items()})
         return loss
+
+
+class MeanOfEmbeddings(nn.Module):
+    """The model of toy_jax.py and toy_mlx.py for the oracle."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        super().__init__()
+        for name, array in params.items():
+            setattr(self, name, nn.Parameter(torch.tensor(np.asarray(array))))
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        count = torch.arange(1, input_ids.shape[1] + 1)[:, None]
+        states = self.embed[input_ids].cumsum(dim=1) / count
+        return SimpleNamespace(logits=torch.tanh(states) @ self.head)
 
 
 def exact_step(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 
 from spoloss import SPO
-from spoloss._arrays import namespace, quiet
+from spoloss._arrays import detach, namespace, quiet
 
 _RIGHT = SPO()
 
@@ -52,9 +51,7 @@ class StrayDetach:
 
     def value(self, margin: Any, beta: Any) -> Any:
         x = margin * beta
-        if isinstance(margin, torch.Tensor):
-            return -x * torch.exp(-x).detach()
-        return -x * jax.lax.stop_gradient(jax.numpy.exp(-x))
+        return -x * detach(namespace(margin).exp(-x))
 
     def slope(self, margin: Any, beta: Any) -> Any:
         return _RIGHT.slope(margin, beta)

@@ -36,7 +36,16 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from helpers import processes, trainers_worker
-from helpers.recipes_oracle import RECIPES, Grads, Recorder, exact_step, load, relative_error, toy
+from helpers.recipes_oracle import (
+    RECIPES,
+    Grads,
+    MeanOfEmbeddings,
+    Recorder,
+    exact_step,
+    load,
+    relative_error,
+    toy,
+)
 from helpers.trainers_worker import trainer_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -482,20 +491,6 @@ def test_peft_refuses_an_adapter_on_the_head_which_its_weight_hides() -> None:
 # ------------------------------------------------------------------------------- JAX and NumPy
 
 
-class MeanOfEmbeddings(nn.Module):
-    """The model of toy_jax.py for the oracle."""
-
-    def __init__(self, params: dict[str, Any]) -> None:
-        super().__init__()
-        for name, array in params.items():
-            setattr(self, name, nn.Parameter(torch.tensor(np.asarray(array))))
-
-    def forward(self, input_ids: Tensor) -> SimpleNamespace:
-        count = torch.arange(1, input_ids.shape[1] + 1)[:, None]
-        states = self.embed[input_ids].cumsum(dim=1) / count
-        return SimpleNamespace(logits=torch.tanh(states) @ self.head)
-
-
 def optax_grads() -> tuple[float, dict[str, Any]]:
     recipe, toy_jax = load("jax_flax"), load("toy_jax")
     (params, reference), optimizer = toy_jax.params(jnp.float64), optax.sgd(1.0)
@@ -680,7 +675,7 @@ def test_recipe_runs_as_a_script(name, recwarn, capsys, tmp_path, monkeypatch) -
 def test_the_page_lists_every_recipe() -> None:
     page = (RECIPES.parents[1] / "README.md").read_text()
     linked = re.findall(r"\]\(docs/recipes/(\w+\.py)\)", page)
-    files = {path.name for path in RECIPES.glob("*.py")} - {"toy.py", "toy_jax.py"}
+    files = {path.name for path in RECIPES.glob("*.py") if not path.name.startswith("toy")}
     assert set(linked) == files
 
 

@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, is_tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from helpers import fused as case_module
@@ -32,8 +30,18 @@ from helpers.fused import (
     largest,
 )
 from spoloss import SPO
-from spoloss.torch import _device, _rows, _tiles, fused, linear_logps, linear_spo_loss, logps
-from spoloss.torch._head import HeadOptions
+from spoloss.torch import (
+    _devices,
+    _exponentials,
+    _fused,
+    _gradients,
+    _head,
+    _labels,
+    _products,
+    _recompute,
+    _tokens,
+    linear_logps,
+)
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,10 @@ def addmm_dtype_out(
 @pytest.fixture(params=PLACES, ids=str)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Blocks of 16 of 40 words, and the eight that are left over."""
-    cuda = _device.CUDA._replace(block_bytes=1, compiles=request.param.compiles)
+    cuda = _devices.CUDA._replace(block_bytes=1, compiles=request.param.compiles)
     monkeypatch.setattr(case_module, "V", 40)
     cut_blocks(monkeypatch, 16)
-    monkeypatch.setattr(_tiles, "device_of", lambda _: cuda)
+    monkeypatch.setattr(_head, "device_of", lambda _: cuda)
     if request.param.device == "cuda":
         yield request.param
         return
@@ -104,7 +112,7 @@ def test_half_precision_where_a_total_is_as_wide_as_its_factors(
     place: Place, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch 2.8 and 2.9."""
-    monkeypatch.setattr(_device, "_WIDE_TOTALS", False)
+    monkeypatch.setattr(_products, "WIDE_TOTALS", False)
     monkeypatch.setattr(torch, "addmm", None)
     check_half_precision(dtype, 3, place.device)
 
@@ -133,43 +141,16 @@ def test_the_check_catches_a_wrong_total(
     def accumulate(total: Tensor, *factors: Any, empty: bool = False) -> None:
         if empty:
             total.fill_(1.0)
-        _device.accumulate(total, *factors, empty=wrong.startswith("forgets"))
+        _products.accumulate(total, *factors, empty=wrong.startswith("forgets"))
 
-    monkeypatch.setattr(_tiles, "accumulate", accumulate)
+    monkeypatch.setattr(_gradients, "accumulate", accumulate)
     with pytest.raises(AssertionError):
         check_half_precision(torch.bfloat16, 3, place.device)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
-@pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_compiles_into_one_graph(place: Place, dtype: torch.dtype) -> None:
-    """Inductor knows no addmm that is summed in another dtype: none may be in the graph."""
-    graphs = []
-
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph.code)
-        return make_boxed_func(graph.forward)
-
-    def loss(case: Case) -> Tensor:
-        chosen, rejected, weight, _ = case.tensors.values()
-        return linear_spo_loss(chosen, rejected, weight, *case.labels, *case.reference).loss
-
-    torch.compiler.reset()
-    case = Case(dtype=dtype, device=place.device)
-    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
-    got, want = compiled(case), loss(case)
-    close = {"rtol": 0.02, "atol": 0.02}
-    torch.testing.assert_close(got, want, **close)
-    for mine, theirs in zip(case.grads(got), case.grads(want), strict=True):
-        torch.testing.assert_close(mine, theirs, **close)
-    assert "aten.mm.dtype(" in graphs[0]
-    assert "addmm" not in "".join(graphs)
-
-
 def test_a_tile_is_not_made_twice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where exponentials do not replace their logits, the logits need one block's room alone."""
-    monkeypatch.setattr(_tiles, "_compiled", lambda: _tiles.exponentials)
+    monkeypatch.setattr(_exponentials, "_compiled", lambda: _exponentials.exponentials)
     block, tile, head = (4 * size for size in (16 * 16, 16 * 64, 64 * 8))
     found = largest(2, 8, frozen=False, chunk_size=16)
     assert found == (head if place.compiles else tile)
@@ -190,16 +171,19 @@ def test_nothing_waits_for_the_device_but_the_choice_of_rows(
     labels = dict(zip(("chosen_labels", "rejected_labels"), known.labels, strict=True))
     labels["labels"] = known.labels[0]
 
-    def select(names: Any, **options: Any) -> list[_rows.Rows]:
-        chosen = _rows.select_rows({name: labels[name] for name in names}, **options)
-        return [
-            replace(rows, **{k: v.to("meta") for k, v in vars(rows).items() if is_tensor(v)})
-            for rows in chosen
+    def table(sides: list[_tokens.Sequences], **options: Any) -> _tokens.TokenTable:
+        read = [
+            _tokens.Sequences(
+                side.name, _labels.targets_of(labels[side.name], -100, shift=True), -100
+            )
+            for side in sides
         ]
+        found = _tokens.make_table(read, **options)
+        columns = {name: column.to("meta") for name, column in vars(found.tokens).items()}
+        return replace(found, tokens=_tokens.Tokens(**columns), left_out=sides[0].left_out)
 
-    for module in (fused, logps):
-        monkeypatch.setattr(module, "select_rows", select)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # unknown there
+    for module in (_fused, _recompute):
+        monkeypatch.setattr(module, "make_table", table)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     chosen, _, weight, bias = case.tensors.values()
     for value in (
@@ -229,21 +213,20 @@ def test_cards_that_cannot_sum_half_precision_in_float32(
     card = SimpleNamespace(major=major)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(_device, "_WIDE_TOTALS", wide_totals)
-    found = _device.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
-    assert found == (_device.CUDA if wide else _device.BEFORE_AMPERE)
+    monkeypatch.setattr(_devices, "WIDE_TOTALS", wide_totals)
+    found = _devices.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
+    assert found == (_devices.CUDA if wide else _devices.BEFORE_AMPERE)
     assert found.wide_sums == wide
 
 
 @pytest.mark.parametrize("vocabulary", [1, 1024, 32_001, 50_257, 152_064])
 @pytest.mark.parametrize("rows", [1, 342, 4096])
-@pytest.mark.parametrize("device", [_device.CPU, _device.CUDA])
+@pytest.mark.parametrize("device", [_devices.CPU, _devices.CUDA])
 def test_blocks_are_aligned_and_keep_to_their_memory(
-    device: _device.Device, rows: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+    device: _devices.Device, rows: int, vocabulary: int
 ) -> None:
-    monkeypatch.setattr(_tiles, "device_of", lambda _: device)
-    options = HeadOptions(None, 1.0, 1.0, None, None, None, vocabulary)
-    head = _tiles.Head(torch.empty(vocabulary, 1), None, options)
+    options = _head.HeadOptions(None, 1.0, 1.0, None, None)
+    head = _head.Head(torch.empty(vocabulary, 1), None, options, device)
     blocks = list(head.blocks(rows))
     assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
     assert (blocks[0].start, blocks[-1].stop) == (0, vocabulary)
@@ -254,7 +237,8 @@ def test_blocks_are_aligned_and_keep_to_their_memory(
 
 
 @pytest.mark.parametrize(
-    ("block", "known"), [(_tiles._aligned_exponentials, True), (_tiles.exponentials, False)]
+    ("block", "known"),
+    [(_exponentials._aligned_exponentials, True), (_exponentials.exponentials, False)],
 )
 def test_the_compiler_knows_that_a_block_is_aligned(
     block: Callable[..., Any], *, known: bool

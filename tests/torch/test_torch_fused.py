@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ from helpers.fused import (
 from helpers.memory import LargestTensor
 from spoloss import DPO, SPO, spo_grad, spo_loss
 from spoloss.torch import (
-    _tiles,
+    _exponentials,
+    _one_pass,
     linear_dpo_loss,
     linear_logps,
     linear_pair_loss,
@@ -81,19 +83,19 @@ def test_fused_is_unfused_block_by_block(
 
 
 def forgets_to_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = _tiles.exponentials_
+    right = _exponentials.exponentials_
 
     def wrong(logits: Tensor, target: Tensor, shift: Tensor, others: Tensor) -> Any:
         exps, new, sums = right(logits, target, shift, torch.zeros_like(others))
         return exps, new, sums + others
 
-    monkeypatch.setattr(_tiles, "exponentials_", wrong)
+    monkeypatch.setattr(_exponentials, "exponentials_", wrong)
 
 
 def counts_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = _tiles.exponentials_
+    right = _exponentials.exponentials_
     monkeypatch.setattr(
-        _tiles,
+        _exponentials,
         "exponentials_",
         lambda logits, target, *sums: right(logits, torch.zeros_like(target), *sums),
     )
@@ -177,7 +179,7 @@ def test_linear_logps_block_by_block(chunk_size: int | None) -> None:
 def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
     """What CUDA runs as one fused pass, compiled for the CPU here, over two blocks of 300 words."""
     single = torch.promote_types(dtype, torch.float32)
-    compiled = torch.compile(_tiles.exponentials, dynamic=True)
+    compiled = torch.compile(_exponentials.exponentials, dynamic=True)
     generator = torch.Generator().manual_seed(3)
     # Logits and their log-sum-exp are near 16; what rounding them costs is relative to that.
     close = {"rtol": 20.0 * torch.finfo(single).eps, "atol": 0.0}
@@ -198,7 +200,7 @@ def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
             assert exps.dtype == dtype
             assert exps.max() <= (2**14 if dtype == torch.float16 else 1)
             found.append(exps * (mine[0] - lse).exp()[:, None])
-            exps, *eager = _tiles.exponentials_(block.clone(), column, *eager)
+            exps, *eager = _exponentials.exponentials_(block.clone(), column, *eager)
             normal = exps * (eager[0] - lse).exp()[:, None]
             torch.testing.assert_close(normal, want[:, begin:end], **close)
         ends = 2e-12 if dtype == torch.float16 else 0.0
@@ -281,13 +283,14 @@ def test_half_precision_keeps_block_by_block(dtype: torch.dtype, chunk_size: int
 def test_the_check_catches_a_stale_shift(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = _tiles.Tile.sweep
+    right = _one_pass.softmax_of
 
-    def stale(self: Any, *, keep: bool) -> Any:
-        blocks = right(self, keep=keep)
-        return [block._replace(shift=blocks[-1].shift) for block in blocks]
+    def stale(*arguments: Any, **options: Any) -> Any:
+        softmax = right(*arguments, **options)
+        last = softmax.blocks[-1].shift
+        return replace(softmax, blocks=tuple(b._replace(shift=last) for b in softmax.blocks))
 
-    monkeypatch.setattr(_tiles.Tile, "sweep", stale)
+    monkeypatch.setattr(_one_pass, "softmax_of", stale)
     with pytest.raises(AssertionError):
         check_half_precision(dtype, None)
 

@@ -1,0 +1,159 @@
+"""The comparisons that were decided before any run, each loss at its own best setting.
+
+What is best is chosen by the rewards of every second answer, and compared on the others: an arm
+that was lucky on the answers by which it was chosen has no luck left on those that count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.alignment.evaluation import win_rate
+from benchmarks.alignment.results import Estimate, Results
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that can be chosen.
+
+    Attributes:
+      title: how it is named.
+      rewards: of its answers, [P, n] for every seed.
+    """
+
+    title: str
+    rewards: tuple[np.ndarray, ...]
+
+    @property
+    def merit(self) -> float:
+        """The mean reward by which it is chosen; a broken policy's is the lowest."""
+        mean = float(np.mean([rewards[:, ::2].mean() for rewards in self.rewards]))
+        return -math.inf if math.isnan(mean) else mean
+
+    @property
+    def reward(self) -> Estimate:
+        """The mean reward of the answers by which it was not chosen."""
+        return Estimate(tuple(float(rewards[:, 1::2].mean()) for rewards in self.rewards))
+
+    def wins_over(self, other: Candidate) -> Estimate:
+        """Win rate on the answers by which neither was chosen, in [0, 1]."""
+        both = zip(self.rewards, other.rewards, strict=True)
+        return Estimate(tuple(win_rate(a[:, 1::2], b[:, 1::2]) for a, b in both))
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A comparison of two groups, each by its best.
+
+    Attributes:
+      question: what is compared.
+      ours: the best of the first group; None where no arm of it is finished.
+      theirs: the best of the second, None as well.
+    """
+
+    question: str
+    ours: Candidate | None
+    theirs: Candidate | None
+
+    def sentence(self, comparisons: int) -> str:
+        """What was found, with the verdict of an interval that holds for so many at once."""
+        if self.ours is None or self.theirs is None:
+            return f"{self.question}: not run yet."
+        wins = self.ours.wins_over(self.theirs)
+        text = (
+            f"{self.question}: {self.ours.title} (reward {self.ours.reward.text(3)}) wins "
+            f"{wins.text(1, 100.0)} % over {self.theirs.title} ({self.theirs.reward.text(3)})"
+        )
+        if math.isnan(wins.error):
+            return f"{text}; one seed, no verdict."
+        low, high = wins.interval(comparisons)
+        verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "not distinguishable"
+        return f"{text}; {100 * low:.1f} to {100 * high:.1f} with all {comparisons}: {verdict}."
+
+
+def decided_comparisons(results: Results) -> list[Decided]:
+    """Those of a part of the study; the quick run has none."""
+    return list(DECIDED[results.part.name](results)) if results.part.name in DECIDED else []
+
+
+def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Candidate | None:
+    """The best arm of some forms after its last step."""
+    return choose(
+        candidate
+        for arm in results.arms
+        if arm.form in forms and arm.labels == labels
+        for candidate in [Candidate(arm.title, rewards_of(results.of(arm)))]
+    )
+
+
+def choose(candidates: Iterable[Candidate]) -> Candidate | None:
+    """The one of the greatest merit; None where there is none."""
+    return max(candidates, key=lambda each: each.merit, default=None)
+
+
+def rewards_of(found: Sequence[dict[str, object]]) -> tuple[np.ndarray, ...]:
+    """The rewards of every seed."""
+    return tuple(np.array(each["rewards"], dtype=float) for each in found)
+
+
+def decided_of_sweep(results: Results) -> Iterator[Decided]:
+    """(a), beside SPO(beta) against DPO(beta) and DPO(4 beta), which every report has."""
+    dpo = best_of_forms(results, ["dpo"], "clean")
+    for name, forms in (
+        ("SPO", ["spo"]),
+        ("SPO with linear_below=0", ["spo-below0"]),
+        ("squared", ["squared"]),
+    ):
+        question = f"(a) {name} against DPO, each at its best beta"
+        yield Decided(question, best_of_forms(results, forms, "clean"), dpo)
+
+
+def decided_of_overtraining(results: Results) -> Iterator[Decided]:
+    """(b): SPO at its last step, against DPO at its last and at its best."""
+    spo = best_of_forms(results, ["spo"], "clean")
+    last = best_of_forms(results, ["dpo"], "clean")
+    yield Decided("(b) over-trained SPO against over-trained DPO, each at its best beta", spo, last)
+    stopped = choose(
+        Candidate(
+            f"{arm.title} after {results.of(arm)[0]['judgements'][i]['step']} steps",
+            rewards_of([found["judgements"][i] for found in results.of(arm)]),
+        )
+        for arm in results.arms
+        if arm.form == "dpo"
+        for i in range(min(len(found["judgements"]) for found in results.of(arm)))
+    )
+    yield Decided("(b) over-trained SPO against DPO stopped at its best step", spo, stopped)
+
+
+def decided_of_flips(results: Results) -> Iterator[Decided]:
+    """(c): with 20 and 40 % of the labels exchanged."""
+    for labels in results.labels:
+        dpo = best_of_forms(results, ["dpo"], labels)
+        for name, forms in (("SPO", ["spo", "spo-below0"]), ("squared", ["squared"])):
+            question = f"(c) {labels}: {name} against DPO, each at its best beta"
+            yield Decided(question, best_of_forms(results, forms, labels), dpo)
+
+
+def decided_of_gaps(results: Results) -> Iterator[Decided]:
+    """(d): losses that know the gap against those that do not."""
+    dpo, spo, squared = (
+        best_of_forms(results, [form], "clean") for form in ("dpo", "spo", "squared")
+    )
+    known_spo = best_of_forms(results, ["spo-gap", "spo-gap-weighted-below0"], "clean")
+    known_squared = best_of_forms(results, ["squared-gap"], "clean")
+    yield Decided("(d) SPO with known gaps against DPO", known_spo, dpo)
+    yield Decided("(d) SPO with known gaps against SPO without", known_spo, spo)
+    yield Decided("(d) squared with known gaps against DPO", known_squared, dpo)
+    yield Decided("(d) squared with known gaps against squared without", known_squared, squared)
+
+
+DECIDED = {
+    "sweep": decided_of_sweep,
+    "overtraining": decided_of_overtraining,
+    "flips": decided_of_flips,
+    "gaps": decided_of_gaps,
+}

@@ -1,0 +1,9 @@
+"""The two ways in which a run ends early; each message is one sentence."""
+
+
+class InputError(Exception):
+    """The command line, the pairs or the model cannot be used."""
+
+
+class DivergedError(Exception):
+    """The loss or its gradient is no longer finite."""

@@ -1,0 +1,79 @@
+"""SPO on Megatron-core's GPTModel under tensor parallelism, with the head in shards of its rows.
+
+In a checkout: torchrun --standalone --nproc_per_node 2 docs/recipes/megatron_core.py
+
+Each rank holds some rows of the output layer, or of the embeddings where they are tied. The fused
+loss takes these rows with `vocab_parallel_group`, and neither the logits nor the whole head exist
+anywhere. Tested with Megatron-core 0.16.1 and PyTorch 2.13, tensor parallel 2 on gloo, with and
+without sequence parallelism. In a loop that exists already: `hidden_states`, `head_weight` and the
+group. The traps: under sequence parallelism the hidden states are gathered with
+`tensor_parallel_output_grad=False`, for the loss gives every rank their whole gradient; with the
+default True, all gradients below the head come out as many times too large as there are ranks. And
+the first axis of Megatron's hidden states is the token, where the fused loss takes the sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from spoloss.torch import linear_logps, linear_spo_loss
+
+
+def hidden_states(model: GPTModel, ids: Tensor) -> Tensor:
+    """The last hidden states, [B, T, D], the same on all tensor-parallel ranks; causal."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    model.post_process = False  # the forward then ends before the output layer
+    try:
+        hidden = model(ids, positions, attention_mask=None)
+    finally:
+        model.post_process = True
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    return hidden.transpose(0, 1)
+
+
+def head_weight(model: GPTModel) -> Tensor:
+    """This rank's rows of the output layer, or of the embeddings where they are tied."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def spo_step(policy: GPTModel, reference: GPTModel, batch: Any, beta: float = 0.1) -> Tensor:
+    """The mean loss of a batch that the group's ranks share; rows all chosen, then all rejected.
+
+    Sequences are padded on the right, so that causal attention needs no mask.
+    """
+    options = {"vocab_parallel_group": parallel_state.get_tensor_model_parallel_group()}
+    ids, labels = batch.ids, batch.labels
+    with torch.no_grad():
+        ref_hidden = hidden_states(reference, ids)
+        ref_logps = linear_logps(ref_hidden, head_weight(reference), labels, **options)
+    hidden = hidden_states(policy, ids)
+    sides = *hidden.chunk(2), head_weight(policy), *labels.chunk(2), *ref_logps.chunk(2)
+    return linear_spo_loss(*sides, beta=beta, **options).loss
+
+
+if __name__ == "__main__":
+    import torch.distributed as dist
+    import toy
+    import toy_megatron
+
+    dist.init_process_group("gloo")  # "nccl" on GPUs
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+    policy, reference = toy_megatron.model(), toy_megatron.model()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    batch = toy.collate(toy.pairs(4))
+    for _ in range(3):
+        loss = spo_step(policy, reference, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"rank {dist.get_rank()}: {loss.item():.6f}")
+    dist.destroy_process_group()

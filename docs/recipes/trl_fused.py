@@ -1,0 +1,110 @@
+"""SPO in TRL's DPOTrainer by the fused head: no logits of the policy, in one pass over its head.
+
+Tested with TRL 1.16, Transformers 5.23, PEFT 0.21 and DeepSpeed 0.19.8. In a run that exists
+already: this class for `DPOTrainer`; `DPOConfig(beta=...)` and all else stay.
+
+Trainers wrap the model in their engine, so the loss must be computed inside the model's forward:
+there ZeRO-3 and FSDP2 hold the head's whole weight, and DDP sees that it is used. `add_head_call`
+gives the forward an argument to that end, as TRL's own fused head does. References go to the loss
+by a closure, not as an argument of the forward: engines cast those to bfloat16, in which a
+log-probability near -300 has a step of 2.
+
+The traps: a step is the mean of its micro-batches' means and of the ranks' means, as TRL has it.
+The loss takes the head's weight, so what a model adds to its logits must be passed on:
+`head_options` knows the soft-cap and scales, and refuses a bias. What TRL adds to its own losses is
+not added here: f-divergences, WPO's weights, LD-DPO, auxiliary losses, logs of entropy and logits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from trl import DPOTrainer
+
+from spoloss import preference_metrics
+from spoloss.torch import LinearPairLoss, linear_spo_loss
+
+NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+
+
+def add_head_call(model: Any) -> None:
+    """Lets `model(..., head_call=f)` return f(hidden states, head's weight), in its forward."""
+    forward = model.forward
+
+    @functools.wraps(forward)  # `generate` reads the signature
+    def forward_or_call(
+        *args: Any, head_call: Callable[[Tensor, Tensor], Any] | None = None, **kwargs: Any
+    ) -> Any:
+        if head_call is None:
+            return forward(*args, **kwargs)
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        return head_call(hidden, model.get_output_embeddings().weight)
+
+    model.forward = forward_or_call
+
+
+def head_options(model: Any) -> dict[str, Any]:
+    """What the model's configuration does to its logits, as arguments of the fused loss."""
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError("the head has a bias: pass it to linear_spo_loss as bias=")
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return {"logit_scale": scale / divisor, "softcap": softcap}
+
+
+class SPOTrainer(DPOTrainer):
+    """DPOTrainer with SPO as its loss, from the policy's hidden states."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        policy = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        add_head_call(policy)
+        self.head_options = head_options(policy)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        if "ref_chosen_logps" in inputs:
+            ref_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:  # by TRL's own head: the reference model, the policy's base or its first adapter
+            reference = model if self.ref_model is None else self.ref_model
+            ref_logps = self.compute_ref_log_probs(reference, inputs)
+
+        def pair_loss(hidden: Tensor, weight: Tensor) -> LinearPairLoss:
+            sides = *hidden.chunk(2), weight, *labels.chunk(2), *ref_logps
+            return linear_spo_loss(*sides, beta=self.beta, **self.head_options)
+
+        model_inputs = {key: inputs[key] for key in inputs.keys() - NOT_OF_THE_MODEL}
+        loss, *policy_logps = model(**model_inputs, use_cache=False, head_call=pair_loss)
+        mode = "train" if self.model.training else "eval"
+        metrics = preference_metrics(*policy_logps, *ref_logps, beta=self.beta)
+        for key, value in metrics.items():
+            self._metrics[mode][key].append(self.accelerator.gather(value).mean().item())
+        return (loss, model(**model_inputs, use_cache=False)) if return_outputs else loss
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    import toy
+    from datasets import Dataset
+    from trl import DPOConfig
+
+    policy, reference = toy.models()
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = SPOTrainer(
+            policy,
+            reference,
+            DPOConfig(
+                directory, beta=0.1, max_steps=3, logging_steps=1, save_strategy="no", bf16=False
+            ),
+            train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
+            processing_class=toy.tokenizer(),
+        )
+        trainer.train()

@@ -1,0 +1,122 @@
+"""The tables in README and docs, written from the committed results: python docs/tables.py.
+
+A page names its table in a comment, and cog replaces what stands below it:
+
+    <!-- [[[cog tables.fused("fused_cpu.csv", frozen=False) ]]] -->
+    ...
+    <!-- [[[end]]] -->
+
+With --check nothing is written, and the exit status tells whether a page is out of date.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from cogapp import Cog
+
+from spoloss import dpo_prob_grad, spo_prob_grad
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+WAYS = {
+    "full_logits": "full logits, `F.cross_entropy`",
+    "trl": "TRL, chunked log-probabilities",
+    "liger": "Liger fused DPO, eager (a)",
+    "liger_compiled": "Liger fused DPO, compiled (a)",
+    "torch_linear_ce": "`F.linear_cross_entropy`",
+    "spoloss": "**`linear_dpo_loss`**",
+    "spoloss_spo": "**`linear_spo_loss`**",
+}
+
+
+def pages() -> list[Path]:
+    """Every page that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def measured(name: str) -> list[dict[str, str]]:
+    """The rows of a committed CSV file, without its first line about the machine."""
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def machine(name: str) -> None:
+    """The processor and versions that a CSV file was measured with."""
+    with (RESULTS / name).open() as file:
+        print(f"Measured on: {file.readline().removeprefix('#').strip()}.")
+
+
+def fused(name: str, *, frozen: bool, width: int = 512, vocab: int = 32_000) -> None:
+    """Time over the bare matrix products / growth of peak memory, by way and shape of the batch."""
+    rows = [
+        row
+        for row in measured(name)
+        if row["frozen"] == str(frozen)
+        and (row["width"], row["vocab"]) == (str(width), str(vocab))
+        and float(row["ignored"]) == 0.0
+    ]
+    shapes = sorted({(int(row["pairs"]), int(row["tokens"])) for row in rows}, reverse=True)
+    cells = {(row["way"], int(row["pairs"])): row for row in rows}
+
+    def cell(way: str, pairs: int) -> str:
+        row = cells[way, pairs]
+        return f"{float(row['of_floor']):.2f} / {float(row['memory_mib']):.0f}"
+
+    header = ["head frozen" if frozen else "head trained", *(f"{p} x {t}" for p, t in shapes)]
+    _write(header, ([title, *(cell(way, p) for p, _ in shapes)] for way, title in WAYS.items()))
+
+
+def core(name: str = "core.csv") -> None:
+    """The losses against the same formulas written by hand."""
+    header = ["what", "spoloss", "by hand", "ratio"]
+    rows = ([row["what"], row["ours"], row["other"], row["ratio"]] for row in measured(name))
+    _write(header, rows)
+
+
+def quote(report: str, heading: str, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Some rows and columns of a table in a committed Markdown report, in the order asked for."""
+    lines = (RESULTS / report).read_text().partition(f"\n{heading}\n")[2].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in lines[start : lines.index("", start)]
+    ]
+    places = [table[0].index(column) for column in columns]
+    found = {row[0]: row for row in table[2:]}
+    _write(["", *columns], ([name, *(found[name][place] for place in places)] for name in rows))
+
+
+def rejected_probability() -> None:
+    """Equations 7 and 8 as the rejected probability falls, times its reference probability."""
+    decades = np.array([5, 10, 20, 50])
+    header = ["loss", "beta", *(f"1e-{d} of the reference" for d in decades)]
+    zero, rejected = np.zeros(len(decades)), -decades * math.log(10)
+    rows = []
+    for beta in (0.1, 0.5, 1.0, 2.0):
+        for name, gradient in (("DPO, eq. 7", dpo_prob_grad), ("SPO, eq. 8", spo_prob_grad)):
+            log_abs = gradient(zero, rejected, zero, zero, beta=beta).policy_rejected.log_abs
+            rows.append([name, f"{beta:g}", *(f"{10**d:.1e}" for d in log_abs / math.log(10))])
+    _write(header, rows)
+
+
+def _write(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    print("", *lines, "", sep="\n")
+
+
+def main() -> int:
+    """Write the tables of all pages, or compare them under --check."""
+    mode = ["--check", "--diff"] if "--check" in sys.argv[1:] else ["-r"]
+    arguments = ["cog", "-P", "-I", str(ROOT / "docs"), "-p", "import tables", *mode]
+    return Cog().main([*arguments, *map(str, pages())])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What the fused head does differently by device: the size of its tiles, and its products.
+
+A CPU, and a GPU before Ampere, rounds a product of half precision to half precision, so the fused
+head widens the factors first. Newer GPUs multiply half precision and sum in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Before 2.10, addmm takes no total that is wider than its factors (pytorch/pytorch#167931).
+WIDE_TOTALS = torch.__version__ >= "2.10"
+
+
+class Device(NamedTuple):
+    """How the fused head works on one kind of device.
+
+    Attributes:
+      block_bytes: memory of one block of logits, which holds some columns of a tile.
+      rows: tokens of a tile whose blocks are dropped one by one.
+      kept_bytes: memory of a tile whose blocks are all kept.
+      wide_sums: whether products of half precision can be summed and returned in float32.
+      compiles: whether torch.compile fuses the exponentials of a block into one kernel.
+    """
+
+    block_bytes: int
+    rows: int
+    kept_bytes: int
+    wide_sums: bool
+    compiles: bool
+
+
+CPU = Device(16 * 2**20, 1024, 64 * 2**20, wide_sums=False, compiles=False)
+CUDA = Device(
+    512 * 2**20,
+    4096,
+    2 * 2**30,
+    wide_sums=True,
+    compiles=importlib.util.find_spec("triton") is not None,
+)
+BEFORE_AMPERE = CUDA._replace(wide_sums=False, compiles=False)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The kind of device that a tensor is on."""
+    if not tensor.is_cuda:
+        return CPU
+    # NVIDIA GPUs before Ampere refuse a wider result, as ROCm did before PyTorch 2.10.
+    ampere = torch.cuda.get_device_properties(tensor.device).major >= 8
+    wide = ampere and (torch.version.hip is None or WIDE_TOTALS)
+    return CUDA if wide else BEFORE_AMPERE

@@ -1,0 +1,159 @@
+"""From checked arguments to the loss: in one pass, or in two where one pass cannot serve.
+
+One pass computes the gradients in the forward, so it must know what each pair counts for. With
+`reduction="none"` only the backward knows that. Then the weight's gradient needs a second pass, as
+it does under torch.compile, whose graph cannot depend on how many labels count.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from spoloss.torch._autograd import anchor, refuse_second_derivative, refuse_vmap, scaled
+from spoloss.torch._gradients import Wanted, held_dtype
+from spoloss.torch._head import Head, HeadOptions
+from spoloss.torch._labels import sum_sequences
+from spoloss.torch._objective import Objective
+from spoloss.torch._one_pass import one_pass
+from spoloss.torch._recompute import token_logps
+from spoloss.torch._tokens import Batch, Sequences, TokenTable, make_table
+
+
+class LinearPairLoss(NamedTuple):
+    """The loss, and the policy's log-probabilities for metrics.
+
+    Attributes:
+      loss: 0-d, or [P] with `reduction="none"`.
+      chosen_logps: log pi(y_w|x), [P], nats, detached.
+      rejected_logps: log pi(y_l|x), [P], nats, detached.
+    """
+
+    loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+
+
+class Inputs(NamedTuple):
+    """The tensors that may require a gradient: hidden states [B, T, D] of both sides, the head."""
+
+    chosen: Tensor
+    rejected: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def fused_loss(
+    inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
+) -> LinearPairLoss:
+    """The loss of pairs, differentiable by the inputs."""
+    needed = Wanted(
+        hidden=_needs_grad(inputs.chosen) or _needs_grad(inputs.rejected),
+        weight=_needs_grad(inputs.weight),
+        bias=_needs_grad(inputs.bias),
+    )
+    later = objective.reduction == "none" and needed.head
+    if later or not any(needed) or torch.compiler.is_compiling():
+        return _two_passes(inputs, sides, objective, options)
+    table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
+    value, chosen, rejected, *_ = _OnePass.apply(  # type: ignore[no-untyped-call]
+        *inputs, anchor(*inputs), table, objective, options, needed
+    )
+    return LinearPairLoss(value, chosen, rejected)
+
+
+def _needs_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _two_passes(
+    inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
+) -> LinearPairLoss:
+    """The same by token log-probabilities, whose backward computes the logits again."""
+    sums = [
+        sum_sequences(
+            token_logps(hidden, inputs.weight, inputs.bias, side, options), side.cu_seqlens
+        )
+        for hidden, side in zip(inputs[:2], sides, strict=True)
+    ]
+    logps = objective.logps(torch.stack(sums))
+    return LinearPairLoss(objective.value(logps), *logps.detach())
+
+
+class _Kind(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _OnePass(torch.autograd.Function):
+    """Loss, log-probabilities and gradients in the forward; the backward only scales them."""
+
+    @staticmethod
+    def forward(
+        chosen: Tensor,
+        rejected: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,  # noqa: ARG004
+        table: TokenTable,
+        objective: Objective,
+        options: HeadOptions,
+        needed: Wanted,
+    ) -> tuple[Tensor | None, ...]:
+        with torch.autocast(chosen.device.type, enabled=False):
+            head = Head.of(weight, bias, options)
+            found = one_pass(head, Batch.of(table, chosen, rejected), objective, needed)
+            logps = objective.logps(found.sums)
+            return (
+                objective.value(logps),
+                *logps.unbind(),
+                found.gradients.hidden,
+                found.gradients.head.weight(held_dtype(weight.dtype)),
+                None if bias is None else found.gradients.head.bias(held_dtype(bias.dtype)),
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        chosen, rejected, weight, bias, anchor, ctx.table, *_ = inputs
+        # Shapes and dtypes alone: saving the inputs would keep them alive until the backward.
+        ctx.kinds = [
+            None if tensor is None else _Kind(tensor.shape, tensor.dtype)
+            for tensor in (chosen, rejected, weight, bias)
+        ]
+        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[3:], anchor)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 9
+        hidden, weight, bias, anchor = ctx.saved_tensors
+        with torch.no_grad():
+            if hidden is not None:
+                factor = upstream if upstream.ndim == 0 else _of_rows(ctx.table, upstream)
+                hidden = torch.split(scaled(hidden, factor), ctx.table.sizes)
+            found = (
+                *(hidden or (None, None)),
+                *(None if grad is None else scaled(grad, upstream) for grad in (weight, bias)),
+            )
+            grads = tuple(
+                None if grad is None or not need else grad.view(kind.shape).to(kind.dtype)
+                for grad, need, kind in zip(found, ctx.needs_input_grad, ctx.kinds, strict=False)
+            )
+        return *refuse_second_derivative(grads, anchor), *(None,) * 5
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        refuse_vmap()
+
+
+def _of_rows(table: TokenTable, of_pair: Tensor) -> Tensor:
+    """What pairs have each, for every row of hidden states, [rows, 1]; 0 where none counts."""
+    rows = of_pair.new_zeros(sum(table.sizes))
+    rows[table.tokens.place] = of_pair[table.tokens.pair]
+    return rows[:, None]

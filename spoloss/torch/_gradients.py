@@ -1,0 +1,201 @@
+"""Gathering the gradients by hidden states, weight and bias from one tile after another.
+
+The derivative of a token's log-probability by its logits is onehot - p, so a tile whose tokens have
+slopes s (the derivatives of the loss by their log-probabilities) contributes
+
+    weight gradient += gain * (s * (onehot - p))^T @ states
+    hidden gradient  = gain * s * (onehot - p) @ weight
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spoloss.torch._head import Head
+from spoloss.torch._products import accumulate, add_rows
+from spoloss.torch._softmax import Block, Softmax
+from spoloss.torch._tokens import Tile, Tokens
+
+
+class Wanted(NamedTuple):
+    """Which gradients a call needs."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        """Whether one by the head is among them: it needs all exponentials of a tile at once."""
+        return self.weight or self.bias
+
+
+class Gradients:
+    """The gradients of a loss, gathered tile by tile.
+
+    Attributes:
+      hidden: by the hidden states of all sides, one row a token, 0 where none counts; or None.
+      head: by weight and bias.
+    """
+
+    def __init__(self, model: Head, wanted: Wanted, hidden: Tensor | None) -> None:
+        """Gradients to which nothing was added yet.
+
+        Args:
+          model: the head that the logits come from.
+          wanted: which of them to gather.
+          hidden: zeros for the gradient by the hidden states, or None.
+        """
+        self.hidden = hidden
+        self.head = HeadGradient(model, wanted)
+        self._model, self._wanted = model, wanted
+        self._beside: Gradients | None = None
+
+    def beside(self) -> Gradients:
+        """Gradients of a part of the batch: the same rows of hidden states, an empty head.
+
+        Each call empties the head that the last call returned, so its memory is allocated once.
+        """
+        if self._beside is None:
+            self._beside = Gradients(self._model, self._wanted, self.hidden)
+        self._beside.head.clear()
+        return self._beside
+
+    def add(self, tile: Tile, softmax: Softmax, slopes: Tensor) -> None:
+        """Add what one tile contributes.
+
+        Args:
+          tile: tokens with their hidden states.
+          softmax: of the tile, with the blocks and the product that the wanted gradients need.
+          slopes: [n] the derivative of the loss by each token's log-probability.
+        """
+        if self._wanted.head:
+            self.head.add(tile.states, softmax, slopes)
+        if softmax.product is not None:
+            self.write_hidden(tile.tokens, softmax, softmax.product, slopes)
+
+    def write_hidden(
+        self, tokens: Tokens, softmax: Softmax, product: Tensor, slopes: Tensor
+    ) -> None:
+        """Write the rows of the gradient by hidden states that belong to one tile.
+
+        Args:
+          tokens: of the tile.
+          softmax: of the tile.
+          product: [n, D] sum over the words that are not the target of p_v * weight[v].
+          slopes: [n] the derivative of the loss by each token's log-probability.
+        """
+        if self.hidden is None:
+            return
+        at_target = self._model.weight[softmax.target] * softmax.complement[:, None]
+        rows = (at_target - product).mul_((self._model.gain * slopes)[:, None])
+        if self._model.options.shard is not None:
+            # Summed over the ranks before they are rounded to the dtype of the hidden states.
+            self._model.options.shard.sum_(rows)
+        self.hidden[tokens.place] = rows.to(self.hidden.dtype)
+
+    def scale_hidden(self, tokens: Tokens, factor: Tensor) -> None:
+        """Multiply the rows of some tokens by a factor of each, [n]."""
+        if self.hidden is not None:
+            rows = self.hidden[tokens.place] * factor[:, None]
+            self.hidden[tokens.place] = rows.to(self.hidden.dtype)
+
+
+class HeadGradient:
+    """The gradient by weight and bias, in at least float32.
+
+    Its memory is not cleared at the start: the blocks of the first tile overwrite it, which saves
+    the pass over the weight's size that zeros would cost.
+    """
+
+    def __init__(self, model: Head, wanted: Wanted) -> None:
+        """Memory of the size of the weight and of the bias, where they are wanted."""
+        bias = model.bias if wanted.bias else None
+        self._model = model
+        self._weight = torch.empty_like(model.weight, dtype=model.dtype) if wanted.weight else None
+        self._bias = None if bias is None else torch.empty_like(bias, dtype=model.dtype)
+        self._filled = 0  # words of the vocabulary, from the first on, whose rows hold a sum
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added yet."""
+        return self._filled == 0
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._filled = 0
+
+    def add(self, states: Tensor, softmax: Softmax, slopes: Tensor) -> None:
+        """Add what one tile contributes, from the blocks that its softmax kept.
+
+        Args:
+          states: hidden states, [n, D].
+          softmax: of the tile, with all blocks.
+          slopes: [n] the derivative of the loss by each token's log-probability.
+        """
+        for block in softmax.blocks:
+            self.add_block(states, softmax, block, slopes)
+        self.add_targets(states, softmax, slopes)
+
+    def add_block(self, states: Tensor, softmax: Softmax, block: Block, slopes: Tensor) -> None:
+        """Add what some words contribute where they are not the target; blocks come in order."""
+        columns, exps, shift = block
+        empty = columns.start >= self._filled
+        self._filled = max(self._filled, columns.stop)
+        # The slope goes where the array is small: on [n, D], not on [n, V].
+        factor = (-self._model.gain * slopes * (shift - softmax.lse).exp())[:, None]
+        if self._weight is not None:
+            rows = self._weight[columns]
+            accumulate(rows, exps.t(), states * factor, self._model.device, empty=empty)
+        if self._bias is not None:
+            rows = self._bias[columns, None]
+            accumulate(rows, exps.t(), factor, self._model.device, empty=empty)
+
+    def add_targets(self, states: Tensor, softmax: Softmax, slopes: Tensor) -> None:
+        """Add what the targets contribute, after the blocks that hold their rows."""
+        factor = self._model.gain * slopes * softmax.complement
+        if self._weight is not None:
+            add_rows(self._weight, softmax.target, states * factor[:, None])
+        if self._bias is not None:
+            add_rows(self._bias, softmax.target, factor)
+
+    def add_scaled(self, other: HeadGradient, factor: Tensor) -> None:
+        """Add another gradient times a factor, without a temporary of its size.
+
+        Of itself it becomes that multiple.
+        """
+        if other.empty:
+            return
+        for total, more in ((self._weight, other._weight), (self._bias, other._bias)):
+            if total is None or more is None:
+                continue
+            if self.empty or self is other:
+                torch.mul(more, factor, out=total)
+            else:
+                total.addcmul_(more, factor)
+        self._filled = other._filled
+
+    def weight(self, dtype: torch.dtype) -> Tensor | None:
+        """The gradient by the weight in `dtype`; 0 if nothing was added, None if not wanted."""
+        return self._finished(self._weight, dtype)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The gradient by the bias in `dtype`; 0 if nothing was added, None if not wanted."""
+        return self._finished(self._bias, dtype)
+
+    def _finished(self, total: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if total is None:
+            return None
+        return (total.zero_() if self.empty else total).to(dtype)
+
+
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient that was computed in the forward waits for the backward.
+
+    float16 comes with a loss scale, which the backward applies to keep small gradients from
+    vanishing. So they must not be rounded to float16 before.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype

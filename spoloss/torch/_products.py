@@ -1,0 +1,59 @@
+"""Matrix products of half precision that are not rounded to half precision on the way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spoloss.torch._devices import WIDE_TOTALS, Device
+
+
+def product(
+    a: Tensor, b: Tensor, dtype: torch.dtype, device: Device, out: Tensor | None = None
+) -> Tensor:
+    """A @ b in `dtype`, written to `out` if it is given.
+
+    A device without wide sums rounds the product to the factors' dtype before it is widened.
+    """
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=out)
+    if device.wide_sums:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, device: Device, *, empty: bool = False) -> None:
+    """Add a @ b to `total` in the dtype of `total`; with `empty`, overwrite what it holds.
+
+    Where the device has wide sums, a `b` that is wider than `a` is narrowed to the dtype of `a`.
+    """
+    beta = 0.0 if empty else 1.0
+    if not device.wide_sums or a.dtype == total.dtype:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+        return
+    b, unit = _narrowed(b, a.dtype)
+    if unit is None and WIDE_TOTALS:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+        return
+    more = product(a, b, total.dtype, device)
+    if unit is not None:
+        more.mul_(unit)
+    total.copy_(more) if empty else total.add_(more)
+
+
+def _narrowed(b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`b` in `dtype`, and the 0-d factor that it must be multiplied by afterwards, if any."""
+    if b.dtype == dtype or dtype != torch.float16:
+        return b.to(dtype), None
+    # A pair's slope may lie outside float16's range, so the largest number becomes 1.
+    unit = b.abs().amax().clamp(min=torch.finfo(b.dtype).tiny)
+    return (b / unit).to(dtype), unit
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows at an index that may repeat, with the same last bits in each run."""
+    rows = rows.to(total.dtype)
+    if total.is_cuda:
+        total.index_put_((index,), rows, accumulate=True)
+    else:  # index_add_ adds in order there, and is faster
+        total.index_add_(0, index, rows)

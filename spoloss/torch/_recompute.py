@@ -1,0 +1,239 @@
+"""Token log-probabilities whose gradients are computed in the backward, from the logits again.
+
+This serves any loss, and it needs no slope in the forward. It costs four matrix products per token
+where one pass needs three. The forward keeps the log-sum-exp of each token, with which the backward
+can use each block of a tile at once.
+
+Under torch.compile the same computation is one opaque operator, since its tiles depend on how many
+labels count. So one graph serves batches of any length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from spoloss.torch._autograd import refuse_batched, refuse_second_derivative, refuse_vmap
+from spoloss.torch._gradients import Gradients, Wanted
+from spoloss.torch._head import Head, HeadOptions
+from spoloss.torch._plan import tiles
+from spoloss.torch._softmax import Sums, Workspace, known_softmax, softmax_of, visit
+from spoloss.torch._tokens import Batch, Sequences, TokenTable, make_table
+from spoloss.torch._vocab_parallel import refuse_compilation
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sequences: Sequences,
+    options: HeadOptions,
+) -> Tensor:
+    """Log-probabilities of the targets, [B, T]; 0 where a label does not count. Differentiable."""
+    if options.shard is not None:
+        refuse_compilation()
+    if torch.compiler.is_compiling():
+        logps, _ = _forward_operator(
+            hidden,
+            weight,
+            bias,
+            sequences.targets,
+            sequences.cu_seqlens,
+            sequences.left_out,
+            sequences.name,
+            sequences.ignore_index,
+            options.softcap,
+            options.logit_scale,
+            options.temperature,
+            options.chunk_size,
+            options.dtype,
+        )
+        return logps  # type: ignore[no-any-return]
+    table = make_table([sequences], vocabulary=options.vocabulary(weight))
+    logps, _ = _TokenLogps.apply(hidden, weight, bias, table, options)  # type: ignore[no-untyped-call]
+    return logps  # type: ignore[no-any-return]
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Hidden states [B, T, D] -> log-probabilities of the targets [B, T], and their log-sum-exp."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        table: TokenTable,
+        options: HeadOptions,
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(hidden, weight, bias, table, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        hidden, weight, bias, ctx.table, ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, *output)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 5
+        refuse_batched(upstream)
+        hidden, weight, bias, logps, lse = ctx.saved_tensors
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        with torch.no_grad():
+            grads = _backward(
+                hidden, weight, bias, ctx.table, ctx.options, logps, lse, upstream, wanted
+            )
+        return *refuse_second_derivative(grads, hidden, weight, bias), None, None
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        refuse_vmap()
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, table: TokenTable, options: HeadOptions
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and log-sum-exp of each token, [B, T]; 0 where a label does not count."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = Head.of(weight, bias, options)
+        batch = Batch.of(table, hidden)
+        logps = hidden.new_zeros(len(batch.hidden[0]), dtype=head.dtype)
+        lse = torch.zeros_like(logps)
+        workspace = Workspace(head, min(head.rows, len(table)), keep=False)
+        for rows in tiles(table.all_rows, head.rows):
+            tile = batch.tile(rows, head.weight.dtype)
+            softmax = softmax_of(head, tile, workspace, keep=False, product=False)
+            logps[tile.tokens.place] = softmax.logps
+            lse[tile.tokens.place] = softmax.lse
+    return logps.view(hidden.shape[:2]), lse.view(hidden.shape[:2])
+
+
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: TokenTable,
+    options: HeadOptions,
+    logps: Tensor,
+    lse: Tensor,
+    upstream: Tensor,
+    wanted: Wanted,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients by hidden states, weight and bias from those by the log-probabilities."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = Head.of(weight, bias, options)
+        batch = Batch.of(table, hidden)
+        gradients = Gradients(head, wanted, batch.zeros(hidden.dtype) if wanted.hidden else None)
+        workspace = Workspace(head, min(head.rows, len(table)), keep=False)
+        for rows in tiles(table.all_rows, head.rows):
+            tile = batch.tile(rows, head.weight.dtype)
+            place = tile.tokens.place
+            slopes = upstream.flatten()[place].to(head.dtype)
+            softmax = known_softmax(head, tile, logps.flatten()[place], lse.flatten()[place])
+            product = torch.zeros_like(tile.states, dtype=head.dtype) if wanted.hidden else None
+            last = known = Sums.known(softmax.lse)
+            for block, last in visit(head, tile, known, product, workspace):  # noqa: B007
+                if wanted.head:
+                    gradients.head.add_block(tile.states, softmax, block, slopes)
+            if wanted.head:
+                gradients.head.add_targets(tile.states, softmax, slopes)
+            if product is not None:
+                product.mul_((last.shift - softmax.lse).exp()[:, None])
+                gradients.write_hidden(tile.tokens, softmax, product, slopes)
+    return (
+        None if gradients.hidden is None else gradients.hidden.view(hidden.shape),
+        gradients.head.weight(weight.dtype),
+        None if bias is None else gradients.head.bias(bias.dtype),
+    )
+
+
+@torch.library.custom_op("spoloss::token_logps", mutates_args=())
+def _forward_operator(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    left_out: Tensor | None,
+    name: str,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    chunk_size: int | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    sequences = Sequences(name, targets, ignore_index, cu_seqlens, left_out)
+    table = make_table([sequences], vocabulary=len(weight))
+    options = HeadOptions(softcap, logit_scale, temperature, chunk_size, dtype)
+    return _forward(hidden, weight, bias, table, options)
+
+
+@_forward_operator.register_fake
+def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(others[-1] or weight.dtype, torch.float32)
+    logps = hidden.new_empty(hidden.shape[:2], dtype=dtype)
+    return logps, torch.empty_like(logps)
+
+
+@torch.library.custom_op("spoloss::token_logps_backward", mutates_args=())
+def _backward_operator(
+    wanted: list[bool],
+    logps: Tensor,
+    lse: Tensor,
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    left_out: Tensor | None,
+    name: str,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    chunk_size: int | None,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
+    sequences = Sequences(name, targets, ignore_index, cu_seqlens, left_out)
+    table = make_table([sequences], vocabulary=len(weight))
+    options = HeadOptions(softcap, logit_scale, temperature, chunk_size, dtype)
+    grads = _backward(hidden, weight, bias, table, options, logps, lse, upstream, Wanted(*wanted))
+    return [grad for grad in grads if grad is not None]
+
+
+@_backward_operator.register_fake
+def _(
+    wanted: list[bool],
+    logps: Tensor,  # noqa: ARG001
+    lse: Tensor,  # noqa: ARG001
+    upstream: Tensor,  # noqa: ARG001
+    *inputs: Any,
+) -> list[Tensor]:
+    return [
+        tensor.new_empty(tensor.shape)
+        for tensor, want in zip(inputs[:3], wanted, strict=True)
+        if want
+    ]
+
+
+def _set_up_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.others = inputs[:6], inputs[6:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate_operator(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
+    *tensors, logps, lse = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    found = iter(_backward_operator(wanted, logps, lse, upstream, *tensors, *ctx.others))
+    grads = [next(found) if want else None for want in wanted]
+    return *grads, *(None for _ in ctx.needs_input_grad[3:])
+
+
+_forward_operator.register_autograd(_differentiate_operator, setup_context=_set_up_operator)

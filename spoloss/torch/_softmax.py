@@ -1,0 +1,214 @@
+"""A tile of tokens against the vocabulary: log-probabilities and exponentials, block by block.
+
+A block is some columns [n, C] of the tile's logits. An online softmax visits the blocks in turn:
+each is filled with logits, which become exponentials, and what was summed before is rescaled when
+a larger logit appears. With y the target, z the logits, and
+
+    rest = log sum_{v != y} exp(z_v),    lse = log sum_v exp(z_v):
+
+    log p       = -log(1 + exp(rest - z_y))
+    p_v - [v=y] =  exp(z_v - lse)   for v != y,     -(1 - p) = -sigmoid(rest - z_y)   for v = y
+
+The target stays out of the sums, so 1 - p is never the difference of two numbers near 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spoloss.torch._exponentials import exponentials_of
+from spoloss.torch._head import Head
+from spoloss.torch._products import accumulate
+from spoloss.torch._tokens import Tile
+from spoloss.torch._vocab_parallel import VocabShard
+
+
+class Block(NamedTuple):
+    """Some columns of a tile: exp(logits - shift), 0 at the targets, times softcap's derivative."""
+
+    columns: slice
+    exps: Tensor
+    shift: Tensor
+
+
+class Sums(NamedTuple):
+    """What an online softmax knows about each of n tokens after some blocks.
+
+    Attributes:
+      shift: [n] what was subtracted from the logits before the exponentials.
+      others: [n] the sum of exp(logit - shift), without the target.
+      target: [n] the target's logit, -inf where no block has held it yet.
+    """
+
+    shift: Tensor
+    others: Tensor
+    target: Tensor
+
+    @classmethod
+    def start(cls, states: Tensor, dtype: torch.dtype) -> Sums:
+        """Before the first block of a tile [n, D]."""
+        shift = states.new_full((len(states),), torch.finfo(dtype).min, dtype=dtype)
+        return cls(shift, torch.zeros_like(shift), torch.full_like(shift, -math.inf))
+
+    @classmethod
+    def known(cls, lse: Tensor) -> Sums:
+        """For tokens whose log-sum-exp is known: exponentials are then probabilities."""
+        return cls(lse, torch.zeros_like(lse), torch.full_like(lse, -math.inf))
+
+    def joined(self, shard: VocabShard) -> Sums:
+        """The sums over all shards of the vocabulary."""
+        return Sums(*shard.join_sums(self.shift, self.others, self.target))
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The softmax of a tile of n tokens, as far as gradients need it.
+
+    The exponentials live in the workspace that the softmax was computed in, so they are valid until
+    the workspace is used again.
+
+    Attributes:
+      logps: [n] log-probabilities of the targets.
+      lse: [n] log-sum-exp of the logits of all words.
+      complement: [n] 1 - p of the target, times softcap's derivative at the target.
+      target: [n] the target's row of this rank's weight, 0 where another rank holds it.
+      product: [n, D] sum over the other words of p_v * weight[v], or None if it was not computed.
+      blocks: the exponentials of the whole vocabulary if they were kept, else empty.
+    """
+
+    logps: Tensor
+    lse: Tensor
+    complement: Tensor
+    target: Tensor
+    product: Tensor | None = None
+    blocks: tuple[Block, ...] = ()
+
+
+class Workspace:
+    """Memory for the logits of one tile, reused by each tile in turn.
+
+    Memory of this size that is allocated afresh for each tile costs a CPU a few percent of the
+    time, in page faults.
+    """
+
+    def __init__(self, head: Head, rows: int, *, keep: bool) -> None:
+        """Memory for tiles of at most `rows` tokens, with or without all their blocks."""
+        self._keep = keep and not head.device.compiles
+        # A product of half precision cannot be written to float32 memory.
+        self._memory = None
+        if head.weight.dtype == head.dtype:
+            widths = [columns.stop - columns.start for columns in head.blocks(rows)]
+            width = len(head.weight) if self._keep else max(widths, default=0)
+            self._memory = head.weight.new_empty(rows * width)
+            self._rows = rows
+
+    def block(self, n: int, columns: slice) -> Tensor | None:
+        """Memory for one block [n, C], or None where the product allocates its own."""
+        if self._memory is None:
+            return None
+        width = columns.stop - columns.start
+        start = n * columns.start if self._keep else 0
+        return self._memory[start : start + n * width].view(n, width)
+
+
+def softmax_of(
+    head: Head, tile: Tile, workspace: Workspace, *, keep: bool, product: bool
+) -> Softmax:
+    """The softmax of a tile.
+
+    Args:
+      head: the head.
+      tile: n tokens, with hidden states in the dtype of the head's products.
+      workspace: memory for the logits.
+      keep: whether to keep the exponentials of all blocks, for the weight's gradient.
+      product: whether to compute `Softmax.product`, for the gradient by the hidden states.
+    """
+    local, blocks = head.local(tile.tokens.target), []
+    last = start = Sums.start(tile.states, head.dtype)
+    total = torch.zeros_like(tile.states, dtype=head.dtype) if product else None
+    for block, last in visit(head, tile, start, total, workspace):  # noqa: B007
+        if keep:
+            blocks.append(block)
+    whole = last if head.options.shard is None else last.joined(head.options.shard)
+    rest = whole.shift + whole.others.log()
+    lse = torch.logaddexp(whole.target, rest)
+    if total is not None:
+        total.mul_((last.shift - lse).exp()[:, None])
+    return Softmax(
+        F.logsigmoid(whole.target - rest),
+        lse,
+        _complement(head, local, torch.sigmoid(rest - whole.target), whole.target),
+        _row(head, local),
+        total,
+        tuple(blocks),
+    )
+
+
+def known_softmax(head: Head, tile: Tile, logps: Tensor, lse: Tensor) -> Softmax:
+    """The softmax of a tile from what `softmax_of` found, without product and blocks."""
+    local = head.local(tile.tokens.target)
+    complement = _complement(head, local, -torch.expm1(logps), logps + lse)
+    return Softmax(logps, lse, complement, _row(head, local))
+
+
+def visit(
+    head: Head, tile: Tile, sums: Sums, product: Tensor | None, workspace: Workspace
+) -> Iterator[tuple[Block, Sums]]:
+    """The blocks of a tile in turn, each with the sums that include it.
+
+    Args:
+      head: the head.
+      tile: n tokens.
+      sums: what is known before the first block.
+      product: [n, D] grows by exps @ weight of each block, counted from the block's shift; or None.
+      workspace: memory for the logits. Unless it keeps all blocks, each is valid until the next.
+    """
+    local = head.local(tile.tokens.target)
+    for columns in head.blocks(len(tile.states)):
+        before = sums.shift
+        block, sums = _next_block(head, tile.states, local, columns, sums, workspace)
+        if product is not None:
+            product.mul_((before - sums.shift).exp()[:, None])
+            accumulate(product, block.exps, head.weight[columns], head.device)
+        yield block, sums
+
+
+def _next_block(
+    head: Head, states: Tensor, local: Tensor, columns: slice, sums: Sums, workspace: Workspace
+) -> tuple[Block, Sums]:
+    """The exponentials of one block, and the sums with this block included."""
+    logits, bend = head.logits(states, columns, workspace.block(len(states), columns))
+    column = local - columns.start
+    here = (column >= 0) & (column < logits.shape[1])
+    at_target = logits.gather(1, torch.where(here, column, 0)[:, None]).squeeze(1)
+    target = torch.where(here, at_target, sums.target)
+    exps, shift, others = exponentials_of(
+        logits,
+        torch.where(here, column, -1),
+        sums.shift,
+        sums.others,
+        target,
+        dtype=head.factor_dtype,
+        compiles=head.device.compiles,
+    )
+    if bend is not None:
+        exps = exps.mul_(bend)
+    return Block(columns, exps, shift), Sums(shift, others, target)
+
+
+def _row(head: Head, local: Tensor) -> Tensor:
+    """The targets' rows of this rank's weight, 0 where another rank holds them."""
+    return torch.where((local >= 0) & (local < len(head.weight)), local, 0)
+
+
+def _complement(head: Head, local: Tensor, complement: Tensor, target_logit: Tensor) -> Tensor:
+    """1 - p times softcap's derivative at the target, 0 where another rank holds the target."""
+    here = (local >= 0) & (local < len(head.weight))
+    return torch.where(here, complement * head.bend_at(target_logit), 0.0)

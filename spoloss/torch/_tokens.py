@@ -1,0 +1,264 @@
+"""A batch as one table of tokens: a row for each token whose label counts.
+
+The columns are the token's place among the hidden states, its target, its side (chosen 0,
+rejected 1), its pair and its position within the sequence. Padded rows and packed rows
+(`cu_seqlens`) are two ways to make the table. Rows are sorted by pair, then by side, so the tokens
+of consecutive pairs are one slice of it. A batch of single sequences is a table with one side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spoloss.torch._labels import IGNORED, rises, sequence_of
+
+CHOSEN, REJECTED = 0, 1
+"""The sides of a pair."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where the sequences of one side lie.
+
+    Attributes:
+      name: the name of the labels argument, for messages.
+      targets: [B, T], as `targets_of` makes them.
+      ignore_index: the label that does not count, for messages.
+      cu_seqlens: [S + 1] offsets into one row, or None if each row is a sequence.
+      left_out: [S] which sequences have weight 0, or None if none has a weight.
+    """
+
+    name: str
+    targets: Tensor
+    ignore_index: int
+    cu_seqlens: Tensor | None = None
+    left_out: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of sequences."""
+        return len(self.targets) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some rows of the table.
+
+    Attributes:
+      place: [n] the token's place among the hidden states of all sides, one after another.
+      target: [n] the token id that it predicts.
+      side: [n] 0 for chosen, 1 for rejected.
+      pair: [n] the pair or sequence that it belongs to.
+      position: [n] its rank among the tokens of its sequence that count.
+    """
+
+    place: Tensor
+    target: Tensor
+    side: Tensor
+    pair: Tensor
+    position: Tensor
+
+    def __getitem__(self, rows: slice) -> Tokens:
+        """A slice of the rows."""
+        return Tokens(
+            self.place[rows],
+            self.target[rows],
+            self.side[rows],
+            self.pair[rows],
+            self.position[rows],
+        )
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The table, and where its pairs lie, as numbers that are known without asking the device.
+
+    Attributes:
+      tokens: all rows.
+      sizes: how many hidden states each side has, with those of tokens that do not count.
+      starts: for each pair and side the first row, then the end of the table: pair * sides + side.
+      longest: the most tokens of any sequence.
+      left_out: [P] which pairs have weight 0, or None if none has a weight.
+    """
+
+    tokens: Tokens
+    sizes: tuple[int, ...]
+    starts: list[int]
+    longest: int
+    left_out: Tensor | None
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return self.starts[-1]
+
+    @property
+    def all_rows(self) -> slice:
+        """All rows."""
+        return slice(0, len(self))
+
+    @property
+    def sides(self) -> int:
+        """2 for pairs, 1 for single sequences."""
+        return len(self.sizes)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of rows of each pair."""
+        ends = self.starts[:: self.sides]
+        return [end - start for start, end in itertools.pairwise(ends)]
+
+    def rows(self, pairs: slice) -> slice:
+        """The rows of some pairs."""
+        return slice(self.starts[pairs.start * self.sides], self.starts[pairs.stop * self.sides])
+
+    def rows_of_side(self, pair: int, side: int) -> slice:
+        """The rows of one side of one pair."""
+        index = pair * self.sides + side
+        return slice(self.starts[index], self.starts[index + 1])
+
+    def sums(self, tokens: Tokens, values: Tensor, pairs: slice) -> Tensor:
+        """The sum over each sequence of values [n] of the tokens of p pairs, [sides, p].
+
+        Each row of a padded matrix is summed pairwise, in one order, so that the result is exact to
+        rounding and the same in each run.
+        """
+        padded = values.new_zeros(self.sides, pairs.stop - pairs.start, self.longest)
+        padded[tokens.side, tokens.pair - pairs.start, tokens.position] = values
+        return padded.sum(dim=2)
+
+
+class Tile(NamedTuple):
+    """Some tokens of the table with their hidden states, [n, D]."""
+
+    tokens: Tokens
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The table with the hidden states that it points to.
+
+    Attributes:
+      table: the tokens.
+      hidden: the hidden states of each side, flattened to [B * T, D].
+    """
+
+    table: TokenTable
+    hidden: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, table: TokenTable, *hidden: Tensor) -> Batch:
+        """The batch of hidden states [B, T, D] of each side."""
+        return cls(table, tuple(states.reshape(-1, states.shape[2]) for states in hidden))
+
+    def tile(self, rows: slice, dtype: torch.dtype) -> Tile:
+        """Some rows of the table, with hidden states in `dtype`."""
+        tokens = self.table.tokens[rows]
+        states = self._states(tokens).to(dtype)
+        if self.table.left_out is not None:
+            # 0 times nan is not 0, so a pair of weight 0 must not bring nan into a product.
+            unusable = self.table.left_out[tokens.pair, None] & ~states.isfinite()
+            states = torch.where(unusable, 0.0, states)
+        return Tile(tokens, states)
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """Zeros for one row per hidden state of all sides, [rows, D]."""
+        return self.hidden[0].new_zeros(
+            sum(map(len, self.hidden)), self.hidden[0].shape[1], dtype=dtype
+        )
+
+    def _states(self, tokens: Tokens) -> Tensor:
+        first, *others = self.hidden
+        if not others or len(others[0]) == 0:
+            return first[tokens.place]
+        if len(first) == 0:
+            return others[0][tokens.place]
+        # Two gathers and a choice need no count of either side, which only the device knows.
+        in_first = tokens.place.clamp(max=len(first) - 1)
+        in_second = (tokens.place - len(first)).clamp(min=0)
+        chosen = (tokens.side == 0)[:, None]
+        return torch.where(chosen, first[in_first], others[0][in_second])
+
+
+def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
+    """The table of all tokens whose label counts.
+
+    How many they are must be known on the host: a call waits for the device here, and only here.
+
+    Args:
+      sides: the sequences of each side, as many on each.
+      vocabulary: V of the whole head.
+
+    Raises:
+      ValueError: a label that counts is outside [0, vocabulary), or offsets do not rise to T.
+    """
+    targets = [side.targets.flatten() for side in sides]
+    on_host = _to_host(sides, targets, vocabulary)
+    places, keys, offset = [], [], 0
+    for index, (side, host) in enumerate(zip(sides, on_host, strict=True)):
+        if host.outside:
+            raise ValueError(
+                f"{side.name} must be in [0, V = {vocabulary}) or ignore_index = "
+                f"{side.ignore_index}, got a label outside"
+            )
+        if host.offsets is not None and not rises(host.offsets, len(host.counts)):
+            raise ValueError(
+                f"cu_seqlens of {side.name} must rise from 0 to T = {len(host.counts)}, "
+                f"got {host.offsets.tolist()}"
+            )
+        place = host.counts.nonzero().squeeze(1)
+        if host.offsets is None:
+            sequence = place // max(side.targets.shape[1], 1)
+        else:
+            sequence = sequence_of(host.offsets, place)
+        places.append(place + offset)
+        keys.append(sequence * len(sides) + index)
+        offset += len(host.counts)
+    key, order = torch.cat(keys).sort(stable=True)
+    lengths = torch.bincount(key, minlength=sides[0].count * len(sides))
+    ends = lengths.cumsum(0)
+    position = torch.arange(len(key)) - (ends - lengths)[key]
+    device = targets[0].device
+    place, position, key = (
+        column.to(device, non_blocking=True) for column in (torch.cat(places)[order], position, key)
+    )
+    tokens = Tokens(place, torch.cat(targets)[place], key % len(sides), key // len(sides), position)
+    return TokenTable(
+        tokens,
+        tuple(len(part) for part in targets),
+        # int() where tolist() fails: under functorch before PyTorch 2.9.
+        [0, *map(int, ends)],
+        max(map(int, lengths), default=0),
+        sides[0].left_out,
+    )
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """What the host must know of one side."""
+
+    counts: Tensor
+    outside: bool
+    offsets: Tensor | None
+
+
+def _to_host(sides: list[Sequences], targets: list[Tensor], vocabulary: int) -> list[_OnHost]:
+    """One transfer for all sides: which tokens count, whether a label is outside, the offsets."""
+    parts = []
+    for side, target in zip(sides, targets, strict=True):
+        counts = target != IGNORED
+        outside = (counts & ((target < 0) | (target >= vocabulary))).any()
+        offsets = target.new_zeros(0) if side.cu_seqlens is None else side.cu_seqlens
+        parts += [counts.long(), outside.long()[None], offsets.long()]
+    pieces = torch.split(torch.cat(parts).cpu(), [len(part) for part in parts])
+    return [
+        _OnHost(counts.bool(), bool(outside), None if side.cu_seqlens is None else offsets)
+        for side, counts, outside, offsets in zip(
+            sides, pieces[::3], pieces[1::3], pieces[2::3], strict=True
+        )
+    ]

