@@ -5,14 +5,15 @@ try:
 except ImportError as error:
     raise ImportError('spoloss.jax needs JAX: pip install "spoloss[jax]"') from error
 
-from spoloss.jax.fused import LinearPairLoss, linear_pair_loss
-from spoloss.jax.logps import linear_logps, sequence_logps
-from spoloss.jax.spellings import (
+from spoloss.jax._call import LinearPairLoss
+from spoloss.jax.fused import linear_pair_loss
+from spoloss.jax.fused_losses import (
     linear_dpo_loss,
     linear_ipo_loss,
     linear_spo_loss,
     linear_squared_loss,
 )
+from spoloss.jax.logps import linear_logps, sequence_logps
 
 __all__ = [
     "LinearPairLoss",

@@ -1,4 +1,4 @@
-"""Checks of a call's arrays and axes: by shape and dtype alone, so that nothing breaks `jax.jit`."""
+"""Checks of a call's arrays and axes, by shape and dtype alone, so that `jax.jit` can trace it."""
 
 from __future__ import annotations
 
@@ -42,50 +42,60 @@ def check_head(weight: Array, bias: Array | None) -> None:
         raise ValueError(f"bias must have shape [V] = {weight.shape[:1]}, got {bias.shape}")
 
 
-def check_hidden(name: str, hidden: Array, weight: Array) -> None:
-    """Refuse hidden states that are not [B, T, D] in the weight's dtype.
+def check_labels(
+    prefix: str, hidden: Array, labels: Array, cu_seqlens: Array | None, weight: Array
+) -> Labels:
+    """The labels of a side, after a check of all that belongs to it.
+
+    Args:
+      prefix: what precedes the arguments' names, for messages.
+      hidden: must be [B, T, D] in the weight's dtype.
+      labels: must be integers [B, T].
+      cu_seqlens: must be integers [S + 1], with B = 1, or None.
+      weight: the head's weight.
 
     Raises:
-      TypeError: they are no JAX array, or of another dtype.
-      ValueError: the shape does not fit.
+      TypeError: one of them is no JAX array, or of another dtype.
+      ValueError: a shape does not fit.
     """
-    check_floating(name, hidden)
+    check_floating(f"{prefix}hidden", hidden)
     if hidden.ndim != 3 or hidden.shape[2] != weight.shape[1]:
         raise ValueError(
-            f"{name} must have shape [B, T, D] with D = {weight.shape[1]} as in weight [V, D], "
-            f"got {hidden.shape}; pass kernel.T for a kernel [D, V], as Flax keeps it"
+            f"{prefix}hidden must have shape [B, T, D] with D = {weight.shape[1]}, as weight "
+            f"[V, D] has it, got {hidden.shape}. Of a Flax kernel [D, V] pass kernel.T"
         )
     if hidden.dtype != weight.dtype:
         raise TypeError(
-            f"{name} must have the weight's dtype {weight.dtype}, got {hidden.dtype}; "
-            "cast one of them with astype"
+            f"{prefix}hidden must have the weight's dtype {weight.dtype}, got {hidden.dtype}. "
+            "Cast one of them with astype"
         )
+    return sequences(prefix, labels, cu_seqlens, hidden)
 
 
-def check_labels(
-    name: str, labels: Array, other: str, states: Array, cu_name: str, cu_seqlens: Array | None
-) -> Labels:
-    """The labels, after refusing what is not [B, T] or cannot be cut by the offsets.
+def sequences(prefix: str, labels: Array, cu_seqlens: Array | None, states: Array) -> Labels:
+    """The labels of a side, after a check of their shape against hidden states or logits.
 
     Raises:
-      TypeError: labels or offsets are not integer.
+      TypeError: labels or offsets are not integer JAX arrays.
       ValueError: a shape does not fit.
     """
-    _check_integers(name, labels)
+    _check_integers(f"{prefix}labels", labels)
     if labels.shape != states.shape[:2]:
         raise ValueError(
-            f"{name} must have the shape [B, T] = {states.shape[:2]} of {other}, got {labels.shape}"
+            f"{prefix}labels must have shape [B, T] = {states.shape[:2]}, got {labels.shape}"
         )
-    if cu_seqlens is not None:
-        _check_integers(cu_name, cu_seqlens)
-        if len(labels) != 1:
-            raise ValueError(
-                f"{cu_name} cuts one row: {name} must have shape [1, T], got {labels.shape}"
-            )
-        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-            raise ValueError(
-                f"{cu_name} must have shape [S + 1] with S >= 1, got {cu_seqlens.shape}"
-            )
+    if cu_seqlens is None:
+        return Labels(labels, None)
+    _check_integers(f"{prefix}cu_seqlens", cu_seqlens)
+    if len(labels) != 1:
+        raise ValueError(
+            f"{prefix}cu_seqlens cuts one row: {prefix}labels must have shape [1, T], "
+            f"got {labels.shape}"
+        )
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"{prefix}cu_seqlens must have shape [S + 1] with S >= 1, got {cu_seqlens.shape}"
+        )
     return Labels(labels, cu_seqlens)
 
 
@@ -98,34 +108,26 @@ def make_split(
       TypeError: `mesh` is no mesh, or an axis no name.
       ValueError: mesh and axes do not go together, or do not divide what they split.
     """
-    axes = {
-        "batch_axis": _names("batch_axis", batch_axis),
-        "vocab_axis": _names("vocab_axis", vocab_axis),
-    }
+    pairs, words = _names("batch_axis", batch_axis), _names("vocab_axis", vocab_axis)
     if mesh is None:
-        for name, names in axes.items():
-            if names:
-                raise ValueError(f"{name} names an axis of a mesh: pass mesh, too")
+        if pairs or words:
+            raise ValueError("batch_axis and vocab_axis name axes of a mesh: pass mesh, too")
         return Split(None, (), ())
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
-    split = Split(mesh, axes["batch_axis"], axes["vocab_axis"])
-    for name, names in axes.items():
-        for axis in names:
-            if axis not in mesh.shape:
-                raise ValueError(
-                    f"{name} must be of the mesh's axes {mesh.axis_names}, got {axis!r}"
-                )
-    if not (split.pairs_axis or split.words_axis):
+    if not (pairs or words):
         raise ValueError("mesh needs batch_axis, vocab_axis or both")
-    if set(split.pairs_axis) & set(split.words_axis):
+    for name, axes in (("batch_axis", pairs), ("vocab_axis", words)):
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise ValueError(f"{name} must name axes of {mesh.axis_names}, got {axis!r}")
+    if set(pairs) & set(words):
         raise ValueError(f"batch_axis and vocab_axis must differ, got {batch_axis!r} for both")
-    if split.pairs_axis and labels.cu_seqlens is not None:
-        raise ValueError(
-            "batch_axis cannot split one packed row: leave it out, or pad the sequences"
-        )
-    _check_divides("batch_axis", split.parts(split.pairs_axis), "sequences", labels.sequences)
-    _check_divides("vocab_axis", split.parts(split.words_axis), "rows of weight", len(weight))
+    if pairs and labels.cu_seqlens is not None:
+        raise ValueError("batch_axis cannot split a packed row: leave it out, or pad the sequences")
+    split = Split(mesh, pairs, words)
+    _check_divides("batch_axis", split.parts(pairs), "sequences", labels.sequences)
+    _check_divides("vocab_axis", split.parts(words), "rows of weight", len(weight))
     return split
 
 

@@ -2,8 +2,7 @@
 
     loss = l(h) + nll_weight * NLL,    NLL = -log pi(y_w|x) / (number of its tokens)
 
-The formulas are those of `spoloss.losses`: the value comes from `pair_loss`, the slope from
-`pair_grad`.
+No formula of a loss is in this file: the value comes from `pair_loss`, the slope from `pair_grad`.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from spoloss._arrays import reduce
-from spoloss.gradients import pair_grad
+from spoloss.gradients import reduced_grad
 from spoloss.losses import MarginLoss
-from spoloss.pairs import pair_loss, weighted
+from spoloss.pairs import reduced_loss, weighted
 
 
 class Constants(NamedTuple):
@@ -27,12 +26,14 @@ class Constants(NamedTuple):
       reference_chosen: nats, [P].
       reference_rejected: nats, [P].
       beta: 1 / nats, [P] or 0-d.
+      reward_gap: [P] or 0-d, or None for a loss that takes none.
       weights: [P] or 0-d, or None for 1.
     """
 
     reference_chosen: Array
     reference_rejected: Array
     beta: Array
+    reward_gap: Array | None
     weights: Array | None
 
     def alive(self, lengths: Array) -> Array:
@@ -57,36 +58,39 @@ class Objective:
     def value(self, sums: Array, lengths: Array, constants: Constants) -> Array:
         """The loss, reduced."""
         chosen, rejected = self.logps(sums, lengths).T
-        value = pair_loss(
+        value: Array = reduced_loss(
             self.loss,
             chosen,
             rejected,
             constants.reference_chosen,
             constants.reference_rejected,
             beta=constants.beta,
+            reward_gap=constants.reward_gap,
             weights=constants.weights,
             reduction=self.reduction,
         )
         if self.nll_weight == 0.0:
             return value
         per_token = sums[:, 0] / _at_least_1(lengths[:, 0])
-        nll = weighted(lambda logp, _: -logp, per_token, 1.0, constants.weights)
-        return value + self.nll_weight * reduce(nll, self.reduction)
+        nll: Array = weighted(lambda logp, _: -logp, per_token, 1.0, None, constants.weights)
+        total: Array = value + self.nll_weight * reduce(nll, self.reduction)
+        return total
 
     def slopes(self, sums: Array, lengths: Array, constants: Constants, scale: float) -> Array:
         """`scale` times the derivative of each pair's loss by its margin, [P], without the NLL."""
         chosen, rejected = self.logps(sums, lengths).T
-        grad = pair_grad(
+        slopes: Array = reduced_grad(
             self.loss,
             chosen,
             rejected,
             constants.reference_chosen,
             constants.reference_rejected,
             beta=constants.beta,
+            reward_gap=constants.reward_gap,
             weights=constants.weights,
             reduction="sum",
-        )
-        return scale * grad.policy_chosen.astype(sums.dtype)
+        ).policy_chosen
+        return scale * slopes.astype(sums.dtype)
 
     def shares(self, lengths: Array) -> Array:
         """D margin / d log-probability of a token, [P, 2]: +-1, or +-1 / length of an average."""

@@ -45,7 +45,7 @@ class Made(NamedTuple):
 def one_pass(
     head: Head,
     table: Table,
-    hidden: tuple[Array, Array],
+    hidden: tuple[Array, ...],
     objective: Objective,
     constants: Constants,
     scale: float,
@@ -74,7 +74,11 @@ def one_pass(
         sums = made.sums + table.sum_segments(softmax.logps, tile)
         directions = made.directions
         if any(wanted.hidden):
-            directions = table.put(directions, head.by_hidden(softmax), tile)
+            rows = head.by_hidden(softmax)
+            directions = tuple(
+                None if array is None else table.put(array, rows, tile, side)
+                for side, array in enumerate(directions)
+            )
         return states, softmax, Made(sums, directions, made.head)
 
     def share_a_tile(tile: Tile, made: Made) -> Made:

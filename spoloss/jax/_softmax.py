@@ -91,12 +91,8 @@ class HeadSums(NamedTuple):
 
     def plus(self, factor: Array, more: HeadSums) -> HeadSums:
         """These sums plus a 0-d factor times some others."""
-        return HeadSums(
-            *(
-                None if total is None else total + factor * part
-                for total, part in zip(self, more, strict=True)
-            )
-        )
+        sums: HeadSums = jax.tree.map(lambda total, part: total + factor * part, self, more)
+        return sums
 
 
 @dataclass(frozen=True)
@@ -142,8 +138,7 @@ class Head:
         doubt = jax.nn.sigmoid(rest - target)
         if bend is not None:
             exps = exps * bend
-            bent = target * (self.options.temperature / self.options.softcap)
-            doubt = doubt * (1.0 - bent * bent)
+            doubt = doubt * self._bend(target)
         return Softmax(
             -jax.nn.softplus(rest - target),
             exps.astype(self.weight.dtype),
@@ -153,7 +148,7 @@ class Head:
         )
 
     def by_hidden(self, tile: Softmax) -> Array:
-        """d logps / d hidden [n, D], summed over the devices of a split head."""
+        """D logps / d hidden [n, D], summed over the devices of a split head."""
         of_labels = self.weight.at[tile.column].get(mode="fill", fill_value=0)
         of_others = tile.factor[:, None] * _dot(tile.exps, self.weight, 1, 0)
         return self._sum_words(of_others + tile.at_label[:, None] * of_labels)
@@ -162,7 +157,7 @@ class Head:
         """Where the wanted gradients of the head start."""
         return HeadSums(
             jnp.zeros_like(self.weight, dtype=self.dtype) if wanted.weight else None,
-            jnp.zeros_like(self.bias, dtype=self.dtype) if wanted.bias else None,
+            jnp.zeros(len(self.weight), self.dtype) if wanted.bias else None,
         )
 
     def add(self, sums: HeadSums, tile: Softmax, states: Array, upstream: Array) -> HeadSums:
@@ -189,6 +184,14 @@ class Head:
         bent = jnp.tanh(logits * (options.logit_scale / options.softcap))
         return bent * (options.softcap / options.temperature), 1.0 - bent * bent
 
+    def _bend(self, logits: Array) -> Array:
+        """Softcap's derivative from the logits that it has made."""
+        options = self.options
+        if options.softcap is None:
+            return jnp.ones_like(logits)
+        bent = logits * (options.temperature / options.softcap)
+        return 1.0 - bent * bent
+
     def _columns(self, targets: Array) -> Array:
         """The columns of the labels [n] on this device; V, which is none, for those of others."""
         words = len(self.weight)
@@ -205,10 +208,12 @@ class Head:
         return jnp.where(inside, self._sum_words(found[:, 0]), jnp.nan)
 
     def _sum_words(self, values: Array) -> Array:
-        return lax.psum(values, self.options.vocab_axis) if self.options.vocab_axis else values
+        axis = self.options.vocab_axis
+        return lax.psum(values, axis) if axis else values  # type: ignore[no-untyped-call]
 
     def _max_words(self, values: Array) -> Array:
-        return lax.pmax(values, self.options.vocab_axis) if self.options.vocab_axis else values
+        axis = self.options.vocab_axis
+        return lax.pmax(values, axis) if axis else values  # type: ignore[no-untyped-call]
 
 
 def wide(array: Array) -> jnp.dtype:
@@ -229,7 +234,7 @@ def _times(factor: Array, states: Array) -> Array:
 
 
 def _add_product(total: Array, exps: Array, rows: Array) -> Array:
-    """total [V, D] + exps^T rows, some words at a time: never a second [V, D] array."""
+    """Total [V, D] + exps^T rows, some words at a time: never a second [V, D] array."""
     width = len(total) // _BLOCKS
 
     def add(total: Array, start: Array | int, width: int) -> Array:

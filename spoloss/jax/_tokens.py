@@ -30,13 +30,13 @@ class Tile(NamedTuple):
 
     Attributes:
       filled: [n] whether there is a token at this place.
-      index: [n] which of all tokens it is; their number where the place is empty.
+      token: [n] which of all tokens it is; their number where the place is empty.
       targets: [n] its label.
       segment: [n] its pair and side, as 2 * pair + side; -1 where the place is empty.
     """
 
     filled: Array
-    index: Array
+    token: Array
     targets: Array
     segment: Array
 
@@ -145,14 +145,10 @@ class Table:
         ]
         return functools.reduce(jnp.add, found)
 
-    def put(
-        self, into: tuple[Array | None, ...], values: Array, tile: Tile
-    ) -> tuple[Array | None, ...]:
-        """The arrays [N, D] or [N] of each side with a tile's rows written; None stays None."""
-        return tuple(
-            None if array is None else array.at[at].set(values.astype(array.dtype), mode="drop")
-            for array, at in zip(into, self._rows_of(tile), strict=True)
-        )
+    def put(self, into: Array, values: Array, tile: Tile, side: int = 0) -> Array:
+        """An array [N, D] or [N] of a side, with the rows of a tile that are of this side written."""
+        rows = self._rows_of(tile)[side]
+        return into.at[rows].set(values.astype(into.dtype), mode="drop")
 
     def sum_segments(self, values: Array, tile: Tile) -> Array:
         """The sums [P, 2] of a tile's values [n] by pair and side."""
@@ -172,7 +168,7 @@ class Table:
     def _rows_of(self, tile: Tile) -> list[Array]:
         """By side, the rows of a tile's tokens in the arrays of that side; N where not in it."""
         return [
-            jnp.where((tile.index >= first) & (tile.index < last), tile.index - first, last - first)
+            jnp.where((tile.token >= first) & (tile.token < last), tile.token - first, last - first)
             for first, last in itertools.pairwise(self._first)
         ]
 

@@ -10,11 +10,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spoloss._options import check_head_options
-from spoloss.jax._checks import check_floating, check_head, check_hidden, check_labels, make_split
+from spoloss.jax._checks import check_floating, check_head, check_labels, make_split, sequences
 from spoloss.jax._labels import Labels, Reading
 from spoloss.jax._mesh import Axis
+from spoloss.jax._recompute import TokenCall, token_logps
 from spoloss.jax._softmax import HeadOptions, wide
-from spoloss.jax._token_rule import TokenCall, token_logps
 
 
 def sequence_logps(
@@ -54,7 +54,7 @@ def sequence_logps(
     check_floating("logits", logits)
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape [B, T, V], got {logits.shape}")
-    side = check_labels("labels", labels, "logits", logits, "cu_seqlens", cu_seqlens)
+    side = sequences("", labels, cu_seqlens, logits)
     reading = Reading(int(ignore_index), bool(shift))
     return _sum_tokens(_token_logps(reading, logits, side), side, reading, average=average)
 
@@ -102,8 +102,8 @@ def linear_logps(
       softcap: the model's final logit soft-capping (Gemma), > 0; None is no capping. A number.
       logit_scale: factor of the logits (Cohere; for Granite 1 / logits_scaling), not 0. A number.
       temperature: divisor of the logits, > 0. A number.
-      chunk_size: tokens of a tile, whose logits exist in float32 at a time. None for tiles of 64 MiB
-        on a CPU and 1 GiB elsewhere, but of at least 256 tokens.
+      chunk_size: the most tokens of a tile. None for 64 MiB of float32 logits on a CPU and 1 GiB on
+        other devices, but at least 256 tokens.
       per_token: return the log-probability of every token instead of their sums.
       cu_seqlens: offsets of S sequences that lie one after another, without padding, in one row
         (B = 1), shape [S + 1], integer, rising from 0 to T, as FlashAttention takes them. No token
@@ -130,8 +130,7 @@ def linear_logps(
         raise ValueError("average divides a sequence's sum: it does not go with per_token")
     check_head_options(softcap, logit_scale, temperature, chunk_size)
     check_head(weight, bias)
-    check_hidden("hidden", hidden, weight)
-    side = check_labels("labels", labels, "hidden", hidden, "cu_seqlens", cu_seqlens)
+    side = check_labels("", hidden, labels, cu_seqlens, weight)
     split = make_split(mesh, batch_axis, vocab_axis, weight, side)
     head = HeadOptions(softcap, logit_scale, temperature, chunk_size, split.words_axis)
     reading = Reading(int(ignore_index), bool(shift))

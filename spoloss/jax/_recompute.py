@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
-from jax.sharding import PartitionSpec
 
 from spoloss.jax._labels import Labels, Reading
 from spoloss.jax._mesh import Split
@@ -38,7 +37,7 @@ class TokenCall:
     def specs(self) -> tuple[Any, ...]:
         """How hidden states, weight, bias and labels lie on the mesh."""
         pairs, words = self.split.of_pairs, self.split.of_words
-        return pairs, words, words, Labels(pairs, PartitionSpec())
+        return pairs, words, words, Labels(pairs, self.split.whole)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,9 +76,9 @@ def _look(
         def step(tile: Tile, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
             logps, by_hidden = carry
             softmax = head.softmax(table.take((flat,), tile), tile.targets, tile.filled)
-            (logps,) = table.put((logps,), softmax.logps, tile)
-            if directions:
-                (by_hidden,) = table.put((by_hidden,), head.by_hidden(softmax), tile)
+            logps = table.put(logps, softmax.logps, tile)
+            if by_hidden is not None:
+                by_hidden = table.put(by_hidden, head.by_hidden(softmax), tile)
             return logps, by_hidden
 
         zeros = jnp.broadcast_to(labels.zero(head.dtype), labels.ids.size)
@@ -92,13 +91,14 @@ def _look(
 
     pairs = call.split.of_pairs
     run = call.split.run(on_device, call.specs, (pairs, pairs))
-    return run(hidden, weight, bias, labels)
+    logps, by_hidden = run(hidden, weight, bias, labels)
+    return logps, by_hidden
 
 
 def _forward(call: TokenCall, *primals: Any) -> tuple[Array, Any]:
     hidden, weight, bias, _ = primals
     wanted = Wanted((hidden.perturbed,), weight.perturbed, bias is not None and bias.perturbed)
-    values = custom_vjp_primal_tree_values(primals)
+    values = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
     if wanted.weight or wanted.bias:
         return _token_logps(call, *values), (wanted, values)
     # Of a frozen head nothing but this is wanted, and one visit makes it.
@@ -111,7 +111,7 @@ def _backward(call: TokenCall, residual: Any, upstream: Array | SymbolicZero) ->
     if isinstance(upstream, SymbolicZero):
         return None, None, None, None
     if wanted.weight or wanted.bias:
-        by_hidden, by_head = _look_again(call, wanted, *kept, upstream)
+        by_hidden, by_head = _look_again(call, wanted, kept, upstream)
         return by_hidden, *by_head, None
     return scaled(kept, upstream), None, None, None
 
@@ -127,10 +127,7 @@ def scaled(directions: Array | None, factor: Array) -> Array | None:
 def _look_again(
     call: TokenCall,
     wanted: Wanted,
-    hidden: Array,
-    weight: Array,
-    bias: Array | None,
-    labels: Labels,
+    inputs: tuple[Array, Array, Array | None, Labels],
     upstream: Array,
 ) -> tuple[Array | None, HeadSums]:
     """The gradients by hidden states and head from the upstream gradient [B, T]."""
@@ -139,25 +136,26 @@ def _look_again(
         hidden: Array, weight: Array, bias: Array | None, labels: Labels, upstream: Array
     ) -> tuple[Array | None, HeadSums]:
         head, table = Head.of(weight, bias, call.head), call.table(labels, weight)
-        flat, by_token = (hidden.reshape(-1, hidden.shape[2]),), upstream.reshape(-1)
+        flat, by_token = hidden.reshape(-1, hidden.shape[2]), upstream.reshape(-1)
 
-        def step(tile: Tile, carry: tuple[Any, HeadSums]) -> tuple[Any, HeadSums]:
+        def step(tile: Tile, carry: tuple[Array | None, HeadSums]) -> tuple[Array | None, HeadSums]:
             by_hidden, by_head = carry
-            factor = by_token.at[tile.index].get(mode="fill", fill_value=0)
-            states = table.take(flat, tile)
+            factor = by_token.at[tile.token].get(mode="fill", fill_value=0)
+            states = table.take((flat,), tile)
             softmax = head.softmax(states, tile.targets, factor != 0.0)
-            if any(wanted.hidden):
+            if by_hidden is not None:
                 by_hidden = table.put(by_hidden, factor[:, None] * head.by_hidden(softmax), tile)
             return by_hidden, head.add(by_head, softmax, states, factor)
 
-        zeros = tuple(jnp.zeros_like(flat[0]) if need else None for need in wanted.hidden)
-        (by_hidden,), by_head = table.visit_all(step, (zeros, head.zeros(wanted)))
+        zeros = jnp.zeros_like(flat) if wanted.hidden[0] else None
+        by_hidden, by_head = table.visit_all(step, (zeros, head.zeros(wanted)))
         by_hidden = None if by_hidden is None else by_hidden.reshape(hidden.shape)
         return by_hidden, call.split.sum_pairs(by_head).like(weight, bias)
 
     pairs, words = call.split.of_pairs, call.split.of_words
     run = call.split.run(on_device, (*call.specs, pairs), (pairs, words))
-    return run(hidden, weight, bias, labels, upstream)
+    by_hidden, by_head = run(*inputs, upstream)
+    return by_hidden, by_head
 
 
 _token_logps.defvjp(_forward, _backward, symbolic_zeros=True)

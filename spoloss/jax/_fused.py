@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jax.lax import stop_gradient
-from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
 from spoloss._arrays import reduction_scale
@@ -23,8 +22,8 @@ from spoloss.jax._labels import Labels, Reading
 from spoloss.jax._mesh import Split
 from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._one_pass import Made, one_pass
-from spoloss.jax._softmax import Head, HeadOptions, HeadSums, Wanted
-from spoloss.jax._token_rule import TokenCall, scaled, token_logps
+from spoloss.jax._recompute import TokenCall, scaled, token_logps
+from spoloss.jax._softmax import Head, HeadOptions, Wanted
 from spoloss.jax._tokens import table_of_pairs
 
 
@@ -94,10 +93,12 @@ def _forward(call: PairCall, *primals: Any) -> tuple[Output, Any]:
         weight=weight.perturbed,
         bias=bias is not None and bias.perturbed,
     )
-    inputs, labels = custom_vjp_primal_tree_values(primals)
+    inputs, labels = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
     if wanted.weight or wanted.bias:
         made, lengths = _one_pass(call, wanted, inputs, labels)
-        back = Partial(functools.partial(_scale, call), made, lengths, inputs, labels)
+        back = Partial(  # type: ignore[no-untyped-call]
+            functools.partial(_scale, call), made, lengths, inputs, labels
+        )
         return _output(call.objective, made.sums, lengths, inputs.constants), back
     inputs = jax.tree.map(lambda p: p.value if p.perturbed else stop_gradient(p.value), primals[0])
     return jax.vjp(lambda inputs: _by_tokens(call, inputs, labels), inputs)
@@ -124,14 +125,17 @@ def _one_pass(
         return Made(made.sums, directions, by_head), table.lengths.astype(head.dtype)
 
     pairs, words = call.split.of_pairs, call.split.of_words
-    constants = jax.tree.map(lambda a: pairs if a.ndim else PartitionSpec(), inputs.constants)
-    side = Labels(pairs, PartitionSpec())
+    constants = jax.tree.map(
+        lambda array: pairs if array.ndim else call.split.whole, inputs.constants
+    )
+    side = Labels(pairs, call.split.whole)
     run = call.split.run(
         on_device,
         (Inputs(pairs, pairs, words, words, constants), (side, side)),
         (Made(pairs, pairs, words), pairs),
     )
-    return run(inputs, labels)
+    made, lengths = run(inputs, labels)
+    return made, lengths
 
 
 def _scale(
@@ -146,13 +150,14 @@ def _scale(
     up, constants = upstream.loss, inputs.constants
     scale = reduction_scale(constants.reference_chosen, call.objective.reduction)
     slopes = up * call.objective.token_slopes(made.sums, lengths, constants, scale)
-    by_hidden = [
+    by_hidden = (
         scaled(directions, side.spread(slopes[:, i]))
         for i, (directions, side) in enumerate(zip(made.directions, labels, strict=True))
-    ]
-    by_head = HeadSums(*(None if total is None else up * total for total in made.head))
+    )
+    by_head = jax.tree.map(lambda total: up * total, made.head).like(inputs.weight, inputs.bias)
     _, back = jax.vjp(lambda c: call.objective.value(made.sums, lengths, c), constants)
-    return (Inputs(*by_hidden, *by_head.like(inputs.weight, inputs.bias), *back(up)),)
+    gradients: tuple[Any, ...] = (*by_hidden, *by_head, *back(up))
+    return (Inputs(*gradients),)
 
 
 def _backward(call: PairCall, back: Any, upstream: Output) -> tuple[Inputs, None]:  # noqa: ARG001
