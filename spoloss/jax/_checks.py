@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from spoloss.jax._labels import Labels
 from spoloss.jax._mesh import Axis, Split
@@ -113,7 +113,7 @@ def make_split(
         if pairs or words:
             raise ValueError("batch_axis and vocab_axis name axes of a mesh: pass mesh, too")
         return Split(None, (), ())
-    if not isinstance(mesh, Mesh):
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
     if not (pairs or words):
         raise ValueError("mesh needs batch_axis, vocab_axis or both")
