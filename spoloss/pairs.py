@@ -537,7 +537,8 @@ def _usable(function: Any, margin: Any, beta: Any, reward_gap: Any) -> Any:
     )
     terms = (margin, beta, steepness, function(margin, beta))
     xp = namespace(margin)
-    finite = (xp.isfinite(term) for term in terms if not is_number(term))
+    # Not is_number: NumPy makes numbers of its own out of 0-d arrays.
+    finite = (xp.isfinite(term) for term in terms if hasattr(term, "dtype"))
     return functools.reduce(xp.logical_and, finite)
 
 

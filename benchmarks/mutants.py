@@ -1,0 +1,282 @@
+"""Mutation testing: how many small faults in `spoloss/` the fast tests of their area notice.
+
+    python -m benchmarks.mutants --sample 120 --seed 0
+
+Every constant, comparison, arithmetic or boolean operator, condition and returned value of the
+package is a place for a mutant. A seeded sample of places is drawn, each once. Each mutant runs the
+tests of its file (`TESTS`) until the first failure, in a fork of a process that has loaded the
+array libraries already, on a copy of the tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import machine
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "mutants.csv"
+COLUMNS = ("file", "line", "was", "mutant", "outcome")
+SECONDS = 900.0
+
+_CORE = ("core/test_losses.py", "core/test_pairs.py", "core/test_gradients.py")
+_HEAD = (
+    "torch/test_torch_fused.py",
+    "torch/test_torch_edges.py",
+    "torch/test_packed.py",
+    "torch/test_plan.py",
+    "torch/test_torch_logps.py",
+    "torch/test_torch_cuda.py",
+    "torch/test_torch_transforms.py",
+    "distributed/test_vocab_parallel.py",
+)
+TESTS = {
+    "losses.py": _CORE,
+    "_arrays.py": (*_CORE[::-1], "core/test_metrics.py", "core/test_transforms.py"),
+    "_options.py": ("torch/test_torch_edges.py", "torch/test_torch_cuda.py"),
+    "pairs.py": (*_CORE[1:], "core/test_metrics.py", "core/test_transforms.py"),
+    "gradients.py": ("core/test_gradients.py", "core/test_transforms.py"),
+    "metrics.py": ("core/test_metrics.py",),
+    "torch/modules.py": ("torch/test_torch_modules.py",),
+    "torch/logps.py": ("torch/test_torch_logps.py", *_HEAD),
+    "torch/_vocab_parallel.py": ("distributed/test_vocab_parallel.py",),
+    "torch": _HEAD,
+}
+
+_SWAPS: dict[type, type] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.USub: ast.UAdd,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One expression of one file, and what takes its place."""
+
+    file: str
+    line: int
+    was: str
+    now: str
+    start: int
+    end: int
+
+    def apply(self, source: bytes) -> bytes:
+        """The file with the mutant in it."""
+        return source[: self.start] + self.now.encode() + source[self.end :]
+
+
+def mutants_of(path: Path) -> Iterator[Mutant]:
+    """All mutants of a file, in the order of its lines."""
+    source = path.read_bytes()
+    lines = [0, *_ends(source)]
+    tree = ast.parse(source)
+    name = path.relative_to(ROOT / "spoloss").as_posix()
+    for node, replacements in _code(tree):
+        for now in replacements:
+            start = lines[node.lineno - 1] + node.col_offset
+            end = lines[node.end_lineno - 1] + node.end_col_offset
+            was = source[start:end].decode()
+            if now != was:
+                yield Mutant(name, node.lineno, was, now, start, end)
+
+
+def _ends(source: bytes) -> Iterator[int]:
+    at = 0
+    for line in source.splitlines(keepends=True):
+        at += len(line)
+        yield at
+
+
+def _code(tree: ast.AST) -> Iterator[tuple[ast.expr, list[str]]]:
+    """The expressions that run, without annotations, docstrings and messages, and their mutants."""
+    for field, value in ast.iter_fields(tree):
+        if field in ("annotation", "returns", "decorator_list"):
+            continue
+        for node in value if isinstance(value, list) else [value]:
+            if isinstance(node, (ast.Raise, ast.JoinedStr)) or not isinstance(node, ast.AST):
+                continue
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                yield node.value, ["None"]
+            if isinstance(node, ast.If):
+                yield node.test, ["True", "False"]
+            if isinstance(node, ast.expr):
+                yield node, list(_replacements(node))
+            yield from _code(node)
+
+
+def _replacements(node: ast.expr) -> Iterator[str]:
+    """What takes the expression's place: one change each."""
+    match node:
+        case ast.Constant(value=bool() as value):
+            yield str(not value)
+        case ast.Constant(value=int() | float() as value):
+            yield f"({value!r} + 1)"
+            if value:
+                yield f"({value!r} * 2)"
+        case ast.BinOp(op=op) if type(op) in _SWAPS:
+            yield f"({ast.unparse(ast.BinOp(node.left, _SWAPS[type(op)](), node.right))})"
+        case ast.UnaryOp(op=ast.USub()):
+            yield f"({ast.unparse(node.operand)})"
+        case ast.UnaryOp(op=ast.Not()):
+            yield f"bool({ast.unparse(node.operand)})"
+        case ast.Compare(ops=[op]) if type(op) in _SWAPS:
+            yield f"({ast.unparse(ast.Compare(node.left, [_SWAPS[type(op)]()], node.comparators))})"
+        case ast.BoolOp(op=op):
+            yield f"({ast.unparse(ast.BoolOp(_SWAPS[type(op)](), node.values))})"
+        case ast.IfExp():
+            yield f"({ast.unparse(node.body)})"
+            yield f"({ast.unparse(node.orelse)})"
+        case ast.Call(func=ast.Attribute(value=receiver, attr=attr)) if attr in _DROPPED:
+            yield ast.unparse(receiver)
+
+
+_DROPPED = ("detach", "clone", "contiguous", "to", "float", "sum", "exp", "abs", "clamp", "neg")
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    """The fast tests of a file's area, the likeliest to notice first."""
+    names = TESTS.get(file) or TESTS[file.split("/")[0]]
+    return tuple(f"tests/{name}" for name in names if (ROOT / "tests" / name).exists())
+
+
+def outcome(mutant: Mutant, tree: Path) -> str:
+    """killed, survived, or timeout, of one mutant in a copy of the tree."""
+    path = tree / "spoloss" / mutant.file
+    right = path.read_bytes()
+    path.write_bytes(mutant.apply(right))
+    try:
+        return _run_tests(tree, tests_of(mutant.file))
+    finally:
+        path.write_bytes(right)
+
+
+def _run_tests(tree: Path, tests: tuple[str, ...]) -> str:
+    child = os.fork()
+    if child == 0:
+        _become_pytest(tree, tests)
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            return "survived" if code == 0 else "killed"
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "timeout"
+
+
+def _become_pytest(tree: Path, tests: tuple[str, ...]) -> None:
+    import pytest
+
+    os.setpgrp()
+    os.chdir(tree)
+    sys.path[:] = [str(tree), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("benchmarks", "spoloss")]:
+        del sys.modules[name]
+    os.environ["PYTHONPATH"] = str(tree)
+    sys.dont_write_bytecode = True
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+    code = 2
+    try:
+        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        code = pytest.main([*options, *tests])
+    finally:
+        os._exit(int(code))
+
+
+def interval(killed: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of a share."""
+    z, share = 1.96, killed / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    return centre - half, centre + half
+
+
+def sample(files: list[Path], size: int, seed: int) -> list[Mutant]:
+    """A sample without repeats over all mutants of the files: each is as likely as any other."""
+    population = [mutant for path in files for mutant in mutants_of(path)]
+    print(f"{len(population)} mutants in {len(files)} files")
+    return random.Random(seed).sample(population, min(size, len(population)))
+
+
+def load_libraries() -> None:
+    """What every fork would load again; nothing of the package, which is mutated."""
+    import array_api_strict  # noqa: F401
+    import hypothesis  # noqa: F401
+    import jax.numpy
+    import mlx.core
+    import mpmath  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import torch.utils.checkpoint  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def main() -> int:
+    """Run the sample; write the outcome of each mutant and print the score."""
+    parser = argparse.ArgumentParser(prog="benchmarks.mutants", description=__doc__)
+    parser.add_argument("--sample", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="files whose path contains this")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
+    options = parser.parse_args()
+    files = sorted((ROOT / "spoloss").rglob("*.py"))
+    files = [p for p in files if options.only in p.as_posix() and p.name != "__init__.py"]
+    drawn = sample(files, options.sample, options.seed)
+    load_libraries()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        skip = shutil.ignore_patterns(".git", "__pycache__", "build", "*.pyc")
+        shutil.copytree(ROOT, tree, ignore=skip)
+        for file in sorted({mutant.file for mutant in drawn}):
+            if _run_tests(tree, tests_of(file)) != "survived":
+                raise SystemExit(f"the tests of {file} fail without a mutant")
+        for mutant in drawn:
+            rows.append((mutant.file, mutant.line, mutant.was, mutant.now, outcome(mutant, tree)))
+            print(*rows[-1], sep=" | ", flush=True)
+    noticed = sum(row[-1] != "survived" for row in rows)
+    low, high = interval(noticed, len(rows))
+    print(f"{noticed} of {len(rows)} noticed: {noticed / len(rows):.1%}, 95 % {low:.1%} to {high:.1%}")
+    if options.save:
+        with RESULT.open("w", newline="") as file:
+            print(f"# {machine.describe('torch', 'jax', 'spoloss')}, seed {options.seed}", file=file)
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *sorted(rows)])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What happens at import: only the package's own files are read, and nothing else is touched."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spoloss
+
+PACKAGE = Path(spoloss.__file__).parent
+ROOT = Path(__file__).parents[2]
+
+WATCH = """
+import os, pathlib, sys, sysconfig
+import numpy, {framework}
+package, python = pathlib.Path({package!r}), pathlib.Path(sysconfig.get_path("stdlib"))
+seen = []
+
+def hook(event, arguments):
+    # An import looks for files (os.listdir) and reads the module's source or its cached code.
+    if event.startswith(("socket.", "subprocess.", "os.", "shutil.", "urllib.", "pickle.")):
+        if event != "os.listdir":
+            seen.append((event, str(arguments)))
+    if event == "open":
+        path, mode, flags = arguments
+        above = pathlib.Path(path).parents if isinstance(path, str) else ()
+        module = python in above and path.endswith((".py", ".pyc"))
+        if not (module or package in above) or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            seen.append((event, str(arguments)))
+
+class Environment(dict):
+    def __getitem__(self, name):
+        seen.append(("environment", name))
+        return super().__getitem__(name)
+    def get(self, name, default=None):
+        seen.append(("environment", name))
+        return super().get(name, default)
+
+sys.dont_write_bytecode = True
+os.environ = Environment(os.environ)
+sys.addaudithook(hook)
+{code}
+found = list(seen)
+print(found)
+"""
+
+
+def touched(code: str, framework: str = "numpy") -> list[tuple[str, str]]:
+    """The audit events of `code` beyond reading the package's own files."""
+    program = WATCH.format(package=str(PACKAGE), framework=framework, code=code)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+WINGS = {"spoloss": "numpy", "spoloss.torch": "torch, torch.utils.checkpoint"}
+if (PACKAGE / "jax").is_dir():
+    WINGS["spoloss.jax"] = "jax.numpy"
+
+
+@pytest.mark.parametrize("module", WINGS)
+def test_an_import_touches_nothing(module: str) -> None:
+    assert touched(f"import {module}", WINGS[module]) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(__import__('os').devnull, 'w')",
+        "import socket; socket.socket().close()",
+        "os.environ.get('HOME')",
+        "os.environ['PATH']",
+        "os.system('true')",
+        "open('/etc/hostname' if os.path.exists('/etc/hostname') else os.devnull)",
+    ],
+)
+def test_the_watch_sees_what_it_should(code: str) -> None:
+    assert touched(code) != []
+
+
+PICKLE = re.compile(
+    r"torch\.load\((?!.*weights_only=True)|(?:pickle|joblib|dill)\.loads?\(|allow_pickle=True"
+    r"|trust_remote_code=True|safe_serialization=False|weights_only=False"
+)
+
+
+def unpickles(source: str) -> list[str]:
+    return PICKLE.findall(source)
+
+
+def test_nothing_that_users_run_loads_a_pickle() -> None:
+    """A pickle runs code when it is loaded; models are safetensors, other files weights only."""
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "docs").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
+    files += [*(ROOT / "benchmarks").rglob("*.py"), ROOT / "README.md"]
+    assert len(files) > 50
+    found = {str(path): unpickles(path.read_text()) for path in files}
+    assert {path: calls for path, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize(
+    "source", ["torch.load(path, 'cpu')", "x = pickle.loads(data)", "np.load(f, allow_pickle=True)"]
+)
+def test_the_pickle_check_sees_one(source: str) -> None:
+    assert unpickles(source)

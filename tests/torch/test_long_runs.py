@@ -1,0 +1,225 @@
+"""Long runs, threads, processes, copies, and reruns that give the same bits."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spoloss import DPO, SPO, Squared, spo_loss
+from spoloss.torch import DPOLoss, SPOLoss, SquaredLoss, linear_logps, linear_spo_loss
+from spoloss.torch import sequence_logps as logps_of
+
+WIDTH, WORDS, PAIRS = 8, 32, 4
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Tokens of chosen and rejected completions; another length at each step."""
+    generator = torch.Generator().manual_seed(step)
+    length = 3 + step % 11
+    tokens = torch.randint(0, WORDS, (2, PAIRS, length), generator=generator)
+    tokens[:, 0, 0] = tokens[0, 0, 0]
+    return tokens[0], tokens[1]
+
+
+class Model(nn.Module):
+    """One layer of a language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        self.embedding = nn.Parameter(normal(WORDS, WIDTH))
+        self.head = nn.Parameter(0.1 * normal(WORDS, WIDTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.tanh(self.embedding[tokens])
+
+
+Loss = Callable[[Model, Tensor, Tensor], Tensor]
+
+
+def fused(model: Model, chosen: Tensor, rejected: Tensor) -> Tensor:
+    states = (model(chosen), model(rejected))
+    return linear_spo_loss(*states, model.head, chosen, rejected, 0.0, 0.0, chunk_size=20).loss
+
+
+def unfused(model: Model, chosen: Tensor, rejected: Tensor) -> Tensor:
+    sides = (logps_of(model(tokens) @ model.head.t(), tokens) for tokens in (chosen, rejected))
+    return spo_loss(*sides, 0.0, 0.0)
+
+
+def train(loss: Loss, steps: int) -> tuple[Model, list[float]]:
+    model, losses = Model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        value = loss(model, *batch(step))
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return model, losses
+
+
+def check_training(loss: Loss, steps: int = 1000) -> None:
+    model, losses = train(loss, steps)
+    right, right_losses = train(unfused, steps)
+    torch.testing.assert_close(losses, right_losses, rtol=1e-9, atol=1e-9)
+    for mine, theirs in zip(model.parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    assert steps < 1000 or (model.head - Model().head).abs().max() > 0.1, "the training has not moved the head"
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_fused_and_unfused() -> None:
+    check_training(fused)
+
+
+def test_the_check_of_a_training_sees_a_small_drift() -> None:
+    def off(model: Model, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return fused(model, chosen, rejected) * (1.0 + 1e-7)
+
+    with pytest.raises(AssertionError):
+        check_training(off, 100)
+
+
+def live_bytes() -> int:
+    gc.collect()
+    tensors = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter))
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def growth(step: Callable[[int], Any], steps: int = 50) -> int:
+    """Bytes of tensors that are alive after many steps and were not after the first ones."""
+    for number in range(22):  # every length twice
+        step(number)
+    before = live_bytes()
+    for number in range(steps):
+        step(number)
+    return live_bytes() - before
+
+
+def test_no_tensor_outlives_its_step() -> None:
+    model, kept = Model(), []
+
+    def step(number: int) -> None:
+        fused(model, *batch(number)).backward()
+
+    def leaky(number: int) -> None:
+        kept.append(fused(model, *batch(number)).detach())
+
+    step(0)
+    assert growth(step) <= 0
+    assert growth(leaky) > 0
+
+
+def gradients(number: int) -> list[Tensor]:
+    model = Model()
+    loss = fused(model, *batch(number))
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def test_calls_from_several_threads() -> None:
+    want = [gradients(number) for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(gradients, range(40)))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def worker(number: int) -> list[list[float]]:
+    torch.set_num_threads(1)
+    return [tensor.flatten().tolist() for tensor in gradients(number)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*")  # JAX and Python 3.12 warn of every fork
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes(method: str) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    gradients(0)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        got = pool.map(worker, range(4))
+    for number, result in enumerate(got):
+        want = [tensor.flatten() for tensor in gradients(number)]
+        for mine, theirs in zip(result, want, strict=True):
+            torch.testing.assert_close(
+                torch.tensor(mine, dtype=torch.float64), theirs, rtol=1e-12, atol=1e-12
+            )
+
+
+LOSSES = [SPO(), SPO(linear_below=-1.0), DPO(), DPO(label_smoothing=0.2), Squared()]
+MODULES = [
+    SPOLoss(0.3, linear_below=-1.0, reduction="mean"),
+    DPOLoss(0.2, label_smoothing=0.1, reduction="sum"),
+    SquaredLoss(0.4),
+]
+COPIES = [copy.copy, copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))]
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
+def test_copies_are_equal_and_compute_the_same(copied: Callable[[Any], Any]) -> None:
+    logps = -10.0 * torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+    for loss in LOSSES:
+        twin = copied(loss)
+        assert twin == loss
+        assert torch.equal(twin.value(logps[0], 0.2), loss.value(logps[0], 0.2))
+    for module in MODULES:
+        twin = copied(module)
+        assert repr(twin) == repr(module)
+        assert all(map(torch.equal, twin(*logps), module(*logps)))
+        assert module.state_dict() == {}, "a loss has nothing to save"
+    assert repr(MODULES[0]) == "SPOLoss(SPO(linear_below=-1.0), beta=0.3, reduction='mean')"
+
+
+def test_losses_of_other_parameters_differ() -> None:
+    assert len(set(LOSSES)) == len(LOSSES)
+    assert len({repr(loss) for loss in LOSSES}) == len(LOSSES)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def everything(dtype: torch.dtype) -> list[Tensor]:
+    """The results of the wing's functions, forward and backward, on large enough tensors."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 3, 40, 16, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(300, 16, generator=generator, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 300, (2, 3, 40), generator=generator)
+    labels[:, 0, :20] = -100
+    out = linear_spo_loss(*hidden, weight, *labels, 0.0, 0.0, chunk_size=16, nll_weight=0.1)
+    offsets = torch.tensor([0, 15, 40])
+    packed = linear_logps(hidden[0, :1], weight, labels[0, :1], cu_seqlens=offsets)
+    plain = logps_of(hidden[1] @ weight.t(), labels[1])
+    total = out.loss + packed.sum() + plain.sum()
+    return [out.loss.detach(), packed, plain, *torch.autograd.grad(total, (hidden, weight))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_deterministic_algorithms_and_bit_by_bit_again(dtype: torch.dtype) -> None:
+    with deterministic():
+        first, again = everything(dtype), everything(dtype)
+    assert all(map(torch.equal, first, again))
+    assert all(tensor.isfinite().all() for tensor in first)
+
+
+def test_two_trainings_give_the_same_bits() -> None:
+    (first, losses), (again, same) = train(fused, 30), train(fused, 30)
+    assert losses == same
+    assert all(map(torch.equal, first.parameters(), again.parameters()))
