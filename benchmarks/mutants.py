@@ -290,7 +290,9 @@ def main() -> int:
                 save(rows, options.seed)
     noticed = sum(row[-1] != "survived" for row in rows)
     low, high = interval(noticed, len(rows))
-    print(f"{noticed} of {len(rows)} noticed: {noticed / len(rows):.1%}, 95 % {low:.1%} to {high:.1%}")
+    print(
+        f"{noticed} of {len(rows)} noticed: {noticed / len(rows):.1%}, 95 % {low:.1%} to {high:.1%}"
+    )
     return 0
 
 
