@@ -1,4 +1,4 @@
-"""docs/choosing.md and README quote the tables of the committed runs, cell by cell."""
+"""docs/choosing.md and other pages quote the tables of the committed runs, cell by cell."""
 
 from __future__ import annotations
 
@@ -85,9 +85,8 @@ def test_stability() -> None:
     assert sum(bool(run["stopped_at"]) for run in plain if run["beta"] != "0.1") == 11
 
 
-def test_win_rates_of_the_readme() -> None:
-    columns, ours = table_below(TABLES, "### All win rates, clean labels")
-    header, policies = table_below((ROOT / "README.md").read_text(), "## Is SPO better than DPO?")
-    assert len(policies) == 3
-    for policy, cells in policies.items():
-        assert cells == [ours[policy][columns.index(name)] for name in header], policy
+@pytest.mark.parametrize("page", ["README.md", "docs/from_dpo.md"])
+def test_the_win_rate_that_other_pages_quote(page: str) -> None:
+    rate = re.search(r"SPO\(0.1\) over DPO\(0.4\), clean labels: ([\d.]+ ± [\d.]+) %", TABLES)
+    assert rate is not None
+    assert f"{rate[1]} %" in " ".join((ROOT / page).read_text().split())
