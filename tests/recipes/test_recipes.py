@@ -383,6 +383,10 @@ def test_trl_fused_takes_what_a_model_does_to_its_logits() -> None:
     assert options(policy) == {"logit_scale": 1.0, "softcap": None}
     policy.config.update({"logits_scaling": 8.0, "final_logit_softcapping": 30.0})
     assert options(policy) == {"logit_scale": 0.125, "softcap": 30.0}
+    policy.config.model_type = "hyperclovax"
+    assert options(policy) == {"logit_scale": 8.0, "softcap": 30.0}
+    policy.config.update({"lm_head_multiplier": 0.5})
+    assert options(policy) == {"logit_scale": 4.0, "softcap": 30.0}
     policy.lm_head.bias = nn.Parameter(torch.zeros(toy.VOCABULARY))
     with pytest.raises(ValueError, match="the head has a bias"):
         options(policy)
