@@ -184,7 +184,7 @@ def _paths(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def outcome(mutant: Mutant, tree: Path) -> str:
-    """killed, killed by the wide tests, survived, or timeout, of one mutant in a copy of the tree."""
+    """What becomes of one mutant: killed, killed by the wide tests, survived, or timeout."""
     path = tree / "spoloss" / mutant.file
     right = path.read_bytes()
     path.write_bytes(mutant.apply(right))
@@ -253,12 +253,10 @@ def sample(files: list[Path], size: int, seed: int) -> list[Mutant]:
 def load_libraries() -> None:
     """What every fork would load again; nothing of the package, which is mutated."""
     import array_api_strict  # noqa: F401
-    import jax.numpy
-    import mlx.core
     import mpmath  # noqa: F401
     import pytest  # noqa: F401
     import torch
-    import torch.utils.checkpoint  # noqa: F401
+    import torch.utils.checkpoint
 
     torch.set_num_threads(1)
 
