@@ -81,9 +81,7 @@ def draw(rng: random.Random, library: str | None = None) -> Call:
     logps = tuple(
         0.0
         if place >= 2 and rng.random() < 0.1
-        else Value.rounded(
-            _array(shape, size), rng.choice(of.dtypes) if mixed and place else dtype
-        )
+        else Value.rounded(_array(shape, size), rng.choice(of.dtypes) if mixed and place else dtype)
         for place in range(4)
     )
     options = {}

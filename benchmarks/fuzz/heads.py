@@ -52,7 +52,13 @@ def draw(rng: random.Random) -> Case:
         of_loss["label_smoothing"] = rng.choice((0.1, 0.3))
     if loss in ("spo", "squared") and rng.random() < 0.3:
         of_loss["reward_gap"] = rng.choice((0.5, 2.0))
-    ints = {"pairs": (1, 6), "chosen": (1, 9), "rejected": (1, 9), "width": (1, 6), "words": (2, 40)}
+    ints = {
+        "pairs": (1, 6),
+        "chosen": (1, 9),
+        "rejected": (1, 9),
+        "width": (1, 6),
+        "words": (2, 40),
+    }
     grads = tuple(rng.random() < 0.7 for _ in range(4))
     return Case(
         title="torch, fused head",
@@ -110,7 +116,12 @@ class Inputs:
         self.case = case
         generator = torch.Generator().manual_seed(case.seed)
         pairs, d, v = (case.shape[name] for name in ("pairs", "width", "words"))
-        shapes = ((pairs, case.shape["chosen"], d), (pairs, case.shape["rejected"], d), (v, d), (v,))
+        shapes = (
+            (pairs, case.shape["chosen"], d),
+            (pairs, case.shape["rejected"], d),
+            (v, d),
+            (v,),
+        )
         self.tensors = [
             torch.randn(shape, generator=generator, dtype=torch.float64)
             .to(case.dtype)

@@ -77,7 +77,9 @@ def check_training(loss: Loss, steps: int = 1000) -> None:
     torch.testing.assert_close(losses, right_losses, rtol=1e-9, atol=1e-9)
     for mine, theirs in zip(model.parameters(), right.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-    assert steps < 1000 or (model.head - Model().head).abs().max() > 0.1, "the training has not moved the head"
+    assert steps < 1000 or (model.head - Model().head).abs().max() > 0.1, (
+        "the training has not moved the head"
+    )
 
 
 @pytest.mark.slow
