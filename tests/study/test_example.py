@@ -203,6 +203,7 @@ def test_evaluations_are_spread_over_the_steps(trained, tmp_path, steps, evaluat
 # --------------------------------------------------------------------------- what it computes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "known_gap"),
     [("spo", False), ("spo", True), ("dpo", False), ("squared", False), ("squared", True)],

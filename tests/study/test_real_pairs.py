@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,20 @@ def test_arms_are_command_lines_of_the_example(arm, tmp_path) -> None:
     assert f"{options.loss.upper()}({options.beta})" in arm.name
     assert options.reward_gap == ("known gap" in arm.name)
     assert (options.linear_below == 0.0) == ("linear below 0" in arm.name)
+
+
+def test_a_pretrained_model_is_trained_without_sft(tmp_path) -> None:
+    arm = replace(real_pairs.ARMS[0], model="owner/name")
+    options = arguments.parse_options(arm.command(0, Path("pairs.jsonl"), tmp_path)[2:])
+    assert (options.model, options.sft_steps, options.fused) == ("owner/name", 0, True)
+    # A row says which model it is of, and is not taken for another's; the place does not matter.
+    settings = {real_pairs.settings_of(each) for each in (arm, real_pairs.ARMS[0])}
+    assert len(settings) == 2
+    moved = replace(arm, model=str(tmp_path / "name"))
+    assert real_pairs.settings_of(moved) == real_pairs.settings_of(arm)
+    (tmp_path / "name").mkdir()
+    assert real_pairs.model_name(f"{tmp_path}/./name") == str(tmp_path / "name")
+    assert real_pairs.model_name("owner/name") == "owner/name"
 
 
 def test_row_is_the_end_of_the_run(finished) -> None:

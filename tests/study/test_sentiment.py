@@ -219,7 +219,9 @@ def test_distinct_pairs_of_neighbours() -> None:
 def test_a_broken_policy_is_judged_without_a_crash(folder: str, tmp_path: Path) -> None:
     foundation = tiny_foundation(folder)
     store = open_store(tmp_path / "broken", {})
-    foundation.lay(0, store, lambda: None)
+    openings: list[None] = []
+    foundation.lay(0, store, lambda: openings.append(None))
+    assert len(openings) == foundation.steps
     ground = foundation.load(store, 0)
     found = ground.judge(nudged(ground.policy, math.inf), "broken")
     assert np.shape(found["rewards"]) == (6, 4)
@@ -269,19 +271,17 @@ def tiny_foundation(folder: str) -> SentimentFoundation:
 
 
 def tiny_protocol(folder: str) -> Protocol:
-    """The study with two forms of a part at two betas, and two steps for each."""
+    """The study with DPO at two betas, the other losses at one, and two steps for each."""
 
     def tiny(part: parts.Part) -> parts.Part:
         stage = replace(part.stage, pairs=8, steps=2, batch=4)
         due = {name: min(getattr(stage, name), 2) for name in ("snapshots", "judgements")}
-        kept = [
-            [arm for arm in part.arms if (arm.form, arm.labels) == group][:2]
-            for group in dict.fromkeys((arm.form, arm.labels) for arm in part.arms)
-        ]
-        arms = tuple(arm for group in kept for arm in group)
-        return replace(
-            part, arms=arms, stage=replace(stage, **due), seeds=2 if part is parts.SWEEP else 1
-        )
+        first: dict[tuple[str, str], Arm] = {}
+        for arm in part.arms:
+            first.setdefault((arm.form, arm.labels), arm)
+        arms = (*first.values(), *[arm for arm in part.arms if arm.form == "dpo"][1:2])
+        seeds = 2 if part is parts.SWEEP else 1
+        return replace(part, arms=arms, stage=replace(stage, **due), seeds=seeds)
 
     return Protocol(tiny_foundation(folder), tuple(map(tiny, parts.PARTS.values())))
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import typing
+
+import numpy as np
 import pytest
 import torch
 
@@ -65,3 +70,55 @@ def test_bad_hyperparameters(module) -> None:
         module(torch.tensor(0.1))
     with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'avg'"):
         module(reduction="avg")
+
+
+@pytest.mark.parametrize(("module", "function"), [case[:2] for case in CASES])
+def test_defaults(module, function) -> None:
+    logps = tensors()
+    torch.testing.assert_close(module().beta, 0.1, rtol=0.0, atol=0.0)
+    want = function(*logps, beta=0.1, reduction="none")
+    torch.testing.assert_close(module()(*logps).losses, want, rtol=0.0, atol=0.0)
+    rewards = spoloss.implicit_rewards(*logps, beta=0.1)
+    torch.testing.assert_close(module()(*logps).chosen_rewards, rewards.chosen)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(module(0.2)(*logps).losses, want)
+
+
+@pytest.mark.parametrize("module", [SPOLoss, DPOLoss, SquaredLoss])
+def test_numbers_of_numpy_are_numbers_and_booleans_are_not(module) -> None:
+    for one in (1, np.int64(1), np.float32(1.0)):
+        assert type(module(one).beta) is float
+    with pytest.raises(TypeError, match="beta must be a number, got bool"):
+        module(True)
+
+
+@pytest.mark.parametrize("module", [SPOLoss, SquaredLoss])
+def test_modules_round_no_gap_to_half_precision(module) -> None:
+    half = [array.detach().to(torch.bfloat16) for array in tensors()]
+    gap = torch.tensor([0.7773, 1.3101, 0.9099, 2.017, 0.5037])
+    got = module(0.1)(*half, reward_gap=gap).losses
+    want = module(0.1)(*(array.double() for array in half), reward_gap=gap.double()).losses
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("module", [SPOLoss, SquaredLoss])
+def test_modules_leave_out_a_tied_pair_of_weight_0(module) -> None:
+    gap = torch.tensor([0.0, 1.0, 2.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    logps = tensors()
+    losses = module(0.1, reduction="mean")(*logps, reward_gap=gap, weights=gap.detach() ** 2).losses
+    losses.backward()
+    for leaf in (*logps, gap):
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad[0] == 0.0
+
+
+@pytest.mark.parametrize("module", [SPOLoss, DPOLoss, SquaredLoss])
+def test_module_signatures_resolve_and_are_documented(module) -> None:
+    for function, documented in (
+        (module.__init__, module.__doc__),
+        (module.forward, module.forward.__doc__),
+    ):
+        names = [name for name in inspect.signature(function).parameters if name != "self"]
+        assert set(names) <= set(typing.get_type_hints(function))
+        for name in names:
+            assert re.search(rf"^ +{name}: ", documented, re.M), name

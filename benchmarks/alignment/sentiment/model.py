@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,8 +17,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.alignment.arms import Arm
 from benchmarks.alignment.errors import InputError
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
 
 TRAINED_BLOCKS = 2
 IGNORED = -100
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SENTENCE_ENDS = (".", "!", "?", "\n")
 
 
@@ -45,7 +54,7 @@ class Base:
       head: the head's weight, [V, D].
     """
 
-    tokenizer: AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase
     lower: LlamaModel
     top: LlamaModel
     head: Tensor
@@ -82,8 +91,9 @@ def load_base(model: str) -> Base:
     Raises:
       InputError: there is no such model, or it is no Llama of more than two blocks.
     """
-    if model.count("/") != 1 and not Path(model).is_dir():
+    if not Path(model).is_dir() and not HUB_NAME.fullmatch(model):
         raise InputError(f"--model {model}: expected a folder or a name on the Hugging Face Hub")
+    disable_progress_bar()  # the experiment has its own
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.alignment import seeds
@@ -95,7 +96,7 @@ class SentimentFoundation(Foundation[TopBlocks]):
     @property
     def steps(self) -> int:
         """Openings that are answered."""
-        return len(all_openings()) + 2 * self.held_out_openings
+        return len(all_openings()) + self.held_out_openings
 
     def lay(self, seed: int, store: Store, hook: StepHook) -> None:
         """Lets the reference write, makes pairs, judges it and finds what best of n reaches."""
@@ -245,7 +246,9 @@ def write_reviews(
     return gather(in_order, openings, tokenizer)
 
 
-def gather(written: Sequence[Written], openings: Sequence[str], tokenizer: Any) -> Reviews:
+def gather(
+    written: Sequence[Written], openings: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> Reviews:
     """Puts the answers to all openings together and rewards them."""
     tokens = torch.cat([each.tokens for each in written])
     answers = [tokenizer.decode(row[row != IGNORED]) for row in tokens]

@@ -1,0 +1,27 @@
+"""Layer 3: what only JAX can do. From a language model's hidden states or logits to the loss."""
+
+try:
+    import jax as _jax  # noqa: F401
+except ImportError as error:
+    raise ImportError('spoloss.jax needs JAX: pip install "spoloss[jax]"') from error
+
+from spoloss.jax._call import LinearPairLoss
+from spoloss.jax.fused import linear_pair_loss
+from spoloss.jax.fused_losses import (
+    linear_dpo_loss,
+    linear_ipo_loss,
+    linear_spo_loss,
+    linear_squared_loss,
+)
+from spoloss.jax.logps import linear_logps, sequence_logps
+
+__all__ = [
+    "LinearPairLoss",
+    "linear_dpo_loss",
+    "linear_ipo_loss",
+    "linear_logps",
+    "linear_pair_loss",
+    "linear_spo_loss",
+    "linear_squared_loss",
+    "sequence_logps",
+]

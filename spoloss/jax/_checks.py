@@ -1,0 +1,150 @@
+"""Checks of a call's arrays and axes, by shape and dtype alone, so that `jax.jit` can trace it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh
+
+from spoloss.jax._labels import Labels
+from spoloss.jax._mesh import Axis, Split
+
+
+def check_floating(name: str, array: Any) -> None:
+    """Refuse what is not a JAX array of real floating numbers.
+
+    Raises:
+      TypeError: it is none.
+    """
+    if not isinstance(array, jax.Array):
+        raise TypeError(f"{name} must be a JAX array, got {type(array).__name__}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be real floating, got {array.dtype}")
+
+
+def check_head(weight: Array, bias: Array | None) -> None:
+    """Refuse a weight that is not [V, D], or a bias that is not [V].
+
+    Raises:
+      TypeError: one of them is not a real floating JAX array.
+      ValueError: a shape does not fit.
+    """
+    check_floating("weight", weight)
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape [V, D], got {weight.shape}")
+    if bias is None:
+        return
+    check_floating("bias", bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [V] = {weight.shape[:1]}, got {bias.shape}")
+
+
+def check_labels(
+    prefix: str, hidden: Array, labels: Array, cu_seqlens: Array | None, weight: Array
+) -> Labels:
+    """The labels of a side, after a check of all that belongs to it.
+
+    Args:
+      prefix: what precedes the arguments' names, for messages.
+      hidden: must be [B, T, D] in the weight's dtype.
+      labels: must be integers [B, T].
+      cu_seqlens: must be integers [S + 1], with B = 1, or None.
+      weight: the head's weight.
+
+    Raises:
+      TypeError: one of them is no JAX array, or of another dtype.
+      ValueError: a shape does not fit.
+    """
+    check_floating(f"{prefix}hidden", hidden)
+    if hidden.ndim != 3 or hidden.shape[2] != weight.shape[1]:
+        raise ValueError(
+            f"{prefix}hidden must have shape [B, T, D] with D = {weight.shape[1]}, as weight "
+            f"[V, D] has it, got {hidden.shape}. Of a Flax kernel [D, V] pass kernel.T"
+        )
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{prefix}hidden must have the weight's dtype {weight.dtype}, got {hidden.dtype}. "
+            "Cast one of them with astype"
+        )
+    return sequences(prefix, labels, cu_seqlens, hidden)
+
+
+def sequences(prefix: str, labels: Array, cu_seqlens: Array | None, states: Array) -> Labels:
+    """The labels of a side, after a check of their shape against hidden states or logits.
+
+    Raises:
+      TypeError: labels or offsets are not integer JAX arrays.
+      ValueError: a shape does not fit.
+    """
+    _check_integers(f"{prefix}labels", labels)
+    if labels.shape != states.shape[:2]:
+        raise ValueError(
+            f"{prefix}labels must have shape [B, T] = {states.shape[:2]}, got {labels.shape}"
+        )
+    if cu_seqlens is None:
+        return Labels(labels, None)
+    _check_integers(f"{prefix}cu_seqlens", cu_seqlens)
+    if len(labels) != 1:
+        raise ValueError(
+            f"{prefix}cu_seqlens cuts one row: {prefix}labels must have shape [1, T], "
+            f"got {labels.shape}"
+        )
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"{prefix}cu_seqlens must have shape [S + 1] with S >= 1, got {cu_seqlens.shape}"
+        )
+    return Labels(labels, cu_seqlens)
+
+
+def make_split(
+    mesh: Mesh | None, batch_axis: Axis, vocab_axis: Axis, weight: Array, labels: Labels
+) -> Split:
+    """How a call is split over a mesh.
+
+    Raises:
+      TypeError: `mesh` is no mesh, or an axis no name.
+      ValueError: mesh and axes do not go together, or do not divide what they split.
+    """
+    pairs, words = _names("batch_axis", batch_axis), _names("vocab_axis", vocab_axis)
+    if mesh is None:
+        if pairs or words:
+            raise ValueError("batch_axis and vocab_axis name axes of a mesh: pass mesh, too")
+        return Split(None, (), ())
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
+    if not (pairs or words):
+        raise ValueError("mesh needs batch_axis, vocab_axis or both")
+    for name, axes in (("batch_axis", pairs), ("vocab_axis", words)):
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise ValueError(f"{name} must name axes of {mesh.axis_names}, got {axis!r}")
+    if set(pairs) & set(words):
+        raise ValueError(f"batch_axis and vocab_axis must differ, got {batch_axis!r} for both")
+    if pairs and labels.cu_seqlens is not None:
+        raise ValueError("batch_axis cannot split a packed row: leave it out, or pad the sequences")
+    split = Split(mesh, pairs, words)
+    _check_divides("batch_axis", split.parts(pairs), "sequences", labels.sequences)
+    _check_divides("vocab_axis", split.parts(words), "rows of weight", len(weight))
+    return split
+
+
+def _names(name: str, axis: Axis) -> tuple[str, ...]:
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    if not isinstance(names, tuple) or not all(isinstance(part, str) for part in names):
+        raise TypeError(f"{name} must be an axis name or a tuple of them, got {axis!r}")
+    return names
+
+
+def _check_divides(name: str, parts: int, what: str, count: int) -> None:
+    if count % parts:
+        raise ValueError(f"{name} cuts into {parts} parts, which do not divide the {count} {what}")
+
+
+def _check_integers(name: str, array: Any) -> None:
+    if not isinstance(array, jax.Array):
+        raise TypeError(f"{name} must be a JAX array, got {type(array).__name__}")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integer, got {array.dtype}")

@@ -1,0 +1,98 @@
+"""What labels say: which tokens count, what they predict, and in which sequence they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How labels are read. Static under `jax.jit`.
+
+    Attributes:
+      ignore_index: the label that does not count.
+      shift: whether position t predicts label t + 1, and not label t.
+    """
+
+    ignore_index: int
+    shift: bool
+
+
+class Labels(NamedTuple):
+    """The labels of one side.
+
+    Attributes:
+      ids: [B, T] token ids.
+      cu_seqlens: [S + 1] the offsets that cut one row [1, T] into S sequences; None where each row
+        is a sequence (then S = B).
+    """
+
+    ids: Array
+    cu_seqlens: Array | None
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences S."""
+        return len(self.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def longest(self, reading: Reading) -> int:
+        """The most tokens that can count in a row."""
+        return max(0, self.ids.shape[1] - int(reading.shift))
+
+    def targets(self, reading: Reading) -> tuple[Array, Array]:
+        """What each position predicts, [B, T], and whether it counts.
+
+        The labels move and not the hidden states, and none moves into the sequence before.
+        """
+        ids, counts = self.ids, self.ids != reading.ignore_index
+        if reading.shift:
+            if self.cu_seqlens is not None:
+                sequence = self.sequence_of_token()
+                follows = sequence[1:] == sequence[:-1]
+                counts = counts.at[0, 1:].min(follows)
+            counts = jnp.concatenate([counts[:, 1:], jnp.zeros_like(counts[:, :1])], axis=1)
+            ids = jnp.concatenate([ids[:, 1:], ids[:, :1]], axis=1)
+        return jnp.where(counts, ids, 0), counts
+
+    def sequence_of_token(self) -> Array:
+        """The sequence of each token, [B * T]."""
+        batch, length = self.ids.shape
+        if self.cu_seqlens is None:
+            return jnp.repeat(jnp.arange(batch), length, total_repeat_length=batch * length)
+        after = jnp.searchsorted(self.cu_seqlens[1:], jnp.arange(length), side="right")
+        return jnp.minimum(after, self.sequences - 1)
+
+    def sum(self, of_tokens: Array) -> Array:
+        """The sums [S] over each sequence of values [B, T]."""
+        if self.cu_seqlens is None:
+            return of_tokens.sum(axis=1)
+        return sum_by(of_tokens[0], self.sequence_of_token(), self.sequences)
+
+    def spread(self, of_sequences: Array) -> Array:
+        """Values [S] of sequences, for each of their tokens: [B, T], or [B, 1] to broadcast."""
+        if self.cu_seqlens is None:
+            return of_sequences[:, None]
+        return of_sequences[self.sequence_of_token()][None]
+
+    def zero(self, dtype: DTypeLike) -> Array:
+        """0, or nan where the offsets do not rise from 0 to T: they cannot be looked at here."""
+        zero = jnp.zeros((), dtype)
+        if self.cu_seqlens is None:
+            return zero
+        offsets, length = self.cu_seqlens, self.ids.shape[1]
+        rising = (offsets[1:] >= offsets[:-1]).all()
+        return jnp.where(rising & (offsets[0] == 0) & (offsets[-1] == length), zero, jnp.nan)
+
+
+def sum_by(values: Array, ids: Array, count: int) -> Array:
+    """The sums [count] of the values [n] that share an id; values with another id are left out.
+
+    A reduction rounds less often than the scatter of `jax.ops.segment_sum`, which adds the
+    thousands of numbers of a sequence one by one.
+    """
+    return jnp.where(ids == jnp.arange(count)[:, None], values, 0).sum(axis=1)

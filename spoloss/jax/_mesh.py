@@ -1,0 +1,60 @@
+"""Where a call's arrays lie on a mesh, and how a function runs there on each device's part.
+
+The rules of differentiation are outside of `shard_map`, so that no derivative crosses it. What
+crosses devices is written out: sums over the words, and the head's gradient over the pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+Axis = str | tuple[str, ...] | None
+"""The name of a mesh axis, or the names of several, or none."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The mesh axes over which pairs and words are split. Static under `jax.jit`."""
+
+    mesh: Mesh | None
+    pairs_axis: tuple[str, ...]
+    words_axis: tuple[str, ...]
+
+    # The layouts stand in the place of arrays, in tuples whose fields are arrays: hence Any.
+    @property
+    def whole(self) -> Any:
+        """How an array lies that every device has."""
+        return PartitionSpec()  # type: ignore[no-untyped-call]
+
+    @property
+    def of_pairs(self) -> Any:
+        """How an array lies whose first axis is pairs."""
+        return PartitionSpec(self.pairs_axis or None)  # type: ignore[no-untyped-call]
+
+    @property
+    def of_words(self) -> Any:
+        """How an array lies whose first axis is words."""
+        return PartitionSpec(self.words_axis or None)  # type: ignore[no-untyped-call]
+
+    def parts(self, axes: tuple[str, ...]) -> int:
+        """The number of parts that some axes make."""
+        return math.prod(self.mesh.shape[axis] for axis in axes) if self.mesh is not None else 1
+
+    def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        """`function` on each device's part of its arguments."""
+        if self.mesh is None:
+            return function
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def sum_pairs(self, values: Any) -> Any:
+        """The sum over the devices that have other pairs."""
+        return lax.psum(values, self.pairs_axis) if self.pairs_axis else values  # type: ignore[no-untyped-call]

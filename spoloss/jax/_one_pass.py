@@ -1,0 +1,117 @@
+"""Hidden states to the loss and its gradients in one pass, tile by tile.
+
+    hidden states ──▶ tile [n, D] ──· W^T──▶ softmax [n, V] ──▶ log-probabilities of the labels
+                         │                        │                   │ sum by pair
+                         │                        │                   ▼
+                         │                        │             margin h ──▶ slope l'(h)
+                         │                        ├──· W──▶ directions of the hidden states [n, D]
+                         └── · slope, transposed ─┴───────▶ += gradient of the weight [V, D]
+
+The gradient of a loss of the margin is one number per pair, its slope, times a direction that the
+loss does not change. So the softmax that gives a token's log-probability gives its gradient too,
+and nothing is computed twice.
+
+- Pairs that fit into a tile know their slope before the product with the weight's gradient.
+- A longer pair is walked tile by tile with slope 1, into sums of its own, scaled once at its end.
+- Hidden states keep slope 1 here; the backward rule multiplies them by slope and upstream gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from spoloss.jax._objective import Constants, Objective
+from spoloss.jax._softmax import Head, HeadSums, Softmax, Wanted
+from spoloss.jax._tokens import Table, Tile
+
+
+class Made(NamedTuple):
+    """What the pass gathers.
+
+    Attributes:
+      sums: [P, 2] log-probabilities of both sides, summed over tokens.
+      directions: by side, d log-probability / d hidden state of each token, [N, D] or None.
+      head: the gradients by weight and bias.
+    """
+
+    sums: Array
+    directions: tuple[Array | None, ...]
+    head: HeadSums
+
+
+def one_pass(
+    head: Head,
+    table: Table,
+    hidden: tuple[Array, ...],
+    objective: Objective,
+    constants: Constants,
+    scale: float,
+    wanted: Wanted,
+    zero: Array,
+) -> Made:
+    """Visit each token once.
+
+    Args:
+      head: the head.
+      table: the tokens of all pairs.
+      hidden: the hidden states of both sides, [N, D].
+      objective: the loss.
+      constants: what it takes besides the policy's log-probabilities.
+      scale: what a pair's loss counts for in the reduced loss.
+      wanted: which gradients to make.
+      zero: where the sums start, 0-d: 0, or nan for labels that cannot be read.
+    """
+    lengths = table.lengths.astype(head.dtype)
+    alive = constants.alive(lengths)
+
+    def look(tile: Tile, made: Made) -> tuple[Array, Softmax, Made]:
+        """The states and the softmax of a tile, after noting what needs no slope."""
+        states = table.take(hidden, tile)
+        softmax = head.softmax(states, tile.targets, tile.of_segment(alive))
+        sums = made.sums + table.sum_segments(softmax.logps, tile)
+        directions = made.directions
+        if any(wanted.hidden):
+            rows = head.by_hidden(softmax)
+            directions = tuple(
+                None if array is None else table.put(array, rows, tile, side)
+                for side, array in enumerate(directions)
+            )
+        return states, softmax, Made(sums, directions, made.head)
+
+    def share_a_tile(tile: Tile, made: Made) -> Made:
+        states, softmax, made = look(tile, made)
+        slopes = objective.token_slopes(made.sums, lengths, constants, scale)
+        by_head = head.add(made.head, softmax, states, tile.of_segment(slopes))
+        return made._replace(head=by_head)
+
+    def walk_a_pair(pair: Array, ends: Array, made: Made) -> Made:
+        unit = objective.shares(lengths)
+
+        def step(tile: Tile, carry: tuple[Made, HeadSums]) -> tuple[Made, HeadSums]:
+            made, direction = carry
+            states, softmax, made = look(tile, made)
+            return made, head.add(direction, softmax, states, tile.of_segment(unit))
+
+        direction = head.zeros(wanted)
+        made, direction = table.visit(ends[0], ends[1], step, (made, direction))
+        if objective.nll_weight != 0.0:
+            # At this moment the direction is that of the chosen side alone, which the NLL is of.
+            nll = objective.nll_slopes(lengths, constants, scale)[pair] / unit[pair, 0]
+            made = made._replace(head=made.head.plus(nll, direction))
+        made, direction = table.visit(ends[1], ends[2], step, (made, direction))
+        slope = objective.slopes(made.sums, lengths, constants, scale)[pair]
+        return made._replace(head=made.head.plus(slope, direction))
+
+    made = Made(
+        jnp.broadcast_to(zero, lengths.shape),
+        tuple(
+            jnp.zeros_like(states) if need else None
+            for states, need in zip(hidden, wanted.hidden, strict=True)
+        ),
+        head.zeros(wanted),
+    )
+    made = table.visit_groups(share_a_tile, made)
+    return table.visit_long_pairs(walk_a_pair, made) if table.may_be_long else made

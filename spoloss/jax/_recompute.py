@@ -1,0 +1,161 @@
+"""The derivative rules of token log-probabilities, which work on every tile again backwards.
+
+This is the way to any function of the log-probabilities. A loss of the margin needs no second
+visit: see `_one_pass.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+
+from spoloss.jax._labels import Labels, Reading
+from spoloss.jax._mesh import Split
+from spoloss.jax._softmax import Head, HeadOptions, HeadSums, Wanted
+from spoloss.jax._tokens import Table, Tile, table_of_tokens
+
+
+@dataclass(frozen=True)
+class TokenCall:
+    """What is fixed before tracing."""
+
+    head: HeadOptions
+    reading: Reading
+    split: Split
+
+    def table(self, labels: Labels, weight: Array) -> Table:
+        """The tokens of a call on this device."""
+        return table_of_tokens(labels, self.reading, len(weight), self.head.chunk_size)
+
+    @property
+    def specs(self) -> tuple[Any, ...]:
+        """How hidden states, weight, bias and labels lie on the mesh."""
+        pairs, words = self.split.of_pairs, self.split.of_words
+        return pairs, words, words, Labels(pairs, self.split.whole)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def token_logps(
+    call: TokenCall, hidden: Array, weight: Array, bias: Array | None, labels: Labels
+) -> Array:
+    """Hidden states [B, T, D] to the log-probabilities [B, T] of what the positions predict."""
+    return _token_logps(call, hidden, weight, bias, labels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logps(
+    call: TokenCall, hidden: Array, weight: Array, bias: Array | None, labels: Labels
+) -> Array:
+    logps, _ = _look(call, hidden, weight, bias, labels, directions=False)
+    return logps
+
+
+def _look(
+    call: TokenCall,
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    labels: Labels,
+    *,
+    directions: bool,
+) -> tuple[Array, Array | None]:
+    """Log-probabilities and, if wanted, their derivatives by the hidden states."""
+
+    def on_device(
+        hidden: Array, weight: Array, bias: Array | None, labels: Labels
+    ) -> tuple[Array, Array | None]:
+        head, table = Head.of(weight, bias, call.head), call.table(labels, weight)
+        flat = hidden.reshape(-1, hidden.shape[2])
+
+        def step(tile: Tile, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+            logps, by_hidden = carry
+            softmax = head.softmax(table.take((flat,), tile), tile.targets, tile.filled)
+            logps = table.put(logps, softmax.logps, tile)
+            if by_hidden is not None:
+                by_hidden = table.put(by_hidden, head.by_hidden(softmax), tile)
+            return logps, by_hidden
+
+        zeros = jnp.broadcast_to(labels.zero(head.dtype), labels.ids.size)
+        start = zeros, jnp.zeros_like(flat) if directions else None
+        logps, by_hidden = table.visit_all(step, start)
+        return (
+            logps.reshape(labels.ids.shape),
+            None if by_hidden is None else by_hidden.reshape(hidden.shape),
+        )
+
+    pairs = call.split.of_pairs
+    run = call.split.run(on_device, call.specs, (pairs, pairs))
+    logps, by_hidden = run(hidden, weight, bias, labels)
+    return logps, by_hidden
+
+
+def _forward(call: TokenCall, *primals: Any) -> tuple[Array, Any]:
+    hidden, weight, bias, _ = primals
+    wanted = Wanted((hidden.perturbed,), weight.perturbed, bias is not None and bias.perturbed)
+    values = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
+    if wanted.weight or wanted.bias:
+        return _token_logps(call, *values), (wanted, values)
+    # Of a frozen head nothing but this is wanted, and one visit makes it.
+    logps, directions = _look(call, *values, directions=True)
+    return logps, (wanted, directions)
+
+
+def _backward(call: TokenCall, residual: Any, upstream: Array | SymbolicZero) -> tuple[Any, ...]:
+    wanted, kept = residual
+    if isinstance(upstream, SymbolicZero):
+        return None, None, None, None
+    if wanted.weight or wanted.bias:
+        by_hidden, by_head = _look_again(call, wanted, kept, upstream)
+        return by_hidden, *by_head, None
+    return scaled(kept, upstream), None, None, None
+
+
+def scaled(directions: Array | None, factor: Array) -> Array | None:
+    """Directions [B, T, D] times a factor [B, T] or [B, 1]; a factor of 0 makes 0 of nan, too."""
+    if directions is None:
+        return None
+    factor = factor[..., None]
+    return jnp.where(factor == 0.0, 0.0, directions * factor).astype(directions.dtype)
+
+
+def _look_again(
+    call: TokenCall,
+    wanted: Wanted,
+    inputs: tuple[Array, Array, Array | None, Labels],
+    upstream: Array,
+) -> tuple[Array | None, HeadSums]:
+    """The gradients by hidden states and head from the upstream gradient [B, T]."""
+
+    def on_device(
+        hidden: Array, weight: Array, bias: Array | None, labels: Labels, upstream: Array
+    ) -> tuple[Array | None, HeadSums]:
+        head, table = Head.of(weight, bias, call.head), call.table(labels, weight)
+        flat, by_token = hidden.reshape(-1, hidden.shape[2]), upstream.reshape(-1)
+
+        def step(tile: Tile, carry: tuple[Array | None, HeadSums]) -> tuple[Array | None, HeadSums]:
+            by_hidden, by_head = carry
+            factor = by_token.at[tile.token].get(mode="fill", fill_value=0)
+            states = table.take((flat,), tile)
+            softmax = head.softmax(states, tile.targets, factor != 0.0)
+            if by_hidden is not None:
+                by_hidden = table.put(by_hidden, factor[:, None] * head.by_hidden(softmax), tile)
+            return by_hidden, head.add(by_head, softmax, states, factor)
+
+        zeros = jnp.zeros_like(flat) if wanted.hidden[0] else None
+        by_hidden, by_head = table.visit_all(step, (zeros, head.zeros(wanted)))
+        by_hidden = None if by_hidden is None else by_hidden.reshape(hidden.shape)
+        return by_hidden, call.split.sum_pairs(by_head).like(weight, bias)
+
+    pairs, words = call.split.of_pairs, call.split.of_words
+    run = call.split.run(on_device, (*call.specs, pairs), (pairs, words))
+    by_hidden, by_head = run(*inputs, upstream)
+    return by_hidden, by_head
+
+
+_token_logps.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,247 @@
+"""A tile of tokens against the vocabulary: log-probabilities and the products of their gradient.
+
+With z the logits of a token, y its label, rest = log sum of exp(z_v) over all other words v, and
+lse = log sum over all words:
+
+    log p         = -log(1 + exp(rest - z_y))
+    d log p / d z = -exp(z_v - lse)  for v != y,    1 - p = sigmoid(rest - z_y)  for y
+
+The label stays out of the sum, so that 1 - p is never a difference of two numbers near 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+_BLOCKS = 8
+"""The weight's gradient grows in so many slices: a product is then 1/8 of a second [V, D] array."""
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a model does between h W^T + b and the softmax. Static under `jax.jit`.
+
+        logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
+
+    `chunk_size` is the tokens of a tile, or None for the default. `vocab_axis` names the mesh axes
+    over which the words are split inside a `shard_map`; it is empty where the head is whole.
+    """
+
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    chunk_size: int | None
+    vocab_axis: tuple[str, ...]
+
+    @property
+    def gain(self) -> float:
+        """The derivative of the logits by h W^T + b, without the factor of softcap."""
+        return self.logit_scale / self.temperature
+
+
+class Softmax(NamedTuple):
+    """n tokens against V words.
+
+        d logps[t] / d (h W^T + b)[t, v] = factor[t] * exps[t, v] + at_label[t] * [v = column[t]]
+
+    Attributes:
+      logps: [n] the log-probability of each token's label.
+      exps: [n, V] in the weight's dtype, 0 at the labels.
+      factor: [n]; it stays apart from `exps`, to be multiplied where the array is small.
+      column: [n] the label, or V where another device has it.
+      at_label: [n].
+    """
+
+    logps: Array
+    exps: Array
+    factor: Array
+    column: Array
+    at_label: Array
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are wanted: by the hidden states of each side, by weight and by bias."""
+
+    hidden: tuple[bool, ...]
+    weight: bool
+    bias: bool
+
+
+class HeadSums(NamedTuple):
+    """The gradients by weight [V, D] and bias [V], in at least float32; None where not wanted."""
+
+    weight: Array | None
+    bias: Array | None
+
+    def like(self, weight: Array, bias: Array | None) -> HeadSums:
+        """These sums in the dtypes of what they are by."""
+        return HeadSums(
+            *(
+                None if total is None or array is None else total.astype(array.dtype)
+                for total, array in zip(self, (weight, bias), strict=True)
+            )
+        )
+
+    def plus(self, factor: Array, more: HeadSums) -> HeadSums:
+        """These sums plus a 0-d factor times some others."""
+        sums: HeadSums = jax.tree.map(lambda total, part: total + factor * part, self, more)
+        return sums
+
+
+@dataclass(frozen=True)
+class Head:
+    """weight [V, D] and bias [V] of a head, or of this device's words where the head is split."""
+
+    weight: Array
+    bias: Array | None
+    options: HeadOptions
+
+    @classmethod
+    def of(cls, weight: Array, bias: Array | None, options: HeadOptions) -> Head:
+        """The head as it is worked on: float16 is widened, for its small slopes would vanish."""
+        return cls(
+            weight.astype(wide(weight)) if weight.dtype == jnp.float16 else weight, bias, options
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of logits, log-probabilities and sums: at least float32."""
+        return wide(self.weight)
+
+    def softmax(self, states: Array, targets: Array, live: Array) -> Softmax:
+        """The softmax of a tile.
+
+        Args:
+          states: [n, D].
+          targets: [n] labels in [0, V) of the whole head; another label gives nan.
+          live: [n] whether a token's slopes are wanted; they are 0 where not, even for nan states.
+        """
+        logits, bend = self._logits(states)
+        column = self._columns(targets)
+        target = self._at_target(logits, targets, column)
+        # The shift cancels from all results, so it needs no derivative. It names the target, which
+        # is one of the logits, so that XLA reads it before their exponentials take their place.
+        peak = jnp.maximum(self._max_words(logits.max(axis=1)), target)
+        peak = lax.stop_gradient(peak)
+        void = ~live & ~jnp.isfinite(peak)
+        is_target = lax.broadcasted_iota(column.dtype, logits.shape, 1) == column[:, None]
+        exps = jnp.where(is_target | void[:, None], 0.0, jnp.exp(logits - peak[:, None]))
+        rest = peak + jnp.log(self._sum_words(exps.sum(axis=1)))
+        scale = jnp.exp(peak - jnp.logaddexp(rest, target))
+        doubt = jax.nn.sigmoid(rest - target)
+        if bend is not None:
+            exps = exps * bend
+            doubt = doubt * self._bend(target)
+        return Softmax(
+            -jax.nn.softplus(rest - target),
+            exps.astype(self.weight.dtype),
+            jnp.where(live, -self.options.gain * scale, 0.0),
+            column,
+            jnp.where(live, self.options.gain * doubt, 0.0),
+        )
+
+    def by_hidden(self, tile: Softmax) -> Array:
+        """D logps / d hidden [n, D], summed over the devices of a split head."""
+        of_labels = self.weight.at[tile.column].get(mode="fill", fill_value=0)
+        of_others = tile.factor[:, None] * _dot(tile.exps, self.weight, 1, 0)
+        return self._sum_words(of_others + tile.at_label[:, None] * of_labels)
+
+    def zeros(self, wanted: Wanted) -> HeadSums:
+        """Where the wanted gradients of the head start."""
+        return HeadSums(
+            jnp.zeros_like(self.weight, dtype=self.dtype) if wanted.weight else None,
+            jnp.zeros(len(self.weight), self.dtype) if wanted.bias else None,
+        )
+
+    def add(self, sums: HeadSums, tile: Softmax, states: Array, upstream: Array) -> HeadSums:
+        """The sums plus upstream[t] * d logps[t] / d head, over the n tokens of a tile."""
+        by_weight, by_bias = sums
+        of_others, of_labels = upstream * tile.factor, upstream * tile.at_label
+        if by_weight is not None:
+            rows = _times(of_others, states).astype(self.weight.dtype)
+            by_weight = _add_product(by_weight, tile.exps, rows)
+            by_weight = by_weight.at[tile.column].add(_times(of_labels, states), mode="drop")
+        if by_bias is not None:
+            by_bias = by_bias + _dot(of_others.astype(tile.exps.dtype), tile.exps, 0, 0)
+            by_bias = by_bias.at[tile.column].add(of_labels, mode="drop")
+        return HeadSums(by_weight, by_bias)
+
+    def _logits(self, states: Array) -> tuple[Array, Array | None]:
+        """Logits [n, V] in at least float32, and softcap's derivative where there is one."""
+        options = self.options
+        logits = _dot(states.astype(self.weight.dtype), self.weight, 1, 1)
+        if self.bias is not None:
+            logits = logits + self.bias.astype(logits.dtype)
+        if options.softcap is None:
+            return logits * options.gain, None
+        bent = jnp.tanh(logits * (options.logit_scale / options.softcap))
+        return bent * (options.softcap / options.temperature), 1.0 - bent * bent
+
+    def _bend(self, logits: Array) -> Array:
+        """Softcap's derivative from the logits that it has made."""
+        options = self.options
+        if options.softcap is None:
+            return jnp.ones_like(logits)
+        bent = logits * (options.temperature / options.softcap)
+        return 1.0 - bent * bent
+
+    def _columns(self, targets: Array) -> Array:
+        """The columns of the labels [n] on this device; V, which is none, for those of others."""
+        words = len(self.weight)
+        first = lax.axis_index(self.options.vocab_axis) * words if self.options.vocab_axis else 0
+        column = targets - first
+        return jnp.where((column >= 0) & (column < words), column, words)
+
+    def _at_target(self, logits: Array, targets: Array, column: Array) -> Array:
+        """The logits of the labels [n]; nan for a label outside of the whole vocabulary."""
+        found = jnp.take_along_axis(logits, column[:, None], axis=1, mode="fill", fill_value=0.0)
+        axis = self.options.vocab_axis
+        words = len(self.weight) * (lax.axis_size(axis) if axis else 1)
+        inside = (targets >= 0) & (targets < words)
+        return jnp.where(inside, self._sum_words(found[:, 0]), jnp.nan)
+
+    def _sum_words(self, values: Array) -> Array:
+        axis = self.options.vocab_axis
+        return lax.psum(values, axis) if axis else values  # type: ignore[no-untyped-call]
+
+    def _max_words(self, values: Array) -> Array:
+        axis = self.options.vocab_axis
+        return lax.pmax(values, axis) if axis else values  # type: ignore[no-untyped-call]
+
+
+def wide(array: Array) -> jnp.dtype:
+    """The dtype in which what comes of `array` is summed."""
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
+    """The product over one axis of each, summed in at least float32."""
+    axes = (((of_a,), (of_b,)), ((), ()))
+    return lax.dot_general(a, b, axes, preferred_element_type=wide(a))
+
+
+def _times(factor: Array, states: Array) -> Array:
+    """Rows [n, D] times a factor [n]; 0 where the factor is 0, for the states may be nan there."""
+    factor = factor[:, None]
+    return jnp.where(factor == 0.0, 0.0, states * factor)
+
+
+def _add_product(total: Array, exps: Array, rows: Array) -> Array:
+    """Total [V, D] + exps^T rows, some words at a time: never a second [V, D] array."""
+    width = len(total) // _BLOCKS
+
+    def add(total: Array, start: Array | int, width: int) -> Array:
+        words = lax.dynamic_slice_in_dim(exps, start, width, axis=1)
+        sums = lax.dynamic_slice_in_dim(total, start, width) + _dot(words, rows, 0, 0)
+        return lax.dynamic_update_slice_in_dim(total, sums, start, 0)
+
+    total = lax.fori_loop(0, _BLOCKS, lambda i, total: add(total, i * width, width), total)
+    rest = len(total) - width * _BLOCKS
+    return add(total, width * _BLOCKS, rest) if rest else total

@@ -1,0 +1,191 @@
+"""A batch of pairs as one table of tokens: those that count, pair after pair.
+
+    chosen side    a a a . .   b b b b .   c . . . .      . a label that is ignored
+    rejected side  A A . . .   B B B B B   C C . . .
+    table          a a a A A b b b b B B B B B c C C
+    tiles of 8     |- a A -|     |-- b B --|-- longer than a tile: walked after all others
+
+The shapes are static and the numbers are traced: an ignored label takes no place in the table, and
+the loops over it run as long as there are tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from spoloss.jax._labels import Labels, Reading, sum_by
+from spoloss.jax._plan import tile_rows
+
+CarryT = TypeVar("CarryT")
+
+
+class Tile(NamedTuple):
+    """The next n tokens of a table; the last places may be empty.
+
+    Attributes:
+      filled: [n] whether there is a token at this place.
+      token: [n] which of all tokens it is; their number where the place is empty.
+      targets: [n] its label.
+      segment: [n] its pair and side, as 2 * pair + side; -1 where the place is empty.
+    """
+
+    filled: Array
+    token: Array
+    targets: Array
+    segment: Array
+
+    def of_segment(self, values: Array) -> Array:
+        """What pairs and sides have each, [P, 2], token by token: [n]; 0 in empty places."""
+        return jnp.where(self.filled, values.reshape(-1)[self.segment], 0)
+
+
+Step = Callable[[Tile, CarryT], CarryT]
+
+
+class Table:
+    """The tokens that count, pair after pair: chosen, then rejected.
+
+    Pairs that fit into a tile come before those that are longer.
+    """
+
+    def __init__(
+        self, sides: tuple[Labels, ...], reading: Reading, rows: int, longest: int
+    ) -> None:
+        """Sort the tokens.
+
+        Args:
+          sides: the labels of chosen and rejected, or of one side alone.
+          reading: how to read them.
+          rows: the tokens of a tile.
+          longest: the most tokens that a pair can have.
+        """
+        self.rows, self.pairs, self.sides = rows, sides[0].sequences, len(sides)
+        self.may_be_long = longest > rows
+        read = [side.targets(reading) for side in sides]
+        self.lengths = jnp.stack(
+            [side.sum(counts) for side, (_, counts) in zip(sides, read, strict=True)], axis=1
+        ).astype(jnp.int32)
+        is_long = self.lengths.sum(axis=1) > rows
+        self.short_pairs = jnp.sum(~is_long, dtype=jnp.int32)
+        self.order = jnp.argsort(is_long, stable=True)
+        self.ends = jnp.pad(jnp.cumsum(self.lengths[self.order].reshape(-1)), (1, 0))
+        self.ends = self.ends.astype(jnp.int32)
+
+        rank = jnp.argsort(self.order)
+        segments, places = [], []
+        for i, (side, (_, counts)) in enumerate(zip(sides, read, strict=True)):
+            sequence = side.sequence_of_token()
+            segments.append(sequence * self.sides + i)
+            of_token = rank[sequence] * self.sides + i
+            places.append(jnp.where(counts.reshape(-1), of_token, self.pairs * self.sides))
+        self._segment = jnp.concatenate(segments)
+        self._targets = jnp.concatenate([targets.reshape(-1) for targets, _ in read])
+        # With room for a tile at its end, a tile that reaches over the end is still a slice.
+        index = jnp.argsort(jnp.concatenate(places), stable=True)
+        self._index = jnp.pad(index, (0, rows)).astype(jnp.int32)
+        self._first = list(itertools.accumulate((side.ids.size for side in sides), initial=0))
+
+    def visit(self, start: Array, stop: Array, step: Step[CarryT], carry: CarryT) -> CarryT:
+        """Carry = step(tile, carry) for the tiles of the places from `start` up to `stop`."""
+        _, carry = lax.while_loop(
+            lambda state: state[0] < stop,
+            lambda state: (state[0] + self.rows, step(self._tile(state[0], stop), state[1])),
+            (start, carry),
+        )
+        return carry
+
+    def visit_all(self, step: Step[CarryT], carry: CarryT) -> CarryT:
+        """The same for all places, whatever pair they belong to."""
+        return self.visit(self.ends[0], self.ends[-1], step, carry)
+
+    def visit_groups(self, step: Step[CarryT], carry: CarryT) -> CarryT:
+        """The same with tiles of whole pairs, for the pairs that fit into a tile."""
+        ends = self.ends[:: self.sides]
+
+        def group(state: tuple[Array, CarryT]) -> tuple[Array, CarryT]:
+            first, carry = state
+            fitting = jnp.sum(ends <= ends[first] + self.rows, dtype=jnp.int32) - 1
+            last = jnp.minimum(fitting, self.short_pairs)
+            return last, step(self._tile(ends[first], ends[last]), carry)
+
+        zero = jnp.zeros_like(self.short_pairs)
+        _, carry = lax.while_loop(lambda state: state[0] < self.short_pairs, group, (zero, carry))
+        return carry
+
+    def visit_long_pairs(
+        self, step: Callable[[Array, Array, CarryT], CarryT], carry: CarryT
+    ) -> CarryT:
+        """Carry = step(pair, ends, carry) for the pairs that are longer than a tile.
+
+        The pair's chosen tokens are the places from ends[0] up to ends[1], its rejected ones those
+        from there up to ends[2].
+        """
+
+        def one(state: tuple[Array, CarryT]) -> tuple[Array, CarryT]:
+            rank, carry = state
+            ends = lax.dynamic_slice(self.ends, (rank * self.sides,), (self.sides + 1,))
+            return rank + 1, step(self.order[rank], ends, carry)
+
+        _, carry = lax.while_loop(
+            lambda state: state[0] < self.pairs, one, (self.short_pairs, carry)
+        )
+        return carry
+
+    def take(self, hidden: tuple[Array, ...], tile: Tile) -> Array:
+        """The hidden states [n, D] of a tile, 0 in empty places; `hidden` is [N, D] by side."""
+        found = [
+            states.at[at].get(mode="fill", fill_value=0)
+            for states, at in zip(hidden, self._rows_of(tile), strict=True)
+        ]
+        return functools.reduce(jnp.add, found)
+
+    def put(self, into: Array, values: Array, tile: Tile, side: int = 0) -> Array:
+        """An array [N, D] or [N] of a side, with the rows of a tile that are of this side written."""
+        rows = self._rows_of(tile)[side]
+        return into.at[rows].set(values.astype(into.dtype), mode="drop")
+
+    def sum_segments(self, values: Array, tile: Tile) -> Array:
+        """The sums [P, 2] of a tile's values [n] by pair and side."""
+        sums = sum_by(values, tile.segment, self.pairs * self.sides)
+        return sums.reshape(self.pairs, self.sides)
+
+    def _tile(self, start: Array, stop: Array) -> Tile:
+        filled = start + jnp.arange(self.rows, dtype=jnp.int32) < stop
+        index = lax.dynamic_slice(self._index, (start,), (self.rows,))
+        return Tile(
+            filled,
+            jnp.where(filled, index, self._first[-1]),
+            jnp.where(filled, self._targets[index], 0),
+            jnp.where(filled, self._segment[index], -1),
+        )
+
+    def _rows_of(self, tile: Tile) -> list[Array]:
+        """By side, the rows of a tile's tokens in the arrays of that side; N where not in it."""
+        return [
+            jnp.where((tile.token >= first) & (tile.token < last), tile.token - first, last - first)
+            for first, last in itertools.pairwise(self._first)
+        ]
+
+
+def table_of_tokens(side: Labels, reading: Reading, words: int, chunk_size: int | None) -> Table:
+    """The table of one side, for tiles that take the tokens as they come."""
+    rows = tile_rows((len(side.ids) * side.longest(reading),), 1, words, chunk_size)
+    return Table((side,), reading, rows, longest=side.longest(reading))
+
+
+def table_of_pairs(
+    sides: tuple[Labels, Labels], reading: Reading, words: int, chunk_size: int | None
+) -> Table:
+    """The table of two sides, for tiles that hold whole pairs where these fit."""
+    chosen, rejected = (side.longest(reading) for side in sides)
+    if sides[0].cu_seqlens is None:
+        rows = tile_rows((chosen, rejected), sides[0].sequences, words, chunk_size)
+    else:  # a pair may have any share of the row
+        rows = tile_rows((chosen + rejected,), 1, words, chunk_size)
+    return Table(sides, reading, rows, longest=chosen + rejected)

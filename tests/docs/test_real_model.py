@@ -1,0 +1,76 @@
+"""docs/real_model.md and the pages that cite it say what the committed runs hold, and no more."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks.alignment.sentiment.parts import PARTS, STAGE, full_protocol, quick_protocol
+from benchmarks.alignment.sentiment.task import LEAST_GAP, OPENINGS, THINGS
+from helpers.pages import RESULTS, ROOT, measured, table_below
+
+PAGE = (ROOT / "docs" / "real_model.md").read_text()
+TEXT = " ".join(PAGE.split())
+QUICK = (RESULTS / "sentiment" / "quick" / "tables.md").read_text()
+
+
+def quick(heading: str, row: str, column: str) -> str:
+    columns, rows = table_below(QUICK, heading)
+    return rows[row][columns.index(column)]
+
+
+def test_the_task_is_the_one_that_runs() -> None:
+    foundation = full_protocol("model").foundation
+    assert f"{len(THINGS) * len(OPENINGS)} openings" in TEXT
+    assert f"({len(THINGS)} things in {len(OPENINGS)} phrasings)" in TEXT
+    assert f"A seed holds out {foundation.held_out_openings} of them" in TEXT
+    assert f"or {foundation.length} tokens" in TEXT
+    assert f"differ by {LEAST_GAP} or more" in TEXT
+    assert f"{STAGE.steps} steps of {STAGE.batch} pairs" in TEXT
+    assert (STAGE.lr, STAGE.lr_end, STAGE.clip) == (3e-4, 0.0, 1.0)
+    over = PARTS["overtraining"].stage
+    passes = over.steps * over.batch / over.pairs
+    assert f"{over.pairs} pairs, {over.steps} steps of {over.batch} pairs" in TEXT
+    assert f"({passes:.0f} passes)" in TEXT
+
+
+def test_what_has_been_run_is_what_is_committed() -> None:
+    for name in PARTS:
+        if (RESULTS / "sentiment" / name).exists():
+            assert f"sentiment/{name}/tables.md" in PAGE
+    if not any((RESULTS / "sentiment" / name).exists() for name in PARTS):
+        assert "None of the comparisons (a) to (d) has been run" in TEXT
+
+
+def test_figures_in_the_text() -> None:
+    policies = "### Policies, clean labels"
+    arms = ("DPO(0.1)", "DPO(0.4)", "SPO(0.1)")
+    kl = [float(quick(policies, arm, "KL (nats)")) for arm in arms]
+    found = re.search(r"at ([\d.]+) to ([\d.]+) nats", TEXT)
+    assert [float(each) for each in found.groups()] == pytest.approx([min(kl), max(kl)], abs=0.06)
+    nll = [quick(policies, arm, "NLL under the reference (nats/token)") for arm in arms]
+    assert f"between {min(nll)} and {max(nll)} nats per token" in TEXT
+    own = quick(policies, "reference", "NLL under the reference (nats/token)")
+    assert f"where its own has {own}" in TEXT
+    wins = quick("### All win rates", "SPO(0.1)", "DPO(0.4)")
+    assert f"{wins} % by win rate" in TEXT
+    assert re.search(r"^196 training pairs", QUICK, re.MULTILINE)
+    assert "(2.6 passes at most)" in QUICK
+    assert all(quick("### Pairs, clean labels", arm, "x < 0 (%)") == "0" for arm in arms)
+    assert f"Of the {quick_protocol('model').foundation.measured_pairs} training pairs" in TEXT
+    held_out = [
+        float(row["held_out_x_mean"] or "nan")
+        for row in measured("sentiment/quick/policies.csv")[1:]
+    ]
+    assert max(map(abs, held_out)) < 0.05
+
+
+@pytest.mark.parametrize("page", ["choosing.md", "claims.md"])
+def test_what_other_pages_cite(page: str) -> None:
+    text = " ".join((ROOT / "docs" / page).read_text().split())
+    wins = quick("### All win rates", "SPO(0.1)", "DPO(0.4)")
+    other = {"choosing.md": "reference", "claims.md": "DPO(0.1)"}[page]
+    second = quick("### All win rates", "SPO(0.1)", other)
+    named = "the reference" if other == "reference" else other
+    assert f"wins {wins} % against DPO(0.4) and {second} % against {named}" in text
