@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
-import math
 import os
 import random
 import shutil
@@ -233,14 +232,6 @@ def _become_pytest(tree: Path, tests: tuple[str, ...]) -> None:
         code = pytest.main([*options, *tests])
     finally:
         os._exit(int(code))
-
-
-def interval(killed: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share."""
-    z, share = 1.96, killed / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return centre - half, centre + half
 
 
 def sample(files: list[Path], size: int, seed: int) -> list[Mutant]:

@@ -6,9 +6,7 @@ import random
 import warnings
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
-import torch
 
 from benchmarks.fuzz import calls, faults, outcomes
 from benchmarks.fuzz.libraries import Value
@@ -101,12 +99,16 @@ def _check_autograd(call: calls.Call, arguments: dict[str, Any]) -> int:
         return calls.run(call.function, {**arguments, calls.LOGPS[0]: chosen}).sum()
 
     if call.library.name == "torch":
+        import torch
+
         chosen = chosen.requires_grad_()
         (grad,) = torch.autograd.grad(total(chosen), chosen)
         grad = grad.float() if grad.dtype == torch.bfloat16 else grad
     else:
         if call.logps[0].dtype in ("float16", "bfloat16"):
             return 0  # rounded to half precision by the library
+        import mlx.core as mx
+
         grad = mx.grad(total)(chosen)
     got = call.library.read(grad)
     with np.errstate(all="ignore"):
