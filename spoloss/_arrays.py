@@ -214,16 +214,17 @@ def at_least(xp: Any, x: Any, floor: float) -> Any:
     return xp.clip(x, floor, None)
 
 
-def log_sigmoid(xp: Any, x: Any) -> Any:
-    """log(1 / (1 + e^-x)), with right limits at +-inf."""
+def softplus(xp: Any, x: Any) -> Any:
+    """log(1 + e^x), which is -log of the logistic function of -x, with right limits at +-inf."""
     if xp.__name__ == "torch":
-        # The second derivative of torch.logaddexp is nan beyond x = 88 in float32: inf / inf.
-        return xp.nn.functional.logsigmoid(x)
+        # Above 80 it is x to all digits of float64, and e^x still fits float32. The second
+        # derivative of torch.logaddexp is nan there.
+        return xp.nn.functional.softplus(x, threshold=80.0)
     if xp.__name__ == "mlx.core":
         # The derivative of mx.logaddexp is 1 minus a sigmoid, which loses the digits of small ones.
-        negative = x < 0.0
-        return xp.where(negative, x, 0.0) - xp.log1p(xp.exp(xp.where(negative, x, -x)))
-    return -xp.logaddexp(xp.zeros_like(x), -x)
+        positive = x > 0.0
+        return xp.where(positive, x, 0.0) + xp.log1p(xp.exp(xp.where(positive, -x, x)))
+    return xp.logaddexp(xp.zeros_like(x), x)
 
 
 def detach(array: Any) -> Any:

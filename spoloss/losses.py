@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from spoloss._arrays import at_least, is_number, log_sigmoid, namespace, quiet
+from spoloss._arrays import at_least, is_number, namespace, quiet, softplus
 
 
 class MarginLoss(Protocol):
@@ -154,11 +154,11 @@ class DPO:
     def value(self, margin: Any, beta: Any) -> Any:
         """l(h) = -(1 - e) * log s(x) - e * log s(-x), elementwise."""
         xp = namespace(margin, "margin")
-        x = margin * beta
-        if self.label_smoothing == 0.0:  # 0 * log s(-inf) would be nan
-            return -log_sigmoid(xp, x)
+        z = margin * -beta  # z = -x, so that -log s(x) = log(1 + e^z)
         e = self.label_smoothing
-        return (e - 1.0) * log_sigmoid(xp, x) - e * log_sigmoid(xp, -x)
+        if e == 0.0:  # 0 * log s(-inf) would be nan
+            return softplus(xp, z)
+        return (1.0 - e) * softplus(xp, z) + e * softplus(xp, -z)
 
     @quiet
     def slope(self, margin: Any, beta: Any) -> Any:
@@ -177,7 +177,7 @@ class DPO:
             return SignedLog(xp.sign(slope), xp.log(xp.abs(slope)))
         x = margin * beta
         log_beta = math.log(beta) if is_number(beta) else xp.log(beta)
-        return SignedLog(-xp.ones_like(x), log_beta + log_sigmoid(xp, -x))
+        return SignedLog(-xp.ones_like(x), log_beta - softplus(xp, x))
 
 
 @dataclass(frozen=True)
