@@ -51,7 +51,14 @@ DOCS = Path(__file__).parent
 NAVIGATION = {
     "Start": ["from_dpo", "losses", "gradients", "choosing", "troubleshooting"],
     "Use": ["examples/README", "fused", "recipes/README", "distributed", "your_own_loss"],
-    "Evidence": ["claims", "real_model", "performance", "numerics", "transforms"],
+    "Evidence": [
+        "claims",
+        "real_model",
+        "performance",
+        "numerics",
+        "transforms",
+        "testing",
+    ],
     "Reference": ["api/spoloss", "api/spoloss.torch"],
     "Project": ["contributing", "changelog"],
 }
