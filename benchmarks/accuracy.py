@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from benchmarks import machine
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
-import math
 import os
 import random
 import shutil
@@ -184,7 +183,7 @@ def _paths(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def outcome(mutant: Mutant, tree: Path) -> str:
-    """killed, killed by the wide tests, survived, or timeout, of one mutant in a copy of the tree."""
+    """What becomes of one mutant: killed, killed by the wide tests, survived, or timeout."""
     path = tree / "spoloss" / mutant.file
     right = path.read_bytes()
     path.write_bytes(mutant.apply(right))
@@ -235,14 +234,6 @@ def _become_pytest(tree: Path, tests: tuple[str, ...]) -> None:
         os._exit(int(code))
 
 
-def interval(killed: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share."""
-    z, share = 1.96, killed / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return centre - half, centre + half
-
-
 def sample(files: list[Path], size: int, seed: int) -> list[Mutant]:
     """A sample without repeats over all mutants of the files: each is as likely as any other."""
     population = [mutant for path in files for mutant in mutants_of(path)]
@@ -253,12 +244,10 @@ def sample(files: list[Path], size: int, seed: int) -> list[Mutant]:
 def load_libraries() -> None:
     """What every fork would load again; nothing of the package, which is mutated."""
     import array_api_strict  # noqa: F401
-    import jax.numpy
-    import mlx.core
     import mpmath  # noqa: F401
     import pytest  # noqa: F401
     import torch
-    import torch.utils.checkpoint  # noqa: F401
+    import torch.utils.checkpoint
 
     torch.set_num_threads(1)
 

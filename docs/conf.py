@@ -51,7 +51,7 @@ DOCS = Path(__file__).parent
 NAVIGATION = {
     "Start": ["from_dpo", "losses", "gradients", "choosing", "troubleshooting"],
     "Use": ["examples/README", "fused", "recipes/README", "distributed", "your_own_loss"],
-    "Evidence": ["claims", "real_model", "performance", "numerics"],
+    "Evidence": ["claims", "real_model", "performance", "numerics", "transforms"],
     "Reference": ["api/spoloss", "api/spoloss.torch"],
     "Project": ["contributing", "changelog"],
 }

@@ -82,6 +82,53 @@ def core(name: str = "core.csv") -> None:
     _write(header, rows)
 
 
+def accuracy(beta: float = 1.0) -> None:
+    """Median / worst error in eps over the whole range, by loss and way."""
+    rows = [
+        row
+        for row in measured("accuracy.csv")
+        if float(row["beta"]) == beta and row["range"] == "all"
+    ]
+    cells = {(row["loss"], row["way"], row["dtype"]): row for row in rows}
+
+    def cell(loss: str, way: str, dtype: str, what: str) -> str:
+        row = cells[loss, way, dtype]
+        return " / ".join(f"{float(row[f'{what}_{which}']):.2g}" for which in ("median", "worst"))
+
+    columns = [(dtype, what) for dtype in ("float32", "float64") for what in ("value", "slope")]
+    header = ["loss", "computed by", *(f"{dtype}, {what}" for dtype, what in columns)]
+    pairs = dict.fromkeys((row["loss"], row["way"]) for row in rows)
+    _write(header, ([*pair, *(cell(*pair, *column) for column in columns)] for pair in pairs))
+
+
+def fuzz(name: str = "fuzz.csv") -> None:
+    """What a campaign of generated calls has called and found."""
+    rows = measured(name)
+    _write(list(rows[0]), (list(row.values()) for row in rows))
+
+
+def mutants(name: str = "mutants.csv") -> None:
+    """The mutation score by file."""
+    rows = measured(name)
+    files = sorted({row["file"] for row in rows})
+    table = []
+    for title, mine in [*((f, [r for r in rows if r["file"] == f]) for f in files), ("all", rows)]:
+        survived = sum(row["outcome"] == "survived" for row in mine)
+        table.append([title, str(len(mine)), str(len(mine) - survived), str(survived)])
+    _write(["file", "mutants", "noticed", "survived"], table)
+    noticed = int(table[-1][2])
+    low, high = interval(noticed, len(rows))
+    print(f"Score: {noticed / len(rows):.1%}, 95 % confidence interval {low:.0%} to {high:.0%}.")
+
+
+def interval(hits: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of a share."""
+    z, share = 1.96, hits / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    return centre - half, centre + half
+
+
 def quote(report: str, heading: str, columns: Sequence[str], rows: Sequence[str]) -> None:
     """Some rows and columns of a table in a committed Markdown report, in the order asked for."""
     lines = (RESULTS / report).read_text().partition(f"\n{heading}\n")[2].splitlines()

@@ -535,11 +535,10 @@ def _usable(function: Any, margin: Any, beta: Any, reward_gap: Any) -> Any:
     margin, beta, steepness = (
         value if is_number(value) else detach(value) for value in (margin, beta, steepness)
     )
-    terms = (margin, beta, steepness, function(margin, beta))
-    xp = namespace(margin)
-    # Not is_number: NumPy makes numbers of its own out of 0-d arrays.
-    finite = (xp.isfinite(term) for term in terms if hasattr(term, "dtype"))
-    return functools.reduce(xp.logical_and, finite)
+    # The first two are arrays even where NumPy has made numbers of its own out of shape [].
+    xp, terms = namespace(margin), [margin, function(margin, beta)]
+    terms += [value for value in (beta, steepness) if not is_number(value)]
+    return functools.reduce(xp.logical_and, map(xp.isfinite, terms))
 
 
 def check_loss(loss: Any) -> None:

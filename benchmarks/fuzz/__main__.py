@@ -1,7 +1,7 @@
 """A campaign: python -m benchmarks.fuzz --calls 1000000 --seed 0.
 
 It ends with a table of what was called and exits with status 1 if there was a finding. Each finding
-is printed with the seed of its call: --seed SEED --calls 1 repeats it alone.
+is printed with the seed of its call: --seed SEED --calls 1, on the same libraries, repeats it alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.fuzz import calls, heads, libraries
+from benchmarks.fuzz import calls, libraries
 from benchmarks.fuzz.checks import Finding, check_refusal, check_result
 
 RESULT = Path(__file__).parents[1] / "results" / "fuzz.csv"
@@ -47,6 +47,8 @@ class Campaign:
 
     def head(self, seed: int) -> None:
         """One case of a fused head."""
+        from benchmarks.fuzz import heads
+
         case = heads.draw(random.Random(seed))
         count = self.counts.setdefault(case.title, collections.Counter())
         count["calls"] += 1
@@ -76,11 +78,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.fuzz", description=__doc__)
     parser.add_argument("--calls", type=int, default=100_000, help="of the core")
     parser.add_argument("--heads", type=int, default=0, help="cases of the fused heads")
+    parser.add_argument("--libraries", default=",".join(libraries.LOADERS))
     parser.add_argument("--seed", type=int, default=0, help="of the first call; the next is one up")
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     parser.add_argument("--verbose", action="store_true", help="print the arguments of a finding")
     options = parser.parse_args()
-    libraries.set_up()
+    libraries.load(options.libraries.split(","))
     campaign, start = Campaign(verbose=options.verbose), time.process_time()
     for seed in range(options.seed, options.seed + options.heads):
         campaign.head(seed)
@@ -98,7 +101,7 @@ def main() -> int:
 
 def save(campaign: Campaign, seed: int) -> None:
     """The table so far, with machine and versions."""
-    versions = ("numpy", "torch", "jax", "mlx", "spoloss")
+    versions = (*libraries.LIBRARIES, "spoloss")
     with RESULT.open("w", newline="") as file:
         print(f"# {machine.describe(*versions)}, first seed {seed}", file=file)
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *campaign.rows()])

@@ -71,7 +71,7 @@ def run(function: str, arguments: dict[str, Any]) -> Any:
 
 def draw(rng: random.Random, library: str | None = None) -> Call:
     """A call that is right in every argument."""
-    name = library or rng.choices(list(SHARES), list(SHARES.values()))[0]
+    name = library or rng.choices(list(LIBRARIES), [SHARES[name] for name in LIBRARIES])[0]
     of = LIBRARIES[name]
     function = rng.choice(list(OPTIONS))
     shape = rng.choice([(1,), (2,), (3,), (5,), (6,), (0,), (), (2, 3)])

@@ -6,9 +6,7 @@ import random
 import warnings
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
-import torch
 
 from benchmarks.fuzz import calls, faults, outcomes
 from benchmarks.fuzz.libraries import Value
@@ -54,9 +52,9 @@ def check_result(rng: random.Random, call: calls.Call) -> int:
         raise Finding(f"returned {list(got)}, expected {list(want)}")
     compared = sum(_compare(call, name, call.library.read(got[name]), want[name]) for name in want)
     _untouched(call, arguments)
-    if call.function.endswith("_loss") and call.library.name in ("torch", "mlx"):
-        if rng.random() < 0.3:
-            compared += _check_autograd(call, arguments)
+    differentiable = call.function.endswith("_loss") and call.library.name in ("torch", "mlx")
+    if differentiable and rng.random() < 0.3:
+        compared += _check_autograd(call, arguments)
     return compared
 
 
@@ -87,9 +85,10 @@ def _all_finite(call: calls.Call) -> bool:
 
 def _untouched(call: calls.Call, arguments: dict[str, Any]) -> None:
     for name, value in {**dict(zip(calls.LOGPS, call.logps, strict=True)), **call.options}.items():
-        if isinstance(value, Value) and value.dtype == "float64":
-            if not np.array_equal(call.library.read(arguments[name]), value.values, equal_nan=True):
-                raise Finding(f"{name} was changed")
+        if not (isinstance(value, Value) and value.dtype == "float64"):
+            continue
+        if not np.array_equal(call.library.read(arguments[name]), value.values, equal_nan=True):
+            raise Finding(f"{name} was changed")
 
 
 def _check_autograd(call: calls.Call, arguments: dict[str, Any]) -> int:
@@ -100,12 +99,16 @@ def _check_autograd(call: calls.Call, arguments: dict[str, Any]) -> int:
         return calls.run(call.function, {**arguments, calls.LOGPS[0]: chosen}).sum()
 
     if call.library.name == "torch":
+        import torch
+
         chosen = chosen.requires_grad_()
         (grad,) = torch.autograd.grad(total(chosen), chosen)
         grad = grad.float() if grad.dtype == torch.bfloat16 else grad
     else:
         if call.logps[0].dtype in ("float16", "bfloat16"):
             return 0  # rounded to half precision by the library
+        import mlx.core as mx
+
         grad = mx.grad(total)(chosen)
     got = call.library.read(grad)
     with np.errstate(all="ignore"):

@@ -39,7 +39,7 @@ def spoil(rng: random.Random, call: Call) -> tuple[str, dict[str, Any]]:
     name = rng.choice(list(arguments))
     kinds = [*OUT_OF_RANGE.get(name, ())]
     if name in ARRAYS:
-        kinds += [*NOT_NUMBERS, _of_integers(call), _of_another_library(rng, call)]
+        kinds += [*NOT_NUMBERS, _of_integers(call), *_of_other_libraries(call)]
         if name in LOGPS[:2]:
             kinds += [None, 0.0]
         kinds.append(_of_another_shape(rng, call))
@@ -58,9 +58,9 @@ def _of_another_shape(rng: random.Random, call: Call) -> Any:
     return call.library.make(Value(np.ones(rng.choice(shapes)), "float32"))
 
 
-def _of_another_library(rng: random.Random, call: Call) -> Any:
+def _of_other_libraries(call: Call) -> list[Any]:
     others = [library for library in LIBRARIES.values() if library is not call.library]
-    return rng.choice(others).make(Value(np.ones(_shape(call)), "float32"))
+    return [library.make(Value(np.ones(_shape(call)), "float32")) for library in others]
 
 
 def _of_integers(call: Call) -> Any:

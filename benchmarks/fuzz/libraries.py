@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
-import mlx.core as mx
 import numpy as np
-import torch
-
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -26,9 +19,12 @@ class Value:
     @classmethod
     def rounded(cls, values: Any, dtype: str) -> Value:
         """`values` rounded to `dtype`."""
-        narrow = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+        values = np.asarray(values, dtype=float)
+        if dtype == "bfloat16":  # the sign, exponent and upper 7 digits of float32
+            bits = values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+            return cls(bits.view(np.float32).astype(float), dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            return cls(np.asarray(values, dtype=float).astype(narrow).astype(float), dtype)
+            return cls(values.astype(dtype).astype(float), dtype)
 
 
 @dataclass(frozen=True)
@@ -47,28 +43,45 @@ class Library:
     @staticmethod
     def read(array: Any) -> np.ndarray:
         """A result as a NumPy array of its own dtype."""
-        return array.detach().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+        return np.asarray(array.detach() if hasattr(array, "detach") else array)
 
 
-def _torch(value: Value) -> torch.Tensor:
-    return torch.tensor(value.values).to(getattr(torch, value.dtype))
+def _numpy() -> Library:
+    return Library("numpy", lambda v: v.values.astype(v.dtype), ("float16", "float32", "float64"))
 
 
-def _mlx(value: Value) -> mx.array:
-    return mx.array(value.values, dtype=mx.float64).astype(getattr(mx, value.dtype))
+def _torch() -> Library:
+    import torch
+
+    torch.set_num_threads(1)  # the arrays are tiny
+    return Library("torch", lambda v: torch.tensor(v.values).to(getattr(torch, v.dtype)), _DTYPES)
 
 
-ALL = tuple(BYTES)
-LIBRARIES = {
-    "numpy": Library("numpy", lambda v: v.values.astype(v.dtype), ("float16", *ALL[2:])),
-    "torch": Library("torch", _torch, ALL),
-    "jax": Library("jax", lambda v: jnp.asarray(v.values).astype(v.dtype), ALL),
-    "mlx": Library("mlx", _mlx, ALL, single_exp=True),
-}
+def _jax() -> Library:
+    import jax
 
-
-def set_up() -> None:
-    """float64 in JAX and MLX, and one thread: the arrays are tiny."""
     jax.config.update("jax_enable_x64", True)
-    mx.set_default_device(mx.cpu)
-    torch.set_num_threads(1)
+    return Library("jax", lambda v: jax.numpy.asarray(v.values).astype(v.dtype), _DTYPES)
+
+
+def _mlx() -> Library:
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu)  # the only one of its devices that has float64
+
+    def make(v: Value) -> Any:
+        return mx.array(v.values, dtype=mx.float64).astype(getattr(mx, v.dtype))
+
+    return Library("mlx", make, _DTYPES, single_exp=True)
+
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+LOADERS = {"numpy": _numpy, "torch": _torch, "jax": _jax, "mlx": _mlx}
+LIBRARIES: dict[str, Library] = {}
+"""Those of the campaign."""
+
+
+def load(names: Iterable[str]) -> None:
+    """Import these libraries; the others are not needed."""
+    LIBRARIES.clear()
+    LIBRARIES.update((name, LOADERS[name]()) for name in names)

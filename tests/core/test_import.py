@@ -30,7 +30,8 @@ def hook(event, arguments):
         path, mode, flags = arguments
         above = pathlib.Path(path).parents if isinstance(path, str) else ()
         module = python in above and path.endswith((".py", ".pyc"))
-        if not (module or package in above) or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes or not (module or package in above):
             seen.append((event, str(arguments)))
 
 class Environment(dict):

@@ -144,7 +144,7 @@ def test_every_argument_is_documented(name: str) -> None:
 def test_the_check_of_arguments_sees_one_that_is_missing() -> None:
     assert len(DOCUMENTED) > 25
 
-    def function(beta: float, weights: float) -> None:
+    def function(beta: float, weights: float) -> None:  # noqa: D417
         """Do it.
 
         Args:

@@ -17,6 +17,7 @@ FULL = {
     "spo": {"weights": np.array([0.5, 2.0, 0.0, 1.0, 3.0]), "linear_below": -1.0},
     "dpo": {"weights": np.array([0.5, 2.0, 0.0, 1.0, 3.0]), "label_smoothing": 0.1},
     "squared": {"weights": np.array([0.5, 2.0, 0.0, 1.0, 3.0])},
+    "ipo": {"weights": np.array([0.5, 2.0, 0.0, 1.0, 3.0])},
 }
 
 
