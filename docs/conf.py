@@ -59,7 +59,7 @@ NAVIGATION = {
         "transforms",
         "testing",
     ],
-    "Reference": ["api/spoloss", "api/spoloss.torch"],
+    "Reference": ["api/spoloss", "api/spoloss.torch", "api/spoloss.jax"],
     "Project": ["contributing", "changelog"],
 }
 OF_THE_ROOT = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
