@@ -66,7 +66,7 @@ def draw(path: Path, target: Path) -> None:
         size = (10.0, 1.5 + 0.6 * len(measured))
         figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
         for axes, column, title in zip(
-            panels, ("seconds", "memory_mib"), ("time", "growth of peak memory"), strict=True
+            panels, ("of_floor", "memory_mib"), ("time", "growth of peak memory"), strict=True
         ):
             _draw_panel(axes, ratios(rows, column), measured, title)
         panels[1].legend(loc="lower right")

@@ -26,7 +26,7 @@ from spoloss.pairs import (
     squared_loss,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DPO",

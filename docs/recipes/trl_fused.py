@@ -6,8 +6,8 @@ already: this class for `DPOTrainer`; `DPOConfig(beta=...)` and all else stay.
 Trainers wrap the model in their engine, so the loss must be computed inside the model's forward:
 there ZeRO-3 and FSDP2 hold the head's whole weight, and DDP sees that it is used. `add_head_call`
 gives the forward an argument to that end, as TRL's own fused head does. References go to the loss
-by a closure, not as an argument of the forward: engines cast those to bfloat16, in which a
-log-probability near -300 has a step of 2.
+by a closure, not as an argument of the forward: under mixed precision FSDP2 casts those to
+bfloat16, in which a log-probability near -300 has a step of 2.
 
 The traps: a step is the mean of its micro-batches' means and of the ranks' means, as TRL has it.
 The loss takes the head's weight, so what a model adds to its logits must be passed on:
@@ -51,8 +51,11 @@ def head_options(model: Any) -> dict[str, Any]:
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError("the head has a bias: pass it to linear_spo_loss as bias=")
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Falcon-H1, ...
+    scale = next((s for s in (getattr(config, n, None) for n in names) if s is not None), 1.0)
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite, MiniCPM3
+    if config.model_type == "hyperclovax":  # multiplies by what the others divide by
+        divisor = 1.0 / divisor
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return {"logit_scale": scale / divisor, "softcap": softcap}
 

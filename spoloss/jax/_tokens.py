@@ -146,7 +146,7 @@ class Table:
         return functools.reduce(jnp.add, found)
 
     def put(self, into: Array, values: Array, tile: Tile, side: int = 0) -> Array:
-        """An array [N, D] or [N] of a side, with the rows of a tile that are of this side written."""
+        """An array [N, D] or [N] of a side, with those rows of a tile that are of this side."""
         rows = self._rows_of(tile)[side]
         return into.at[rows].set(values.astype(into.dtype), mode="drop")
 

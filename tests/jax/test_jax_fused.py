@@ -97,13 +97,13 @@ def test_the_check_sees_a_wrong_loss(chunk_size: int | None) -> None:
 
 WRONG: dict[str, tuple[Any, str, Any]] = {
     "a sign lost": (_objective.Objective, "shares", lambda self, n: abs(SHARES(self, n))),
-    "no NLL": (_objective.Objective, "nll_slopes", lambda self, n, *_: 0.0 * n[:, 0]),
+    "no NLL": (_objective.Objective, "nll_slopes", lambda _self, n, *_: 0.0 * n[:, 0]),
     "a token's share lost": (
         _objective.Objective,
         "shares",
         lambda self, n: jnp.sign(SHARES(self, n)),
     ),
-    "the gain lost": (_softmax.HeadOptions, "gain", property(lambda self: 1.0)),
+    "the gain lost": (_softmax.HeadOptions, "gain", property(lambda _self: 1.0)),
     "the label left out": (
         _softmax.Head,
         "softmax",
@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[Any, str, Any]] = {
     "softcap's slope lost": (
         _softmax.Head,
         "_bend",
-        lambda self, logits: jnp.ones_like(logits),
+        lambda _self, logits: jnp.ones_like(logits),
     ),
     "long pairs not scaled": (
         _one_pass.HeadSums,
@@ -129,7 +129,7 @@ def test_the_check_sees_a_wrong_fusion(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(*WRONG[name])
     jax.clear_caches()
     with pytest.raises(AssertionError):
-        check_fused(SPO(), make_inputs(), HIDDEN + ("weight",), chunk_size=7, **options)
+        check_fused(SPO(), make_inputs(), (*HIDDEN, "weight"), chunk_size=7, **options)
     jax.clear_caches()
 
 

@@ -359,9 +359,7 @@ def test_trl_fused_never_calls_the_head(tmp_path) -> None:
     policy, reference = models()
     for model in (policy, reference):
         model.lm_head.register_forward_hook(lambda *_: pytest.fail("logits were made"))
-    trl_step(
-        tmp_path, policy, ref_model=reference, trainer_class=load("trl_fused").SPOTrainer
-    )
+    trl_step(tmp_path, policy, ref_model=reference, trainer_class=load("trl_fused").SPOTrainer)
 
 
 @of_trl
@@ -385,6 +383,10 @@ def test_trl_fused_takes_what_a_model_does_to_its_logits() -> None:
     assert options(policy) == {"logit_scale": 1.0, "softcap": None}
     policy.config.update({"logits_scaling": 8.0, "final_logit_softcapping": 30.0})
     assert options(policy) == {"logit_scale": 0.125, "softcap": 30.0}
+    policy.config.model_type = "hyperclovax"
+    assert options(policy) == {"logit_scale": 8.0, "softcap": 30.0}
+    policy.config.update({"lm_head_multiplier": 0.5})
+    assert options(policy) == {"logit_scale": 4.0, "softcap": 30.0}
     policy.lm_head.bias = nn.Parameter(torch.zeros(toy.VOCABULARY))
     with pytest.raises(ValueError, match="the head has a bias"):
         options(policy)

@@ -229,6 +229,10 @@ def test_a_broken_policy_is_judged_without_a_crash(folder: str, tmp_path: Path) 
     sound = ground.judge(ground.policy, "sound")
     assert sound["kl"] == 0.0
     assert 1.0 <= sound["tokens"] <= LENGTH
+    assert sound["reward"] == pytest.approx(np.mean(sound["rewards"]))
+    assert sound["reference_nll"] > 0.5
+    moved = ground.judge(nudged(ground.policy, 0.5), "moved")
+    assert moved["kl"] > 0.1
 
 
 # ------------------------------------------------------------------------- decided comparisons

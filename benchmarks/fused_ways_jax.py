@@ -1,0 +1,223 @@
+"""The problem that `bench_fused_jax` sets, and the ways to solve it.
+
+A way is a function of (chosen hidden, rejected hidden, weight) and of what is constant, to the mean
+DPO or SPO loss; `bench_fused_jax` differentiates it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from spoloss import DPO, SPO
+from spoloss.jax import linear_pair_loss
+
+BETA = 0.1
+ROWS = 512
+"""Tokens of a tile of those ways that choose it: 62.5 MiB of float32 logits at V = 32,000."""
+WORDS = 4096
+"""Words of a block where the vocabulary is cut, too."""
+
+
+class Problem(NamedTuple):
+    """What comes out of a language model; position t predicts label t.
+
+    Attributes:
+      chosen: [P, T, D].
+      rejected: [P, T, D].
+      weight: [V, D].
+      labels: [2, P, T].
+      reference: [2, P].
+    """
+
+    chosen: Array
+    rejected: Array
+    weight: Array
+    labels: Array
+    reference: Array
+
+    @property
+    def hidden(self) -> Array:
+        """Chosen, then rejected sequences, [2P, T, D]."""
+        return jnp.concatenate([self.chosen, self.rejected])
+
+    @property
+    def flat_labels(self) -> Array:
+        """Their labels, [2P, T]."""
+        return self.labels.reshape(-1, self.labels.shape[2])
+
+
+Way = Callable[[Problem], Array]
+
+
+def make_problem(pairs: int, tokens: int, width: int, words: int) -> Problem:
+    """A random problem in float32, whose logits and hidden states have unit variance."""
+    random = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
+    problem = Problem(
+        normal(pairs, tokens, width),
+        normal(pairs, tokens, width),
+        normal(words, width) / np.float32(np.sqrt(width)),
+        jnp.asarray(random.integers(0, words, (2, pairs, tokens)), jnp.int32),
+        jnp.zeros((2, pairs)),
+    )
+    # Margins between 1 and 6 nats: a reference without the policy's own log-probabilities would
+    # push the slopes to 0 or, with SPO, to infinity.
+    nats = jnp.asarray(0.5 + 2.5 * random.random(pairs), jnp.float32)
+    logps = jax.jit(checkpointed_logps)(problem)
+    return problem._replace(reference=logps + jnp.stack([-nats, nats]))
+
+
+def mean_loss(logps: Array, problem: Problem) -> Array:
+    """DPO eq. 7 by hand, from log-probabilities [2, P]."""
+    chosen, rejected = logps - problem.reference
+    return -jax.nn.log_sigmoid(BETA * (chosen - rejected)).mean()
+
+
+def by_pair(logps: Array, problem: Problem) -> Array:
+    """Sums over tokens [2P, T] as [2, P]."""
+    return logps.sum(axis=1).reshape(problem.reference.shape)
+
+
+def full_logits(problem: Problem) -> Array:
+    """All logits, `jax.nn.log_softmax`, `jnp.take_along_axis`: what is typed first."""
+    logps = jax.nn.log_softmax(problem.hidden @ problem.weight.T)
+    found = jnp.take_along_axis(logps, problem.flat_labels[..., None], axis=2)[..., 0]
+    return mean_loss(by_pair(found, problem), problem)
+
+
+def optax_cross_entropy(problem: Problem) -> Array:
+    """All logits, and Optax's cross-entropy."""
+    logits = problem.hidden @ problem.weight.T
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, problem.flat_labels)
+    return mean_loss(by_pair(-nll, problem), problem)
+
+
+def checkpointed_logps(problem: Problem) -> Array:
+    """Log-probabilities [2, P] by a scan over tiles of tokens whose backward works again."""
+
+    @jax.checkpoint
+    def step(_: None, tile: tuple[Array, Array]) -> tuple[None, Array]:
+        hidden, labels = tile
+        logits = hidden @ problem.weight.T
+        return None, -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    hidden = problem.hidden.reshape(-1, ROWS, problem.hidden.shape[2])
+    _, logps = lax.scan(step, None, (hidden, problem.labels.reshape(-1, ROWS)))
+    return by_pair(logps.reshape(problem.flat_labels.shape), problem)
+
+
+def scan_and_checkpoint(problem: Problem) -> Array:
+    """`lax.scan` and `jax.checkpoint` over tiles of tokens, as MaxText and others tile."""
+    return mean_loss(checkpointed_logps(problem), problem)
+
+
+def easydel(problem: Problem) -> Array:
+    """EasyDeL's way, written out: chunks of the sequence checkpointed, log-sum-exp by words."""
+    hidden, labels = problem.hidden, problem.flat_labels
+    length = min(hidden.shape[1], max(1, ROWS // len(hidden)))
+    chunks = hidden.reshape(len(hidden), -1, length, hidden.shape[2]).swapaxes(0, 1)
+    chunk_labels = labels.reshape(len(hidden), -1, length).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
+        states, ids = chunk
+        logits = states @ problem.weight.T
+        found = jnp.take_along_axis(logits, ids[..., None], axis=2)[..., 0]
+        total = jnp.full(ids.shape, -jnp.inf)
+        for start in range(0, logits.shape[2], WORDS):
+            block = logits[..., start : start + WORDS]
+            total = jnp.logaddexp(total, jax.nn.logsumexp(block, axis=-1))
+        return None, found - total
+
+    _, logps = lax.scan(step, None, (chunks, chunk_labels))
+    return mean_loss(by_pair(logps.swapaxes(0, 1).reshape(labels.shape), problem), problem)
+
+
+def spoloss(loss: Any, problem: Problem) -> Array:
+    """One pass."""
+    return linear_pair_loss(
+        loss,
+        problem.chosen,
+        problem.rejected,
+        problem.weight,
+        *problem.labels,
+        *problem.reference,
+        beta=BETA,
+        shift=False,
+    ).loss
+
+
+WAYS: dict[str, Way] = {
+    "full_logits": full_logits,
+    "optax": optax_cross_entropy,
+    "scan_checkpoint": scan_and_checkpoint,
+    "easydel": easydel,
+    "spoloss": functools.partial(spoloss, DPO()),
+    "spoloss_spo": functools.partial(spoloss, SPO()),
+}
+FULL, SPO_WAY = "full_logits", "spoloss_spo"
+TOKAMAX = (
+    "tokamax",
+    "not measured: tokamax 0.0.12, the newest on PyPI, has no chunked_xla, and reduces over all "
+    "tokens, so that it cannot give the log-probability of a sequence",
+)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The products of a head that recomputes nothing, in tiles, and nothing else.
+
+    Attributes:
+      rows: tokens of a tile.
+      blocks: in how many parts the weight's gradient grows.
+      frozen: whether it has none.
+    """
+
+    rows: int
+    blocks: int
+    frozen: bool
+
+    def __call__(self, problem: Problem) -> tuple[Array, ...]:
+        """The products in the place of the gradients."""
+        hidden, weight = problem.hidden.reshape(-1, problem.hidden.shape[2]), problem.weight
+        width = len(weight) // self.blocks
+
+        def step(i: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            by_hidden, by_weight = carry
+            tile = lax.dynamic_slice_in_dim(hidden, i * self.rows, self.rows)
+            logits = tile @ weight.T
+            by_hidden = lax.dynamic_update_slice_in_dim(
+                by_hidden, logits @ weight, i * self.rows, 0
+            )
+            if self.frozen:
+                return by_hidden, by_weight
+
+            def add(j: Any, by_weight: Array) -> Array:
+                words = lax.dynamic_slice_in_dim(logits, j * width, width, axis=1)
+                part = lax.dot_general(words, tile, (((0,), (0,)), ((), ())))
+                grown = lax.dynamic_slice_in_dim(by_weight, j * width, width) + part
+                return lax.dynamic_update_slice_in_dim(by_weight, grown, j * width, 0)
+
+            return by_hidden, lax.fori_loop(0, self.blocks, add, by_weight)
+
+        zeros = jnp.zeros_like(hidden), jnp.zeros((1, 1) if self.frozen else weight.shape)
+        return lax.fori_loop(0, len(hidden) // self.rows, step, zeros)
+
+
+def floors(tokens: int, *, frozen: bool) -> list[Floor]:
+    """Tilings that are tried for the floor."""
+    return [
+        Floor(rows, blocks, frozen)
+        for rows in (256, 512, 1024)
+        for blocks in ((1,) if frozen else (1, 8))
+        if tokens % rows == 0
+    ]
