@@ -82,7 +82,7 @@ TRANSFORMS: dict[str, Callable[[Function], Any]] = {
     "jvp of grad": lambda f: jax.jvp(jax.grad(f), (WEIGHT,), (jnp.ones_like(WEIGHT),)),
     "grad of grad": lambda f: jax.grad(lambda weight: (jax.grad(f)(weight) ** 2).sum())(WEIGHT),
 }
-FORWARD = "can't apply forward-mode differentiation (jvp) to a custom_vjp function"
+FORWARD = "(jvp) to a custom_vjp function"
 TWICE = "Reverse-mode differentiation does not work for lax.while_loop"
 REFUSED = {
     ("linear_logps", "jvp"): FORWARD,
@@ -109,7 +109,7 @@ def test_transforms(name: str, transform: str) -> None:
 
 @pytest.mark.parametrize("context", ["grad", "jit", "checkpoint", "scan"])
 def test_a_frozen_head_makes_no_gradient_of_its_size(context: str) -> None:
-    """Whatever surrounds it: nothing of [V, D] is in the program but the weight itself."""
+    """Whatever surrounds it: nothing in the program makes an array of [V, D]."""
     words = 23
 
     def loss(hidden: Array, weight: Array) -> Array:
@@ -127,7 +127,7 @@ def test_a_frozen_head_makes_no_gradient_of_its_size(context: str) -> None:
         "scan": scanned,
     }[context]
     weight = jnp.asarray(RANDOM.normal(size=(words, D)))
-    zeros = re.compile(rf"broadcast_in_dim[^\n]*-> tensor<{words}x{D}xf64>")
+    made = re.compile(rf"= f64\[{words},{D}\]\S* (?!parameter|get-tuple-element)")
     for wanted, found in ((0, False), ((0, 1), True)):
-        program = jax.jit(jax.grad(around, wanted)).lower(HIDDEN, weight).as_text()
-        assert bool(zeros.search(program)) is found
+        program = jax.jit(jax.grad(around, wanted)).lower(HIDDEN, weight).compile().as_text()
+        assert bool(made.search(program)) is found
