@@ -283,10 +283,9 @@ def draw(rows: Sequence[Row], machine: str, path: Path) -> None:
                     for row in measured
                     if row.frozen == frozen and row.way == way
                 }
-                places = [k + (i - len(ways) / 2) * 0.8 / len(ways) for k in range(len(shapes))]
-                axes.bar(
-                    places, [found[s] for s in shapes], 0.8 / len(ways), label=way, align="edge"
-                )
+                places = [k - 0.4 + i * width for k in range(len(shapes))]
+                bars = [found[shape] for shape in shapes]
+                axes.bar(places, bars, width, label=way, align="edge")
             axes.set_xticks(range(len(shapes)), [f"{p} x {t}" for p, t in shapes])
             axes.set_title(f"head {'frozen' if frozen else 'trained'}: {title}", fontsize=9)
             if name == "of_floor":

@@ -51,8 +51,15 @@ DOCS = Path(__file__).parent
 NAVIGATION = {
     "Start": ["from_dpo", "losses", "gradients", "choosing", "troubleshooting"],
     "Use": ["examples/README", "fused", "recipes/README", "distributed", "your_own_loss"],
-    "Evidence": ["claims", "real_model", "performance", "numerics", "transforms"],
-    "Reference": ["api/spoloss", "api/spoloss.torch"],
+    "Evidence": [
+        "claims",
+        "real_model",
+        "performance",
+        "numerics",
+        "transforms",
+        "testing",
+    ],
+    "Reference": ["api/spoloss", "api/spoloss.torch", "api/spoloss.jax"],
     "Project": ["contributing", "changelog"],
 }
 OF_THE_ROOT = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}

@@ -101,34 +101,6 @@ def accuracy(beta: float = 1.0) -> None:
     _write(header, ([*pair, *(cell(*pair, *column) for column in columns)] for pair in pairs))
 
 
-def fuzz(name: str = "fuzz.csv") -> None:
-    """What a campaign of generated calls has called and found."""
-    rows = measured(name)
-    _write(list(rows[0]), (list(row.values()) for row in rows))
-
-
-def mutants(name: str = "mutants.csv") -> None:
-    """The mutation score by file."""
-    rows = measured(name)
-    files = sorted({row["file"] for row in rows})
-    table = []
-    for title, mine in [*((f, [r for r in rows if r["file"] == f]) for f in files), ("all", rows)]:
-        survived = sum(row["outcome"] == "survived" for row in mine)
-        table.append([title, str(len(mine)), str(len(mine) - survived), str(survived)])
-    _write(["file", "mutants", "noticed", "survived"], table)
-    noticed = int(table[-1][2])
-    low, high = interval(noticed, len(rows))
-    print(f"Score: {noticed / len(rows):.1%}, 95 % confidence interval {low:.0%} to {high:.0%}.")
-
-
-def interval(hits: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share."""
-    z, share = 1.96, hits / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return centre - half, centre + half
-
-
 def quote(report: str, heading: str, columns: Sequence[str], rows: Sequence[str]) -> None:
     """Some rows and columns of a table in a committed Markdown report, in the order asked for."""
     lines = (RESULTS / report).read_text().partition(f"\n{heading}\n")[2].splitlines()

@@ -171,7 +171,7 @@ def reduction_scale(values: Any, reduction: str) -> float:
 def shares(values: Any, reduction: str) -> Any:
     """Each value's part of the reduced result: the value / B under "mean", else the value."""
     xp = namespace(values)
-    if reduction == "mean" and xp.__name__ == "mlx.core":
+    if reduction == "mean" and xp.__name__ == "mlx.core" and 0 not in values.shape:
         # mx.compile(shapeless=True) runs its graph on other shapes than the one it has traced.
         return values / xp.sum(xp.logical_or(xp.isnan(values), True))
     return values * reduction_scale(values, reduction)
@@ -199,6 +199,9 @@ def reduce(values: Any, reduction: str) -> Any:
     if reduction == "none":
         return values
     xp = namespace(values)
+    if xp.__name__ == "mlx.core" and 0 in values.shape:
+        # The sum of an empty float64 array does not return on the CPU (MLX 0.32).
+        return xp.array(0.0 if reduction == "sum" else math.nan, dtype=values.dtype)
     if reduction == "sum":
         return xp.sum(values)
     if xp is numpy:

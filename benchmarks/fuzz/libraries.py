@@ -20,10 +20,10 @@ class Value:
     def rounded(cls, values: Any, dtype: str) -> Value:
         """`values` rounded to `dtype`."""
         values = np.asarray(values, dtype=float)
-        if dtype == "bfloat16":  # the sign, exponent and upper 7 digits of float32
-            bits = values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
-            return cls(bits.view(np.float32).astype(float), dtype)
         with np.errstate(over="ignore", invalid="ignore"):
+            if dtype == "bfloat16":  # the sign, the exponent and the upper 7 digits of float32
+                bits = values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+                return cls(bits.view(np.float32).astype(float), dtype)
             return cls(values.astype(dtype).astype(float), dtype)
 
 

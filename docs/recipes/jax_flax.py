@@ -1,12 +1,11 @@
 """SPO in JAX with Optax: a jitted step over plain parameters, and one over Flax NNX modules.
 
-Tested with JAX 0.10, Optax 0.2.8 and Flax 0.12. In a train step that exists already: the line of
-`spo_loss`, and the function `pair_logps`.
+Tested with JAX 0.10, Optax 0.2.8 and Flax 0.12. In a train step that exists already: the lines of
+`mean_loss`, where the model's last hidden states and its head take the place of the logits. They
+never exist: `linear_spo_loss` computes loss and gradients in one pass.
 
-The trap: the label -100. Optax reads it as an index: with a vocabulary below 100 its loss is nan,
-which a mask by product keeps, and with a larger one that of another token. So ignored labels are
-replaced before, and masked by `where`. The reference is an argument of the jitted step: weights
-that it closes over become constants of the compiled program.
+The trap: the reference. It must be an argument of the jitted step, because weights that the step
+closes over become constants of the compiled program.
 """
 
 from __future__ import annotations
@@ -19,31 +18,30 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from spoloss import spo_loss
-
-IGNORED = -100
-
-
-def pair_logps(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probabilities, chosen [B] and rejected [B]; rows are all chosen, then rejected."""
-    targets = labels[:, 1:]  # position t predicts label t + 1
-    counts = targets != IGNORED
-    nll = optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, :-1], jnp.where(counts, targets, 0)
-    )
-    chosen, rejected = jnp.split(-jnp.where(counts, nll, 0.0).sum(axis=1), 2)
-    return chosen, rejected
+from spoloss.jax import linear_logps, linear_spo_loss
 
 
 def mean_loss(policy: Callable, reference: Callable, batch: Any, beta: float) -> jax.Array:
-    """The loss of a batch of ids, mask, labels; the models are (ids, mask) -> logits."""
-    policy_logps = pair_logps(policy(batch.ids, batch.mask), batch.labels)
-    ref_logps = pair_logps(reference(batch.ids, batch.mask), batch.labels)
-    return spo_loss(*policy_logps, *ref_logps, beta=beta)
+    """The loss of a batch of ids, mask and labels: all chosen rows, then all rejected ones.
+
+    The models are (ids, mask) -> hidden states [2B, T, D] and the head's kernel [D, V].
+    """
+    hidden, kernel = reference(batch.ids, batch.mask)
+    reference_logps = linear_logps(hidden, kernel.T, batch.labels)
+    hidden, kernel = policy(batch.ids, batch.mask)
+    return linear_spo_loss(
+        *jnp.split(hidden, 2),
+        kernel.T,
+        *jnp.split(batch.labels, 2),
+        *jnp.split(reference_logps, 2),
+        beta=beta,
+    ).loss
 
 
 def make_train_step(
-    apply: Callable[..., jax.Array], optimizer: optax.GradientTransformation, beta: float = 0.1
+    apply: Callable[..., tuple[jax.Array, jax.Array]],
+    optimizer: optax.GradientTransformation,
+    beta: float = 0.1,
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """Optax: (params, reference's, optimizer state, batch) -> (params, optimizer state, loss)."""
 

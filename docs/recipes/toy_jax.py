@@ -14,11 +14,11 @@ from flax import nnx
 Params = dict[str, jax.Array]
 
 
-def apply(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """Logits [B, T, V] of token ids [B, T]; padding is on the right."""
+def apply(params: Params, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hidden states [B, T, D] of token ids [B, T], and the head; padding is on the right."""
     states = params["embed"][ids] * mask[..., None]
     states = jnp.cumsum(states, axis=1) / jnp.maximum(jnp.cumsum(mask, axis=1), 1)[..., None]
-    return jnp.tanh(states) @ params["head"]
+    return jnp.tanh(states), params["head"]
 
 
 def params(dtype: jnp.dtype = jnp.float32) -> tuple[Params, Params]:
@@ -39,8 +39,8 @@ class Model(nnx.Module):
         self.embed = nnx.Param(weights["embed"])
         self.head = nnx.Param(weights["head"])
 
-    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Logits, as `apply`."""
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Hidden states [B, T, D] of token ids [B, T], and the head's kernel [D, V]."""
         return apply({"embed": self.embed[...], "head": self.head[...]}, ids, mask)
 
 

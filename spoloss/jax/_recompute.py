@@ -99,11 +99,10 @@ def _forward(call: TokenCall, *primals: Any) -> tuple[Array, Any]:
     hidden, weight, bias, _ = primals
     wanted = Wanted((hidden.perturbed,), weight.perturbed, bias is not None and bias.perturbed)
     values = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
-    if wanted.weight or wanted.bias:
-        return _token_logps(call, *values), (wanted, values)
-    # Of a frozen head nothing but this is wanted, and one visit makes it.
-    logps, directions = _look(call, *values, directions=True)
-    return logps, (wanted, directions)
+    trained = wanted.weight or wanted.bias
+    # Of a frozen head only the directions are wanted, which one visit makes.
+    logps, directions = _look(call, *values, directions=not trained)
+    return logps, (wanted, values if trained else directions)
 
 
 def _backward(call: TokenCall, residual: Any, upstream: Array | SymbolicZero) -> tuple[Any, ...]:

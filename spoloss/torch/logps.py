@@ -194,7 +194,8 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, counts = ctx.saved_tensors
-        if not is_batched(logits):  # else vmap has added a dimension to all of them
+        # A compiler cannot trace the question. If the logits are batched, vmap maps over all of it.
+        if not torch.compiler.is_compiling() and not is_batched(logits):
             refuse_batched(grad_logps)
         grad_logits = torch.empty_like(logits)
         for rows, tile in _tiles(logits):

@@ -30,7 +30,7 @@ def findings(library: str, seeds: range) -> list[str]:
         call = calls.draw(rng, library)
         try:
             checks.check_refusal(rng, call)
-            checks.check_result(rng, call)
+            checks.check_result(call)
         except checks.Finding as finding:
             found.append(f"seed {seed}: {call.function}: {finding}")
     return found
@@ -63,10 +63,10 @@ FAULTS: dict[str, Fault] = {
     "the sign of SPO": (SPO, "value", lambda self, h, b: -_value(self, h, b)),
     "1e-4 of SPO's slope": (SPO, "slope", lambda self, h, b: 1.0001 * _slope(self, h, b)),
     "beta of DPO's slope": (DPO, "slope", lambda self, h, b: _smooth(self, h, b) / b),
-    "the factor 2": (Squared, "slope", lambda self, h, b: h - 1.0 / b),
-    "a lost check": (_arrays, "check_positive", lambda name, value: None),
-    "a name that is no argument": (_arrays, "_check_real", lambda xp, name, array: _refuse()),
-    "a warning": (losses.SPO, "value", lambda self, h, b: np.log(np.zeros(1)) * h),
+    "the factor 2": (Squared, "slope", lambda _self, h, b: h - 1.0 / b),
+    "a lost check": (_arrays, "check_positive", lambda *_: None),
+    "a name that is no argument": (_arrays, "_check_real", lambda *_: _refuse()),
+    "a warning": (losses.SPO, "value", lambda _self, h, _b: np.log(np.zeros(1)) * h),
 }
 
 

@@ -31,7 +31,7 @@ def hook(event, arguments):
         above = pathlib.Path(path).parents if isinstance(path, str) else ()
         module = python in above and path.endswith((".py", ".pyc"))
         writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes or not (module or package in above):
+        if not (module or package in above) or writes:
             seen.append((event, str(arguments)))
 
 class Environment(dict):

@@ -93,7 +93,7 @@ def test_every_formula_is_mathml(pages: dict[Path, Page]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["spoloss", "spoloss.torch"])
+@pytest.mark.parametrize("module", ["spoloss", "spoloss.torch", "spoloss.jax"])
 def test_the_reference_has_every_public_name(pages: dict[Path, Page], module: str) -> None:
     (reference,) = (page for path, page in pages.items() if path.name == f"{module}.html")
     public = {f"{module}.{name}" for name in importlib.import_module(module).__all__}

@@ -13,6 +13,7 @@ import pytest
 from jax import Array
 
 from helpers.jax_fused import D, P, T, V
+from helpers.pages import ROOT, table_below
 from spoloss.jax import linear_logps, linear_spo_loss, sequence_logps
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -131,3 +132,11 @@ def test_a_frozen_head_makes_no_gradient_of_its_size(context: str) -> None:
     for wanted, found in ((0, False), ((0, 1), True)):
         program = jax.jit(jax.grad(around, wanted)).lower(HIDDEN, weight).as_text()
         assert bool(zeros.search(program)) is found
+
+
+def test_the_page_says_so() -> None:
+    columns, rows = table_below((ROOT / "docs" / "transforms.md").read_text(), "### spoloss.jax")
+    assert columns == list(TRANSFORMS)
+    for name in FUNCTIONS:
+        cells = ["error" if (name, column) in REFUSED else "yes" for column in columns]
+        assert rows[f"`{name}`"] == cells

@@ -699,6 +699,7 @@ def test_call_site(name) -> None:
         "accelerate_loop",
         "call_sites",
         "jax_flax",
+        "jax_mesh",
         "lightning_module",
         "peft_fused",
         "plain_pytorch",

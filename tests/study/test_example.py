@@ -65,7 +65,7 @@ def test_steps_hold_every_step_and_metric(finished) -> None:
 
 def test_losses_move_as_they_should(finished) -> None:
     sft = [float(row["loss"]) for row in finished.steps if row["stage"] == "sft"]
-    assert sft[-1] < 0.9 * sft[0]
+    assert 0.0 < sft[-1] < 0.9 * sft[0]  # a negative log-likelihood
     # A batch is padded otherwise than in the reference's own pass, so 0 holds to rounding only.
     spo = [float(row["loss"]) for row in finished.steps if row["stage"] == "preference"]
     assert abs(spo[0]) < 1e-4
@@ -250,7 +250,11 @@ def test_known_gap_is_the_target_of_its_pair(trained, judged, flags) -> None:
     for loss, _ in (loss_of(model, pairs, options) for loss_of in (loss_by_logits, loss_by_tiles)):
         assert loss.item() == pytest.approx(by_hand, rel=1e-4)
     logps = score_pairs(model, pairs, options, "held out")
-    assert metrics_of(logps, pairs, options)["loss"] == pytest.approx(by_hand, rel=1e-4)
+    metrics = metrics_of(logps, pairs, options)
+    assert metrics["loss"] == pytest.approx(by_hand, rel=1e-4)
+    above_target, above_1 = 0.3 * pushed > gaps, 0.3 * pushed > 1.0
+    assert metrics["rewards/margins_above_1"] == pytest.approx(above_target.mean())
+    assert above_target.sum() < above_1.sum()
 
 
 def test_fused_refuses_a_head_with_more_to_it(trained) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
 from helpers.fused import D, P, T, V
+from helpers.pages import ROOT, table_below
 from spoloss.torch import linear_logps, linear_spo_loss, sequence_logps
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -109,3 +110,11 @@ def test_batched_upstream_gradients() -> None:
     upstream = torch.eye(P, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=re.escape("torch.autograd.functional.jacobian")):
         torch.autograd.grad(by_head(weight), weight, upstream, is_grads_batched=True)
+
+
+def test_the_page_says_so() -> None:
+    columns, rows = table_below((ROOT / "docs" / "transforms.md").read_text(), "### spoloss.torch")
+    assert columns == list(TRANSFORMS)
+    for name in FUNCTIONS:
+        cells = ["error" if (name, column) in REFUSED else "yes" for column in columns]
+        assert rows[f"`{name}`"] == cells

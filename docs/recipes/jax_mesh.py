@@ -1,0 +1,100 @@
+"""SPO on a mesh with Flax NNX and Optax: pairs over "data", the head's words over "model".
+
+Tested with JAX 0.10, Optax 0.2.8 and Flax 0.12. In a train step that exists already: the two calls
+that name `mesh`, and the pairs kept as two arrays. On four virtual devices of a CPU:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python docs/recipes/jax_mesh.py
+
+The trap: chosen and rejected rows in one array [2B, T]. Split over "data", the first devices hold
+all the chosen rows and the last ones all the rejected, and every step moves hidden states between
+devices to bring a pair together. Two arrays [B, T] leave both sides of a pair on one device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spoloss.jax import linear_logps, linear_spo_loss
+
+
+def make_mesh(data: int, model: int) -> Mesh:
+    """Devices as rows of "data" and columns of "model"; XLA chooses layouts in between."""
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def place(model: nnx.Module, mesh: Mesh) -> None:
+    """Put a model on the mesh: the head's kernel [D, V] by its words, the rest on all devices."""
+    for path, param in nnx.iter_graph(model):
+        if isinstance(param, nnx.Param):
+            words = PartitionSpec(None, "model") if path[-1] == "head" else PartitionSpec()
+            param[...] = jax.device_put(param[...], NamedSharding(mesh, words))
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Put a batch of arrays [B, ...] on the mesh, by its pairs."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def mean_loss(
+    policy: nnx.Module, reference: nnx.Module, chosen: Any, rejected: Any, beta: float, mesh: Mesh
+) -> jax.Array:
+    """The loss of all pairs on the mesh; a side has ids, mask and labels, [B, T] each."""
+    where = {"mesh": mesh, "batch_axis": "data", "vocab_axis": "model"}
+    reference_logps = []
+    for side in (chosen, rejected):
+        hidden, kernel = reference(side.ids, side.mask)
+        reference_logps.append(linear_logps(hidden, kernel.T, side.labels, **where))
+    chosen_hidden, kernel = policy(chosen.ids, chosen.mask)
+    rejected_hidden, _ = policy(rejected.ids, rejected.mask)
+    return linear_spo_loss(
+        chosen_hidden,
+        rejected_hidden,
+        kernel.T,
+        chosen.labels,
+        rejected.labels,
+        *reference_logps,
+        beta=beta,
+        **where,
+    ).loss
+
+
+@nnx.jit(static_argnames=("beta", "mesh"))
+def train_step(
+    policy: nnx.Module,
+    reference: nnx.Module,
+    optimizer: nnx.Optimizer,
+    chosen: Any,
+    rejected: Any,
+    *,
+    beta: float,
+    mesh: Mesh,
+) -> jax.Array:
+    """One step, which changes policy and optimizer in place; returns the mean loss."""
+    loss, grads = nnx.value_and_grad(mean_loss)(policy, reference, chosen, rejected, beta, mesh)
+    optimizer.update(policy, grads)
+    return loss
+
+
+if __name__ == "__main__":
+    import toy_jax
+
+    count = len(jax.devices())
+    mesh = make_mesh(max(1, count // 2), min(2, count))
+    policy, reference = toy_jax.models()
+    for model in (policy, reference):
+        place(model, mesh)
+    both = toy_jax.batch(8)
+    chosen, rejected = (
+        place_batch(jax.tree.map(lambda rows, i=i: jnp.split(rows, 2)[i], both), mesh)
+        for i in range(2)
+    )
+    optimizer = nnx.Optimizer(policy, optax.adamw(1e-2), wrt=nnx.Param)
+    for _ in range(3):
+        loss = train_step(policy, reference, optimizer, chosen, rejected, beta=0.1, mesh=mesh)
+        print("loss", loss)
