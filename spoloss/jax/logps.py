@@ -154,7 +154,8 @@ def _token_logps(reading: Reading, logits: Array, labels: Labels) -> Array:
 
 def _sum_tokens(logps: Array, labels: Labels, reading: Reading, *, average: bool) -> Array:
     """Sums over sequences, or averages in which a sequence without a token is 0."""
-    total = labels.sum(logps)
+    # An empty sequence must be nan too if the offsets are out of order.
+    total = labels.sum(logps) + labels.zero(logps.dtype)
     if not average:
         return total
     return total / jnp.maximum(labels.sum(labels.targets(reading)[1]), 1)

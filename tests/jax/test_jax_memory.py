@@ -60,7 +60,7 @@ def test_log_probabilities_of_a_frozen_head() -> None:
     labels = jnp.zeros((8, 128), jnp.int32)
     run = jax.jit(lambda hidden: linear_logps(hidden, weight, labels, chunk_size=ROWS).sum())
     temporary = jax.jit(jax.grad(run)).lower(hidden).compile().memory_analysis()
-    assert temporary.temp_size_in_bytes < 2 * (1.3 * TILE + hidden.nbytes)
+    assert temporary.temp_size_in_bytes < 2 * (1.5 * TILE + hidden.nbytes)
 
 
 def test_rows_of_a_tile() -> None:
