@@ -34,7 +34,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig
 
-from benchmarks.bench_fused import HostGauge
+from benchmarks.gauges import HostGauge
 from benchmarks.machine import describe
 from benchmarks.trainer_ways import WAYS
 

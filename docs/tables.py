@@ -55,24 +55,41 @@ def machine(name: str) -> None:
         print(f"Measured on: {file.readline().removeprefix('#').strip()}.")
 
 
-def fused(name: str, *, frozen: bool, width: int = 512, vocab: int = 32_000) -> None:
+def fused(name: str, *, frozen: bool) -> None:
     """Time over the bare matrix products / growth of peak memory, by way and shape of the batch."""
-    rows = [
-        row
-        for row in measured(name)
-        if row["frozen"] == str(frozen)
-        and (row["width"], row["vocab"]) == (str(width), str(vocab))
-        and float(row["ignored"]) == 0.0
-    ]
-    shapes = sorted({(int(row["pairs"]), int(row["tokens"])) for row in rows}, reverse=True)
-    cells = {(row["way"], int(row["pairs"])): row for row in rows}
+    rows = [row for row in measured(name) if row["frozen"] == str(frozen)]
+    fewest = min(float(row["ignored"]) for row in rows)  # other rows ignore labels in addition
+    cells = {
+        (row["way"], int(row["pairs"]), int(row["tokens"])): row
+        for row in rows
+        if float(row["ignored"]) == fewest
+    }
+    shapes = sorted({(pairs, tokens) for _, pairs, tokens in cells}, reverse=True)
 
-    def cell(way: str, pairs: int) -> str:
-        row = cells[way, pairs]
+    def cell(way: str, *shape: int) -> str:
+        row = cells.get((way, *shape))
+        if row is None or not row["of_floor"]:
+            return "-"
         return f"{float(row['of_floor']):.2f} / {float(row['memory_mib']):.0f}"
 
     header = ["head frozen" if frozen else "head trained", *(f"{p} x {t}" for p, t in shapes)]
-    _write(header, ([title, *(cell(way, p) for p, _ in shapes)] for way, title in WAYS.items()))
+    _write(header, ([title, *(cell(way, *s) for s in shapes)] for way, title in WAYS.items()))
+
+
+def compared(name: str) -> None:
+    """A version over another one, in time and memory, by head and shape of the batch."""
+    header = ["P x T", "head", "time", "quartiles", "memory"]
+    rows = (
+        [
+            f"{row['pairs']} x {row['tokens']}",
+            "frozen" if row["frozen"] == "True" else "trained",
+            f"{float(row['time_ratio']):.3f}",
+            f"{float(row['time_ratio_low']):.3f} to {float(row['time_ratio_high']):.3f}",
+            f"{float(row['memory_ratio']):.3f}",
+        ]
+        for row in measured(name)
+    )
+    _write(header, rows)
 
 
 def core(name: str = "core.csv") -> None:
