@@ -28,7 +28,8 @@ def check_head_options(
       chunk_size: a positive number of tokens, or None.
 
     Raises:
-      TypeError: `softcap`, `logit_scale` or `temperature` is not a number.
+      TypeError: `softcap`, `logit_scale` or `temperature` is not a number, or `chunk_size` not an
+        integer.
       ValueError: a number is out of range.
     """
     if softcap is not None:
@@ -41,9 +42,10 @@ def check_head_options(
     _check_number("temperature", temperature)
     check_positive("temperature", temperature)
     if chunk_size is not None:
-        whole = isinstance(chunk_size, (int, numpy.integer)) and not isinstance(chunk_size, bool)
-        if not whole or chunk_size < 1:
-            raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
+        if not isinstance(chunk_size, (int, numpy.integer)) or isinstance(chunk_size, bool):
+            raise TypeError(f"chunk_size must be an integer, got {type(chunk_size).__name__}")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size}")
 
 
 def check_nll_weight(nll_weight: float) -> None:

@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
-from jax.lax import stop_gradient
-from jax.tree_util import Partial
 
 from spoloss._arrays import reduction_scale
 from spoloss.jax._labels import Labels, Reading
@@ -23,8 +21,9 @@ from spoloss.jax._mesh import Split
 from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._one_pass import Made, one_pass
 from spoloss.jax._recompute import TokenCall, scaled, token_logps
-from spoloss.jax._softmax import Head, HeadOptions, Wanted
-from spoloss.jax._tokens import table_of_pairs
+from spoloss.jax._residuals import or_empty, or_none
+from spoloss.jax._softmax import Head, HeadOptions, HeadSums, Wanted
+from spoloss.jax._tokens import table_of_pairs, table_of_tokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def loss_of_hidden(call: PairCall, inputs: Inputs, labels: tuple[Labels, Labels]
 
 
 def _by_tokens(call: PairCall, inputs: Inputs, labels: tuple[Labels, Labels]) -> Output:
-    """By the log-probabilities of tokens, whose rule is at its best for a frozen head."""
+    """By the log-probabilities of tokens, which take an upstream gradient for each pair."""
     token_call = TokenCall(call.head, call.reading, call.split)
     sums, lengths = [], []
     for hidden, side in zip(inputs[:2], labels, strict=True):
@@ -82,11 +81,12 @@ def _output(objective: Objective, sums: Array, lengths: Array, constants: Consta
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(call: PairCall, inputs: Inputs, labels: tuple[Labels, Labels]) -> Output:
-    return _by_tokens(call, inputs, labels)
+    nothing = Wanted((False, False), weight=False, bias=False)
+    made, lengths = _one_pass(call, nothing, inputs, labels)
+    return _output(call.objective, made.sums, lengths, inputs.constants)
 
 
 def _forward(call: PairCall, *primals: Any) -> tuple[Output, Any]:
-    """The loss, and its own backward rule."""
     chosen, rejected, weight, bias, _ = primals[0]
     wanted = Wanted(
         (chosen.perturbed, rejected.perturbed),
@@ -94,14 +94,40 @@ def _forward(call: PairCall, *primals: Any) -> tuple[Output, Any]:
         bias=bias is not None and bias.perturbed,
     )
     inputs, labels = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
-    if wanted.weight or wanted.bias:
-        made, lengths = _one_pass(call, wanted, inputs, labels)
-        back = Partial(  # type: ignore[no-untyped-call]
-            functools.partial(_scale, call), made, lengths, inputs, labels
-        )
-        return _output(call.objective, made.sums, lengths, inputs.constants), back
-    inputs = jax.tree.map(lambda p: p.value if p.perturbed else stop_gradient(p.value), primals[0])
-    return jax.vjp(lambda inputs: _by_tokens(call, inputs, labels), inputs)
+    made, lengths = _one_pass(call, wanted, inputs, labels)
+    kept = Made(
+        made.sums,
+        tuple(or_empty(rows, inputs.weight.dtype) for rows in made.directions),
+        HeadSums(*(or_empty(total, made.sums.dtype) for total in made.head)),
+    )
+    output = _output(call.objective, made.sums, lengths, inputs.constants)
+    return output, (kept, lengths, inputs, labels)
+
+
+def _backward(call: PairCall, residual: Any, upstream: Output) -> tuple[Inputs | None, None]:
+    """The gradients of the pass times the loss's upstream gradient, 0-d."""
+    (sums, directions, by_head), lengths, inputs, labels = residual
+    up, constants, objective = upstream.loss, inputs.constants, call.objective
+    if isinstance(up, SymbolicZero):
+        return None, None
+    scale = reduction_scale(constants.reference_chosen, objective.reduction)
+    slopes = up * objective.token_slopes(sums, lengths, constants, scale)
+    by_hidden = (
+        scaled(or_none(rows), side.spread(slopes[:, i]))
+        for i, (rows, side) in enumerate(zip(directions, labels, strict=True))
+    )
+    totals = (or_none(total) for total in by_head)
+    scaled_head = HeadSums(*(None if total is None else up * total for total in totals))
+    _, back = jax.vjp(lambda constants: objective.value(sums, lengths, constants), constants)
+    gradients: tuple[Any, ...] = (
+        *by_hidden,
+        *scaled_head.like(inputs.weight, inputs.bias),
+        *back(up),
+    )
+    return Inputs(*gradients), None
+
+
+_fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _one_pass(
@@ -113,7 +139,8 @@ def _one_pass(
 
     def on_device(inputs: Inputs, labels: tuple[Labels, Labels]) -> tuple[Made, Array]:
         head = Head.of(inputs.weight, inputs.bias, call.head)
-        table = table_of_pairs(labels, call.reading, len(head.weight), call.head.chunk_size)
+        table_of = table_of_pairs if wanted.head else table_of_tokens
+        table = table_of(labels, call.reading, len(head.weight), call.head.chunk_size)
         hidden = tuple(states.reshape(-1, states.shape[2]) for states in inputs[:2])
         zero = labels[0].zero(head.dtype) + labels[1].zero(head.dtype)
         made = one_pass(head, table, hidden, call.objective, inputs.constants, scale, wanted, zero)
@@ -136,38 +163,3 @@ def _one_pass(
     )
     made, lengths = run(inputs, labels)
     return made, lengths
-
-
-def _scale(
-    call: PairCall,
-    made: Made,
-    lengths: Array,
-    inputs: Inputs,
-    labels: tuple[Labels, Labels],
-    upstream: Output,
-) -> tuple[Inputs]:
-    """The gradients of the pass times the loss's upstream gradient, 0-d."""
-    up, constants = upstream.loss, inputs.constants
-    scale = reduction_scale(constants.reference_chosen, call.objective.reduction)
-    slopes = up * call.objective.token_slopes(made.sums, lengths, constants, scale)
-    by_hidden = (
-        scaled(directions, side.spread(slopes[:, i]))
-        for i, (directions, side) in enumerate(zip(made.directions, labels, strict=True))
-    )
-    by_head = jax.tree.map(lambda total: up * total, made.head).like(inputs.weight, inputs.bias)
-    _, back = jax.vjp(lambda c: call.objective.value(made.sums, lengths, c), constants)
-    gradients: tuple[Any, ...] = (*by_hidden, *by_head, *back(up))
-    return (Inputs(*gradients),)
-
-
-def _backward(call: PairCall, back: Any, upstream: Output) -> tuple[Inputs, None]:  # noqa: ARG001
-    upstream = jax.tree.map(
-        lambda up: jnp.zeros(up.shape, up.dtype) if isinstance(up, SymbolicZero) else up,
-        upstream,
-        is_leaf=lambda up: isinstance(up, SymbolicZero),
-    )
-    (by_inputs,) = back(upstream)
-    return by_inputs, None
-
-
-_fused.defvjp(_forward, _backward, symbolic_zeros=True)

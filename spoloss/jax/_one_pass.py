@@ -11,7 +11,7 @@ The gradient of a loss of the margin is one number per pair, its slope, times a 
 loss does not change. So the softmax that gives a token's log-probability gives its gradient too,
 and nothing is computed twice.
 
-- Pairs that fit into a tile know their slope before the product with the weight's gradient.
+- Pairs that fit into a tile know their slope before the product that gives the weight's gradient.
 - A longer pair is walked tile by tile with slope 1, into sums of its own, scaled once at its end.
 - Hidden states keep slope 1 here; the backward rule multiplies them by slope and upstream gradient.
 """
@@ -81,6 +81,9 @@ def one_pass(
             )
         return states, softmax, Made(sums, directions, made.head)
 
+    def note(tile: Tile, made: Made) -> Made:
+        return look(tile, made)[2]
+
     def share_a_tile(tile: Tile, made: Made) -> Made:
         states, softmax, made = look(tile, made)
         slopes = objective.token_slopes(made.sums, lengths, constants, scale)
@@ -113,5 +116,7 @@ def one_pass(
         ),
         head.zeros(wanted),
     )
+    if not wanted.head:
+        return table.visit_all(note, made)
     made = table.visit_groups(share_a_tile, made)
     return table.visit_long_pairs(walk_a_pair, made) if table.may_be_long else made

@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from spoloss.jax._labels import Labels, Reading
 from spoloss.jax._mesh import Split
+from spoloss.jax._residuals import marks_of, or_empty, or_none, wanted_of
 from spoloss.jax._softmax import Head, HeadOptions, HeadSums, Wanted
 from spoloss.jax._tokens import Table, Tile, table_of_tokens
 
@@ -31,7 +32,7 @@ class TokenCall:
 
     def table(self, labels: Labels, weight: Array) -> Table:
         """The tokens of a call on this device."""
-        return table_of_tokens(labels, self.reading, len(weight), self.head.chunk_size)
+        return table_of_tokens((labels,), self.reading, len(weight), self.head.chunk_size)
 
     @property
     def specs(self) -> tuple[Any, ...]:
@@ -97,22 +98,27 @@ def _look(
 
 def _forward(call: TokenCall, *primals: Any) -> tuple[Array, Any]:
     hidden, weight, bias, _ = primals
-    wanted = Wanted((hidden.perturbed,), weight.perturbed, bias is not None and bias.perturbed)
+    wanted = Wanted(
+        (hidden.perturbed,),
+        weight=weight.perturbed,
+        bias=bias is not None and bias.perturbed,
+    )
     values = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
-    trained = wanted.weight or wanted.bias
-    # Of a frozen head only the directions are wanted, which one visit makes.
-    logps, directions = _look(call, *values, directions=not trained)
-    return logps, (wanted, values if trained else directions)
+    # A frozen head needs no second visit: its directions are made in this one.
+    at_once = any(wanted.hidden) and not wanted.head
+    logps, directions = _look(call, *values, directions=at_once)
+    return logps, (marks_of(wanted), or_empty(directions, values[0].dtype), values)
 
 
 def _backward(call: TokenCall, residual: Any, upstream: Array | SymbolicZero) -> tuple[Any, ...]:
-    wanted, kept = residual
+    marks, directions, inputs = residual
+    wanted = wanted_of(marks)
     if isinstance(upstream, SymbolicZero):
         return None, None, None, None
-    if wanted.weight or wanted.bias:
-        by_hidden, by_head = _look_again(call, wanted, kept, upstream)
-        return by_hidden, *by_head, None
-    return scaled(kept, upstream), None, None, None
+    if not wanted.head:
+        return scaled(or_none(directions), upstream), None, None, None
+    by_hidden, by_head = _look_again(call, wanted, inputs, upstream)
+    return by_hidden, *by_head, None
 
 
 def scaled(directions: Array | None, factor: Array) -> Array | None:

@@ -64,7 +64,6 @@ class Softmax(NamedTuple):
     at_label: Array
 
 
-@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Wanted:
     """Which gradients are wanted: by the hidden states of each side, by weight and by bias."""
@@ -72,6 +71,11 @@ class Wanted:
     hidden: tuple[bool, ...]
     weight: bool
     bias: bool
+
+    @property
+    def head(self) -> bool:
+        """Whether any gradient of the head is."""
+        return self.weight or self.bias
 
 
 class HeadSums(NamedTuple):

@@ -63,7 +63,7 @@ class Table:
           sides: the labels of chosen and rejected, or of one side alone.
           reading: how to read them.
           rows: the tokens of a tile.
-          longest: the most tokens that a pair can have.
+          longest: the most tokens that a pair can have; 0 where tiles need not hold whole pairs.
         """
         self.rows, self.pairs, self.sides = rows, sides[0].sequences, len(sides)
         self.may_be_long = longest > rows
@@ -146,7 +146,7 @@ class Table:
         return functools.reduce(jnp.add, found)
 
     def put(self, into: Array, values: Array, tile: Tile, side: int = 0) -> Array:
-        """An array [N, D] or [N] of a side, with those rows of a tile that are of this side."""
+        """An array [N, D] or [N] of a side, with the tile's rows of this side written."""
         rows = self._rows_of(tile)[side]
         return into.at[rows].set(values.astype(into.dtype), mode="drop")
 
@@ -173,19 +173,21 @@ class Table:
         ]
 
 
-def table_of_tokens(side: Labels, reading: Reading, words: int, chunk_size: int | None) -> Table:
-    """The table of one side, for tiles that take the tokens as they come."""
-    rows = tile_rows((len(side.ids) * side.longest(reading),), 1, words, chunk_size)
-    return Table((side,), reading, rows, longest=side.longest(reading))
+def table_of_tokens(
+    sides: tuple[Labels, ...], reading: Reading, words: int, chunk_size: int | None
+) -> Table:
+    """The table of one or two sides, for tiles that take the tokens as they come."""
+    tokens = sum(len(side.ids) * side.longest(reading) for side in sides)
+    return Table(sides, reading, tile_rows((tokens,), 1, words, chunk_size), longest=0)
 
 
 def table_of_pairs(
-    sides: tuple[Labels, Labels], reading: Reading, words: int, chunk_size: int | None
+    sides: tuple[Labels, ...], reading: Reading, words: int, chunk_size: int | None
 ) -> Table:
     """The table of two sides, for tiles that hold whole pairs where these fit."""
-    chosen, rejected = (side.longest(reading) for side in sides)
+    longest = tuple(side.longest(reading) for side in sides)
     if sides[0].cu_seqlens is None:
-        rows = tile_rows((chosen, rejected), sides[0].sequences, words, chunk_size)
-    else:  # a pair may have any share of the row
-        rows = tile_rows((chosen + rejected,), 1, words, chunk_size)
-    return Table(sides, reading, rows, longest=chosen + rejected)
+        rows = tile_rows(longest, sides[0].sequences, words, chunk_size)
+    else:  # a pair may have any share of its row
+        rows = tile_rows((sum(longest),), 1, words, chunk_size)
+    return Table(sides, reading, rows, longest=sum(longest))

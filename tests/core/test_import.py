@@ -52,10 +52,17 @@ print(found)
 
 
 def touched(code: str, framework: str = "numpy") -> list[tuple[str, str]]:
-    """The audit events of `code` beyond reading the package's own files."""
+    """The audit events of `code` beyond reading the package's own files.
+
+    The working directory is the package's parent, so that the imported package is this one.
+    """
     program = WATCH.format(package=str(PACKAGE), framework=framework, code=code)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return ast.literal_eval(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]

@@ -523,7 +523,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": -1.0}, ValueError, "temperature must be positive and finite"),
     ({"logit_scale": float("inf")}, ValueError, "logit_scale must be finite"),
     ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of tokens, got 0"),
-    ({"chunk_size": 1.5}, ValueError, "chunk_size must be a positive number of tokens"),
+    ({"chunk_size": 1.5}, TypeError, "chunk_size must be an integer, got float"),
     ({"reduction": "avg"}, ValueError, "reduction must be one of"),
     (
         {"chosen_labels": torch.full((P, T), V)},

@@ -1,0 +1,35 @@
+"""What a forward rule may leave to its backward rule.
+
+Under `symbolic_zeros` JAX traces a forward rule once for each set of arguments that are
+differentiated, and keeps the tree of residuals of the last trace for all of them. So the tree must
+not depend on what is differentiated. Shapes may: what was not made is an empty array.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from spoloss.jax._softmax import Wanted
+
+
+def marks_of(wanted: Wanted) -> Array:
+    """An empty array whose shape says what is wanted."""
+    return jnp.zeros((*map(int, (*wanted.hidden, wanted.weight, wanted.bias)), 0))
+
+
+def wanted_of(marks: Array) -> Wanted:
+    """What the shape of `marks_of` says."""
+    *hidden, weight, bias = (bool(size) for size in marks.shape[:-1])
+    return Wanted(tuple(hidden), weight=weight, bias=bias)
+
+
+def or_empty(array: Array | None, dtype: DTypeLike) -> Array:
+    """An array, or an empty one in its place."""
+    return jnp.zeros(0, dtype) if array is None else array
+
+
+def or_none(array: Array) -> Array | None:
+    """An array, or None for an empty one."""
+    return array if array.size else None
