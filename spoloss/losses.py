@@ -95,8 +95,10 @@ class SPO:
         """l(h) = -x * e^(-x), elementwise; linear in h where x < linear_below."""
         xp = namespace(margin, "margin")
         z = at_least(xp, margin * -beta, _VANISHED)  # z = -x, so that l = z * e^z
+        if self.linear_below is None:
+            return z * xp.exp(z)
         z0 = self._greatest_z
-        if z0 == math.inf or z0 * math.exp(z0) > float(xp.finfo(margin.dtype).max):
+        if z0 * math.exp(z0) > float(xp.finfo(margin.dtype).max):
             return z * xp.exp(z)  # where the tangent would begin, every value is inf either way
         below = z > z0
         # The branch not taken must stay finite: 0 * inf in its gradient would be nan.
