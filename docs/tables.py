@@ -37,6 +37,22 @@ WAYS = {
     "spoloss_spo": "**`linear_spo_loss`**",
 }
 
+JAX_WAYS = {
+    "full_logits": "full logits, `log_softmax`",
+    "optax": "full logits, Optax's cross-entropy",
+    "scan_checkpoint": "scan over tokens and `jax.checkpoint`",
+    "easydel": "EasyDeL's chunks, written out",
+    "spoloss": "**`linear_dpo_loss`**",
+    "spoloss_spo": "**`linear_spo_loss`**",
+}
+TRAINERS = {
+    "no_head": "both models without their heads (a)",
+    "trl": "TRL's DPO loss",
+    "liger": "TRL with Liger's fused DPO loss, compiled",
+    "logits": "`SPOTrainer` by logits (`trl_dpo.py`)",
+    "fused": "**`SPOTrainer` by the fused head (`trl_fused.py`)**",
+}
+
 
 def pages() -> list[Path]:
     """Every page that may hold a table."""
@@ -59,21 +75,46 @@ def fused(name: str, *, frozen: bool) -> None:
     """Time over the bare matrix products / growth of peak memory, by way and shape of the batch."""
     rows = [row for row in measured(name) if row["frozen"] == str(frozen)]
     fewest = min(float(row["ignored"]) for row in rows)  # other rows ignore labels in addition
-    cells = {
-        (row["way"], int(row["pairs"]), int(row["tokens"])): row
-        for row in rows
-        if float(row["ignored"]) == fewest
-    }
+    rows = [row for row in rows if float(row["ignored"]) == fewest]
+    _write_by_shape(rows, WAYS, "memory_mib", frozen=frozen)
+
+
+def fused_jax(name: str, *, frozen: bool) -> None:
+    """Time over the bare matrix products / temporaries, by way and shape of the batch."""
+    rows = [row for row in measured(name) if row["frozen"] == str(frozen)]
+    _write_by_shape(rows, JAX_WAYS, "temp_mib", frozen=frozen)
+
+
+def _write_by_shape(
+    rows: list[dict[str, str]], ways: dict[str, str], memory: str, *, frozen: bool
+) -> None:
+    cells = {(row["way"], int(row["pairs"]), int(row["tokens"])): row for row in rows}
     shapes = sorted({(pairs, tokens) for _, pairs, tokens in cells}, reverse=True)
 
     def cell(way: str, *shape: int) -> str:
         row = cells.get((way, *shape))
         if row is None or not row["of_floor"]:
             return "-"
-        return f"{float(row['of_floor']):.2f} / {float(row['memory_mib']):.0f}"
+        return f"{float(row['of_floor']):.2f} / {float(row[memory]):.0f}"
 
     header = ["head frozen" if frozen else "head trained", *(f"{p} x {t}" for p, t in shapes)]
-    _write(header, ([title, *(cell(way, *s) for s in shapes)] for way, title in WAYS.items()))
+    _write(header, ([title, *(cell(way, *s) for s in shapes)] for way, title in ways.items()))
+
+
+def trainers(name: str) -> None:
+    """A training step, by way: time and growth of peak memory, and both over TRL's."""
+    header = ["loss", "processor seconds", "of TRL's", "memory, MiB", "of TRL's"]
+    rows = (
+        [
+            TRAINERS[row["way"]],
+            f"{float(row['seconds']):.2f}",
+            f"{float(row['of_trl']):.2f}",
+            row["memory_mib"],
+            f"{float(row['memory_of_trl']):.2f}",
+        ]
+        for row in measured(name)
+    )
+    _write(header, rows)
 
 
 def compared(name: str) -> None:
