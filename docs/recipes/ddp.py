@@ -1,7 +1,7 @@
 """SPO under DistributedDataParallel (torchrun --standalone --nproc_per_node 2 docs/recipes/ddp.py).
 
 The loss is the mean over the pairs of all ranks and micro-batches, however many each of them holds.
-Tested with PyTorch 2.13, two processes on gloo. The trap: a forward past the wrapper
+Tested with PyTorch 2.13, two processes on gloo. The trap: a forward bypassing the wrapper
 (`ddp.module.model(...)`) leaves every rank with a gradient of its own, and raises no error.
 """
 
