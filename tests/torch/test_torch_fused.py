@@ -528,12 +528,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"chosen_labels": torch.full((P, T), V)},
         ValueError,
-        r"chosen_labels must be in \[0, V = 13\) or ignore_index = -100",
+        r"chosen_labels must be in \[0, V = 13\) or equal to ignore_index = -100",
     ),
     (
         {"rejected_labels": torch.full((P, OTHER_T), -1)},
         ValueError,
-        r"rejected_labels must be in \[0, V = 13\) or ignore_index = -100",
+        r"rejected_labels must be in \[0, V = 13\) or equal to ignore_index = -100",
     ),
     ({"loss": "spo"}, TypeError, "loss must be an object with value and slope"),
 ]
