@@ -27,7 +27,7 @@ from spoloss.torch import linear_logps, linear_spo_loss
 
 
 def hidden_states(model: GPTModel, ids: Tensor) -> Tensor:
-    """The last hidden states with causal attention, [B, T, D], equal on all tensor-parallel ranks."""
+    """The last hidden states, [B, T, D], equal on all tensor-parallel ranks. Causal attention."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     model.post_process = False  # the forward then ends before the output layer
     try:

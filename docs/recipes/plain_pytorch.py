@@ -50,7 +50,7 @@ def accumulate(
     micro_batches: Sequence[Any],
     beta: float = 0.1,
 ) -> float:
-    """Runs backward for the micro-batches of one optimiser step. Returns their mean loss per pair."""
+    """Runs backward for the micro-batches of one step. Returns their mean loss per pair."""
     pairs = sum(len(batch.labels) // 2 for batch in micro_batches)
     total = 0.0
     for batch in micro_batches:
