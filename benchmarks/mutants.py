@@ -43,7 +43,7 @@ _HEAD = (
 TESTS = {
     "losses.py": _CORE,
     "_arrays.py": (*_CORE[::-1], "core/test_metrics.py", "core/test_transforms.py"),
-    "_options.py": ("torch/test_torch_edges.py", "torch/test_torch_fused.py"),
+    "_options.py": ("core/test_options.py", "torch/test_torch_edges.py"),
     "pairs.py": (*_CORE[1:], "core/test_metrics.py", "core/test_transforms.py"),
     "gradients.py": ("core/test_gradients.py", "core/test_transforms.py"),
     "metrics.py": ("core/test_metrics.py",),
@@ -51,6 +51,7 @@ TESTS = {
     "torch/logps.py": ("torch/test_torch_logps.py", *_HEAD),
     "torch/_vocab_parallel.py": ("distributed/test_vocab_parallel.py",),
     "torch": _HEAD,
+    "jax": ("jax/test_jax_logps.py", "jax/test_jax_fused.py", "jax/test_jax_calls.py"),
 }
 WIDE = {
     "core": ("torch/test_torch_modules.py", "core/test_transforms.py", "core/test_public_api.py"),
@@ -60,6 +61,7 @@ WIDE = {
         "torch/test_long_runs.py",
         "distributed/test_vocab_parallel.py",
     ),
+    "jax": ("jax/test_jax_transforms.py", "jax/test_jax_memory.py", "jax/test_jax_mesh.py"),
 }
 
 _SWAPS: dict[type, type] = {
@@ -175,7 +177,7 @@ def fast_tests(file: str) -> tuple[str, ...]:
 
 def wide_tests(file: str) -> tuple[str, ...]:
     """The slower tests, for those that survive."""
-    return _paths(WIDE["torch" if "/" in file else "core"])
+    return _paths(WIDE[file.split("/")[0] if "/" in file else "core"])
 
 
 def _paths(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ napoleon_numpy_docstring = False
 DOCS = Path(__file__).parent
 NAVIGATION = {
     "Start": ["from_dpo", "losses", "gradients", "choosing", "troubleshooting"],
-    "Use": ["examples/README", "fused", "recipes/README", "distributed", "your_own_loss"],
+    "Use": ["examples/README", "fused", "jax", "recipes/README", "distributed", "your_own_loss"],
     "Evidence": [
         "claims",
         "real_model",
