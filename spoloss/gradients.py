@@ -80,7 +80,7 @@ def spo_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
       `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
       log-probabilities are their negatives. float64 if any of the four log-probabilities is
       float64, else float32.
@@ -148,7 +148,7 @@ def dpo_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
       `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
       log-probabilities are their negatives. float64 if any of the four log-probabilities is
       float64, else float32.
@@ -219,7 +219,7 @@ def squared_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
       `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
       log-probabilities are their negatives. float64 if any of the four log-probabilities is
       float64, else float32.
@@ -284,7 +284,7 @@ def ipo_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
       `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
       log-probabilities are their negatives. float64 if any of the four log-probabilities is
       float64, else float32.
@@ -350,7 +350,7 @@ def pair_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
       `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
       log-probabilities are their negatives. float64 if any of the four log-probabilities is
       float64, else float32.

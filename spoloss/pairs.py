@@ -97,7 +97,7 @@ def spo_loss(
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
       log-probabilities is float64, else float32.
 
     Raises:
@@ -163,7 +163,7 @@ def dpo_loss(
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
       log-probabilities is float64, else float32.
 
     Raises:
@@ -231,7 +231,7 @@ def squared_loss(
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
       log-probabilities is float64, else float32.
 
     Raises:
@@ -295,7 +295,7 @@ def ipo_loss(
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
       log-probabilities is float64, else float32.
 
     Raises:
@@ -359,7 +359,7 @@ def pair_loss(
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
       log-probabilities is float64, else float32.
 
     Raises:

@@ -120,9 +120,10 @@ class SPOLoss(_PairModule):
             means 1.
 
         Returns:
-          PreferenceOutput(losses, chosen_rewards, rejected_rewards): the losses, of shape [B] or
-          0-d, depending on the module's reduction, and beta * log(pi / pi_ref) of both sides, shape
-          [B] each, detached. float64 if any of the four log-probabilities is float64, else float32.
+          PreferenceOutput(losses, chosen_rewards, rejected_rewards) with the losses, of shape [B]
+          or 0-d, depending on the module's reduction, and beta * log(pi / pi_ref) of both sides,
+          shape [B] each, detached. float64 if any of the four log-probabilities is float64, else
+          float32.
 
         Raises:
           TypeError: A tensor is not real floating point, or an argument is not a tensor.
@@ -194,9 +195,10 @@ class DPOLoss(_PairModule):
             at weight 0 (0 if that loss is not finite). None means 1.
 
         Returns:
-          PreferenceOutput(losses, chosen_rewards, rejected_rewards): the losses, of shape [B] or
-          0-d, depending on the module's reduction, and beta * log(pi / pi_ref) of both sides, shape
-          [B] each, detached. float64 if any of the four log-probabilities is float64, else float32.
+          PreferenceOutput(losses, chosen_rewards, rejected_rewards) with the losses, of shape [B]
+          or 0-d, depending on the module's reduction, and beta * log(pi / pi_ref) of both sides,
+          shape [B] each, detached. float64 if any of the four log-probabilities is float64, else
+          float32.
 
         Raises:
           TypeError: A tensor is not real floating point, or an argument is not a tensor.
@@ -273,9 +275,10 @@ class SquaredLoss(_PairModule):
             means 1.
 
         Returns:
-          PreferenceOutput(losses, chosen_rewards, rejected_rewards): the losses, of shape [B] or
-          0-d, depending on the module's reduction, and beta * log(pi / pi_ref) of both sides, shape
-          [B] each, detached. float64 if any of the four log-probabilities is float64, else float32.
+          PreferenceOutput(losses, chosen_rewards, rejected_rewards) with the losses, of shape [B]
+          or 0-d, depending on the module's reduction, and beta * log(pi / pi_ref) of both sides,
+          shape [B] each, detached. float64 if any of the four log-probabilities is float64, else
+          float32.
 
         Raises:
           TypeError: A tensor is not real floating point, or an argument is not a tensor.
