@@ -1,7 +1,7 @@
 """SPO under DistributedDataParallel (torchrun --standalone --nproc_per_node 2 docs/recipes/ddp.py).
 
-The loss is the mean over the pairs of all ranks and micro-batches, which may differ in size. Tested
-with PyTorch 2.13, two processes on gloo. Pitfall: a forward that bypasses the wrapper
+The loss is the mean over the pairs of all ranks and micro-batches, which may differ in size.
+Tested with PyTorch 2.13, two processes on gloo. Pitfall: a forward that bypasses the wrapper
 (`ddp.module.model(...)`) leaves every rank with its own gradient, without an error.
 """
 

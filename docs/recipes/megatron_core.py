@@ -3,9 +3,9 @@
 In a checkout: torchrun --standalone --nproc_per_node 2 docs/recipes/megatron_core.py
 
 Each rank has some rows of the output layer, or of the embeddings if they are tied. The fused loss
-takes these rows with `vocab_parallel_group`. No rank holds the logits or the whole head. Tested
-with Megatron-core 0.16.1 and PyTorch 2.13, tensor parallel 2 on gloo, with and without sequence
-parallelism. To change an existing loop: `hidden_states`, `head_weight` and the group.
+takes these rows with `vocab_parallel_group`. No rank holds the logits or the whole head.
+Tested with Megatron-core 0.16.1 and PyTorch 2.13, tensor parallel 2 on gloo, with and without
+sequence parallelism. To change an existing loop: `hidden_states`, `head_weight` and the group.
 
 Pitfalls: under sequence parallelism, gather the hidden states with
 `tensor_parallel_output_grad=False`, because the loss gives every rank their whole gradient. With
