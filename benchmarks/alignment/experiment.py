@@ -6,12 +6,12 @@ starts from it, on all pairs or on a few.
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Generic
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from benchmarks.alignment import seeds
@@ -127,14 +127,29 @@ def wrong_labels(labels: str, pairs: Pairs, seed: int) -> Tensor:
 # ------------------------------------------------------------------------------------- the store
 
 
+SUFFIX = ".safetensors"
+
+
 def save_ground(
     ground: Ground[Any], store: Store, seed: int, policy: dict[str, Tensor] | None = None
 ) -> None:
     """Keeps the pairs that the arms of a seed start from, and the policy's weights if given."""
-    contents = {"pairs": asdict(ground.pairs), "held_out": asdict(ground.held_out)}
-    buffer = io.BytesIO()
-    torch.save(contents | {"policy": policy}, buffer)
-    write_atomically(store.path(foundation_name(seed), ".pt"), buffer.getvalue())
+    contents = [("pairs", _tensors(ground.pairs)), ("held_out", _tensors(ground.held_out))]
+    contents += [("policy", policy)] if policy else []
+    # A file knows neither views nor two names of one tensor, such as a tied embedding has.
+    flat = {
+        f"{part}/{name}": tensor.clone(memory_format=torch.contiguous_format)
+        for part, tensors in contents
+        for name, tensor in tensors.items()
+    }
+    write_atomically(store.path(foundation_name(seed), SUFFIX), save(flat))
+
+
+def _tensors(pairs: Pairs) -> dict[str, Tensor]:
+    answers = pairs.answers
+    inputs = {f"inputs/{name}": tensor for name, tensor in answers.inputs.items()}
+    rows = {"chosen": pairs.chosen, "rejected": pairs.rejected}
+    return {"rewards": answers.rewards, "reference": answers.reference, **rows, **inputs}
 
 
 @dataclass(frozen=True)
@@ -148,12 +163,22 @@ class Kept:
 
 def load_kept(store: Store, seed: int) -> Kept:
     """What the arms of a seed start from."""
-    contents = torch.load(store.path(foundation_name(seed), ".pt"), weights_only=True)
-    pairs, held_out = (
-        Pairs(Answers(**found["answers"]), found["chosen"], found["rejected"])
-        for found in (contents["pairs"], contents["held_out"])
-    )
-    return Kept(pairs, held_out, contents["policy"])
+    flat = load_file(store.path(foundation_name(seed), SUFFIX))
+    policy = _under("policy/", flat)
+    return Kept(_pairs(_under("pairs/", flat)), _pairs(_under("held_out/", flat)), policy or None)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _pairs(tensors: dict[str, Tensor]) -> Pairs:
+    answers = Answers(_under("inputs/", tensors), tensors["rewards"], tensors["reference"])
+    return Pairs(answers, tensors["chosen"], tensors["rejected"])
 
 
 def describe_pairs(pairs: Pairs, seed: int) -> dict[str, float]:

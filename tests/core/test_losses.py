@@ -38,7 +38,8 @@ def margins(dtype: type) -> st.SearchStrategy[np.ndarray]:
     everywhere = st.floats(width=width, allow_nan=False, allow_infinity=False)
     nearby = st.floats(-100.0, 100.0, width=width)
     lists = st.lists(everywhere | nearby, min_size=1, max_size=12)
-    return lists.map(lambda values: np.array(values, dtype=dtype))
+    # Repeated to one length, as JAX compiles every operation anew when the length changes.
+    return lists.map(lambda values: np.resize(np.array(values, dtype=dtype), 12))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,8 +7,6 @@ import graphlib
 import inspect
 import itertools
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,9 @@ import pytest
 import torch
 
 import spoloss
+import spoloss.jax
 import spoloss.torch
+from helpers.interpreter import run_python
 
 PACKAGE = Path(spoloss.__file__).parent
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_only_a_wing_imports_a_framework_and_only_its_own() -> None:
         assert found <= ({path.parent.name} - {"spoloss"}), path
 
 
-@pytest.mark.parametrize("module", [spoloss, spoloss.torch])
+@pytest.mark.parametrize("module", [spoloss, spoloss.torch, spoloss.jax])
 def test_public_names_are_all_and_documented(module: object) -> None:
     names = {
         n for n, v in vars(module).items() if not n.startswith("_") and not inspect.ismodule(v)
@@ -122,7 +122,7 @@ def undocumented(function: Any) -> set[str]:
 def documented() -> dict[str, Any]:
     """The public functions, classes with arguments, and the modules' forward methods."""
     found = {}
-    for module in (spoloss, spoloss.torch):
+    for module in (spoloss, spoloss.torch, spoloss.jax):
         for name in module.__all__:
             thing = getattr(module, name)
             if inspect.isfunction(thing):
@@ -142,7 +142,7 @@ def test_every_argument_is_documented(name: str) -> None:
 
 
 def test_the_check_of_arguments_sees_one_that_is_missing() -> None:
-    assert len(DOCUMENTED) > 25
+    assert len(DOCUMENTED) > 32
 
     def function(beta: float, weights: float) -> None:  # noqa: D417
         """Do it.
@@ -154,21 +154,24 @@ def test_the_check_of_arguments_sees_one_that_is_missing() -> None:
     assert undocumented(function) == {"weights"}
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_process_of_its_own_imports_the_same_package() -> None:
+    done = run_python("-c", "import spoloss; print(spoloss.__file__)")
+    assert Path(done.stdout.strip()).samefile(spoloss.__file__), done.stderr
 
 
 def test_import_loads_no_framework() -> None:
-    done = run(
+    done = run_python(
+        "-W",
+        "error",
+        "-c",
         "import sys, spoloss; import numpy as np; a = np.zeros(2); spoloss.spo_loss(a, a, a, a)\n"
-        "print({'torch', 'jax', 'jaxlib', 'mlx', 'array_api_compat'} & set(sys.modules))"
+        "print({'torch', 'jax', 'jaxlib', 'mlx', 'array_api_compat'} & set(sys.modules))",
     )
     assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_the_torch_floor_names_its_extra() -> None:
-    done = run("import sys; sys.modules['torch'] = None; import spoloss.torch")
+    done = run_python("-c", "import sys; sys.modules['torch'] = None; import spoloss.torch")
     assert done.returncode == 1
     assert done.stderr.strip().endswith(
         'ImportError: spoloss.torch needs PyTorch: pip install "spoloss[torch]"'

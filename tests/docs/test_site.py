@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from helpers.interpreter import run_python
 from helpers.pages import ROOT
 
 DOCS = ROOT / "docs"
@@ -38,8 +37,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(target)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    built = run_python("-m", "sphinx", "-W", "--keep-going", "-q", DOCS, target)
     assert built.returncode == 0, built.stderr
     return target
 

@@ -127,7 +127,7 @@ LOSSES = [SPO(), SPO(linear_below=-1.0), DPO(label_smoothing=0.1), Squared()]
 CHUNKS = [1, 3, 20, None, 10_000]  # 20 holds one pair and some two: both engines in one call
 
 
-NEEDS = [n for n in itertools.product((True, False), repeat=4) if any(n)]
+NEEDS = [n for n in itertools.product((True, False), repeat=3) if any(n)]  # of INPUTS[:3]
 
 
 OPTIONS: list[dict[str, Any]] = [

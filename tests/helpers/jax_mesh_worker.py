@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -125,22 +124,18 @@ def main() -> None:
     """All comparisons, one JSON object."""
     jax.config.update("jax_enable_x64", True)
     trained = ("chosen_hidden", "rejected_hidden", "weight", "bias", "beta", "weights")
+    auto, explicit = AxisType.Auto, AxisType.Explicit
+    head = ("chosen_hidden", "weight", "bias")
     cases = {
         f"{what}, {split}, {axis_type}": compare(function, wanted, axis_type, split, rows)
-        for (what, function, wanted, rows), (split, axis_type) in itertools.chain(
-            itertools.product(
-                [("pairs in tiles", pair_loss, trained, 20)],
-                [(split, kind) for split in SPLITS for kind in (AxisType.Auto, AxisType.Explicit)],
-            ),
-            itertools.product(
-                [
-                    ("long pairs", pair_loss, trained, 3),
-                    ("frozen head", pair_loss, trained[:2], 5),
-                    ("log-probabilities", logps, ("chosen_hidden", "weight", "bias"), 5),
-                ],
-                [("both", AxisType.Auto)],
-            ),
-        )
+        for what, function, wanted, rows, split, axis_type in [
+            ("pairs in tiles", pair_loss, trained, 20, "pairs", auto),
+            ("pairs in tiles", pair_loss, trained, 20, "words", explicit),
+            ("pairs in tiles", pair_loss, trained, 20, "both", explicit),
+            ("long pairs", pair_loss, trained, 3, "both", auto),
+            ("frozen head", pair_loss, trained[:2], 5, "both", auto),
+            ("log-probabilities", logps, head, 5, "pairs", explicit),
+        ]
     }
     print(json.dumps(cases))
 

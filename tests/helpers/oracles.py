@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ class Truth:
 Oracle = Callable[[float, float], Truth]
 
 
+@functools.cache
 def spo(h: float, beta: float) -> Truth:
     b = mpmath.mpf(beta)
     x = max(min(b * mpmath.mpf(h), _LARGE), -_LARGE)
@@ -35,6 +37,7 @@ def spo(h: float, beta: float) -> Truth:
 
 
 def guarded_spo(x0: float) -> Oracle:
+    @functools.cache
     def oracle(h: float, beta: float) -> Truth:
         x, at = mpmath.mpf(beta) * mpmath.mpf(h), mpmath.mpf(x0)
         if x >= at:
@@ -48,6 +51,7 @@ def guarded_spo(x0: float) -> Oracle:
 
 
 def dpo(smoothing: float) -> Oracle:
+    @functools.cache
     def oracle(h: float, beta: float) -> Truth:
         b, e = mpmath.mpf(beta), mpmath.mpf(smoothing)
         x = b * mpmath.mpf(h)
@@ -62,6 +66,7 @@ def dpo(smoothing: float) -> Oracle:
     return oracle
 
 
+@functools.cache
 def squared(h: float, beta: float) -> Truth:
     h, b = mpmath.mpf(h), mpmath.mpf(beta)
     error = h - 1 / b

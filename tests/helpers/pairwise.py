@@ -26,7 +26,8 @@ def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     }
     rows = []
     while missing:
-        tries = [_row(generator, options, missing) for _ in range(TRIES)]
+        open_pairs = sorted(missing)
+        tries = [_row(generator, options, open_pairs) for _ in range(TRIES)]
         row = max(tries, key=lambda row: len(missing & _pairs(names, row)))
         missing -= _pairs(names, row)
         rows.append({name: options[name][row[name]] for name in names})
@@ -34,11 +35,11 @@ def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def _row(
-    generator: random.Random, options: Mapping[str, Sequence[Any]], missing: set[Any]
+    generator: random.Random, options: Mapping[str, Sequence[Any]], missing: list[Any]
 ) -> dict[str, int]:
     """A random row around a pair of values that have not met."""
     row = {name: generator.randrange(len(values)) for name, values in options.items()}
-    row.update(dict(generator.choice(sorted(missing))))
+    row.update(dict(generator.choice(missing)))
     return row
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
-import sys
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 import spoloss.jax
 import spoloss.torch
+from helpers.interpreter import run_python
 from helpers.jax_fused import D, P, T, V, make_inputs, make_labels
 from spoloss import SPO
 from spoloss.jax import linear_logps, linear_pair_loss, sequence_logps
@@ -47,7 +46,7 @@ def test_docstrings_and_hints(name: str) -> None:
 
 def test_the_wing_names_its_extra() -> None:
     code = "import sys; sys.modules['jax'] = None; import spoloss.jax"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python("-c", code)
     assert done.stderr.strip().endswith(
         'ImportError: spoloss.jax needs JAX: pip install "spoloss[jax]"'
     )

@@ -11,8 +11,6 @@ import copy
 import itertools
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +34,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from helpers import processes, trainers_worker
+from helpers.interpreter import run_python
 from helpers.recipes_oracle import (
     RECIPES,
     Grads,
@@ -600,8 +599,8 @@ def test_numpy_runs_without_other_libraries() -> None:
         "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); "
         "print([name for name in ('torch', 'jax', 'transformers') if name in sys.modules])"
     )
-    command = [sys.executable, "-W", "error", "-c", code, str(RECIPES / "numpy_bigram.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_python("-W", "error", "-c", code, RECIPES / "numpy_bigram.py")
+    assert done.returncode == 0, done.stderr
     *losses, others = done.stdout.splitlines()
     assert [float(loss) for loss in losses] == sorted(map(float, losses), reverse=True)
     assert others == "[]"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 import torch
 
+from helpers.interpreter import run_python
 from helpers.jax_recipe_worker import BETA, PAIRS
 from helpers.recipes_oracle import MeanOfEmbeddings, exact_step, load, relative_error, toy
 
@@ -19,10 +17,7 @@ FLOAT64 = 1e-12
 
 @pytest.mark.slow
 def test_jax_on_a_mesh() -> None:
-    command = [sys.executable, "-m", "helpers.jax_recipe_worker"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
+    done = run_python("-m", "helpers.jax_recipe_worker")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     policy, reference = map(MeanOfEmbeddings, load("toy_jax").params(jnp.float64))

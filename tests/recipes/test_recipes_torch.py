@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from helpers import processes
 from helpers.distributed_worker import run_script
+from helpers.interpreter import run_python
 from helpers.recipes_oracle import RECIPES, exact_step, load, relative_error, toy
 
 padding_free, vocab_parallel = load("padding_free"), load("vocab_parallel")
@@ -85,8 +84,7 @@ def test_vocab_parallel_runs_as_a_script(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_padding_free_runs_as_a_script() -> None:
-    command = [sys.executable, str(RECIPES / "padding_free.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = run_python(RECIPES / "padding_free.py")
     assert done.returncode == 0, done.stderr
     falling(done.stdout)
 

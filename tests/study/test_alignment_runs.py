@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -21,6 +20,7 @@ from benchmarks.alignment.language_protocols import QUICK
 from benchmarks.alignment.results import Results
 from benchmarks.alignment.store import Store, open_store
 from helpers.alignment import TINY, published, rows_of
+from helpers.interpreter import run_python
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,19 +63,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def run_in_process(before: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own with one worker, after some code."""
     code = (
-        "import sys; sys.path[:0] = ['.', 'tests']; "
+        f"import sys; sys.path.append({str(ROOT)!r}); "
         "from benchmarks.alignment import __main__ as command; "
         "from helpers.alignment import TINY, interrupted; "
         f"{before}; sys.exit(command.main(sys.argv[1:]))"
     )
     options = ["--quick", "--output", str(folder), "--workers", "1"]
-    return subprocess.run(
-        [sys.executable, "-c", code, *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python("-c", code, *options)
 
 
 @pytest.mark.slow

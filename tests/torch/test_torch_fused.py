@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from helpers.fused import (
-    ALL,
     CHUNKS,
     HALF,
     INPUTS,
     LOSSES,
     NEEDS,
-    OPTIONS,
     OTHER_T,
     Case,
     D,
@@ -34,6 +32,7 @@ from helpers.fused import (
     largest,
 )
 from helpers.memory import LargestTensor
+from helpers.pairwise import pairwise
 from spoloss import DPO, SPO, spo_grad, spo_loss
 from spoloss.torch import (
     _exponentials,
@@ -45,41 +44,45 @@ from spoloss.torch import (
     sequence_logps,
 )
 
+ROWS = pairwise(
+    {
+        "loss": LOSSES,
+        "chunk_size": CHUNKS,
+        "need": NEEDS,
+        "bias": ["trained", "frozen", "none"],
+        "columns": [None, 1, 5],
+        "reduction": ["mean", "sum", "none"],
+        "nll_weight": [0.0, 0.4],
+        "average": [False, True],
+        "shift": [True, False],
+        "softcap": [None, 3.0],
+        "logit_scale": [1.0, 0.5],
+        "temperature": [1.0, 0.7, 2.0],
+    }
+)
+ROWS.append({**ROWS[0], "need": (False, False, False), "bias": "trained"})
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
-def test_fused_is_unfused(loss: Any, chunk_size: int | None, options: dict[str, Any]) -> None:
-    case = Case()
-    check_fused(case, loss, case.fused, chunk_size=chunk_size, **options)
+
+def check_row(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of options: the fused loss is the unfused one."""
+    options = {k: v for k, v in row.items() if k not in ("loss", "need", "bias", "columns")}
+    if row["bias"] == "none":
+        options["bias"] = None
+    if row["columns"] is not None:
+        cut_blocks(monkeypatch, row["columns"])
+    case = Case((*row["need"], row["bias"] == "trained"))
+    check_fused(case, row["loss"], case.fused, **options)
 
 
-@pytest.mark.parametrize("need", NEEDS, ids=str)
-@pytest.mark.parametrize("chunk_size", [3, None])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_every_subset_of_gradients(
-    need: tuple[bool, ...], chunk_size: int | None, reduction: str
-) -> None:
-    case = Case(need)
-    options = {"chunk_size": chunk_size, "reduction": reduction, "nll_weight": 0.4}
-    check_fused(case, SPO(), case.fused, **options)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
+def test_fused_is_unfused(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    check_row(row, monkeypatch)
 
 
 @pytest.fixture(params=[1, 5])
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one or five of the 13 words."""
     cut_blocks(monkeypatch, request.param)
-
-
-@pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("need", [ALL, (True, True, False, False), (False, False, True, True)])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-def test_fused_is_unfused_block_by_block(
-    chunk_size: int | None, options: dict[str, Any], need: tuple[bool, ...]
-) -> None:
-    case = Case(need)
-    check_fused(case, SPO(), case.fused, chunk_size=chunk_size, **options)
 
 
 def forgets_to_rescale(monkeypatch: pytest.MonkeyPatch) -> None:

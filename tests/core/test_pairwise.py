@@ -1,0 +1,45 @@
+"""Rows of options in which every two values meet."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from helpers.pairwise import pairwise
+
+OPTIONS: dict[str, list[Any]] = {
+    "loss": ["spo", "dpo", "squared"],
+    "reduction": ["mean", "sum", "none"],
+    "chunk_size": [None, 1, 3, 20],
+    "shift": [True, False],
+    "unhashable": [[1], [2]],
+}
+
+
+def apart(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """The pairs of values of two options that stand in no row together."""
+    return [
+        (a, x, b, y)
+        for a, b in itertools.combinations(OPTIONS, 2)
+        for x, y in itertools.product(OPTIONS[a], OPTIONS[b])
+        if not any(row[a] == x and row[b] == y for row in rows)
+    ]
+
+
+def test_every_two_values_meet() -> None:
+    rows = pairwise(OPTIONS)
+    assert all(list(row) == list(OPTIONS) for row in rows)
+    assert apart(rows) == []
+    assert len(rows) < 20  # all combinations are 144, and 12 is the least there can be
+
+
+@pytest.mark.parametrize("lost", range(5))
+def test_every_row_is_needed(lost: int) -> None:
+    rows = pairwise(OPTIONS)
+    assert apart(rows[:lost] + rows[lost + 1 :]) != []
+
+
+def test_the_rows_are_the_same_at_each_call() -> None:
+    assert pairwise(OPTIONS) == pairwise(OPTIONS)
