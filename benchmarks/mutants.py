@@ -186,13 +186,17 @@ def _paths(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"tests/{name}" for name in names if (ROOT / "tests" / name).exists())
 
 
+def _fast(mutant: Mutant) -> tuple[str, ...]:
+    return (*fast_tests(mutant.file), "-m", "not slow", "-k", "not compil")
+
+
 def outcome(mutant: Mutant, tree: Path) -> str:
     """killed, killed by the wide tests, survived, or timeout, in a copy of the tree."""
     path = tree / "spoloss" / mutant.file
     right = path.read_bytes()
     path.write_bytes(mutant.apply(right))
     try:
-        fast = _run_tests(tree, (*fast_tests(mutant.file), "-k", "not compil"))
+        fast = _run_tests(tree, _fast(mutant))
         if fast != "survived":
             return fast
         wide = _run_tests(tree, wide_tests(mutant.file))
@@ -236,7 +240,7 @@ def _become_pytest(tree: Path, tests: tuple[str, ...]) -> None:
         os.dup2(null.fileno(), 2)
     code = 2
     try:
-        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        options = ["-x", "-q", "-p", "no:cacheprovider"]
         code = pytest.main([*options, *tests])
     finally:
         os._exit(int(code))
@@ -277,7 +281,7 @@ def main() -> int:
         tree = Path(folder) / "tree"
         skip = shutil.ignore_patterns(".git", "__pycache__", "build", "*.pyc")
         shutil.copytree(ROOT, tree, ignore=skip)
-        for tests in {(*fast_tests(m.file), "-k", "not compil") for m in drawn}:
+        for tests in {_fast(mutant) for mutant in drawn}:
             if _run_tests(tree, tests) != "survived":
                 raise SystemExit(f"these fail without a mutant: {tests}")
         for mutant in drawn:

@@ -61,6 +61,7 @@ ROWS = pairwise(
     }
 )
 ROWS.append({**ROWS[0], "need": (False, False, False), "bias": "trained"})
+ROWS.append({**ROWS[0], "softcap": None, "logit_scale": 2.0, "temperature": 1.0})
 
 
 def check_row(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
