@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import runpy
 
+import tomllib
 import yaml
+from packaging.version import Version
 
 import spoloss
 from helpers.pages import ROOT
 
+WINGS = ("torch", "jax", "mlx")
+FLOOR = re.compile(r"(?P<name>[\w-]+)(\[.*?\])?>=(?P<floor>[\d.]+)")
 ADDRESS = "https://example.org/someone/spoloss"
 
 
@@ -17,6 +21,21 @@ def test_the_version_is_stated_once_or_alike() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == spoloss.__version__
     assert f"## {spoloss.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_oldest_versions_are_the_floors() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *(one for name in WINGS for one in extras[name])]
+    floors = {
+        one["name"]: one["floor"] for one in map(FLOOR.match, [*asked, *extras["test"]]) if one
+    }
+    assert {"numpy", "torch", "jax", "mlx"} < floors.keys()
+    pins = dict(
+        re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M)
+    )
+    for name in {"numpy", *WINGS} | pins.keys() & floors.keys():
+        assert Version(pins[name]) == Version(floors[name]), name
 
 
 def test_links_become_absolute_for_pypi() -> None:

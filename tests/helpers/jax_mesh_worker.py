@@ -103,7 +103,8 @@ def compare(
     want = jax.value_and_grad(loss)(by, arrays)
     there = place(arrays, mesh, axes.get("batch_axis"), axes.get("vocab_axis"))
     by = {name: there[name] for name in wanted}
-    with jax.set_mesh(mesh):
+    # JAX 0.7 has renamed it.
+    with (jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh)(mesh):
         on_mesh = jax.jit(jax.value_and_grad(lambda by, rest: loss(by, rest, mesh=mesh, **axes)))
         program = on_mesh.lower(by, there).compile()
         got = program(by, there)
