@@ -56,14 +56,9 @@ TESTS = {
     "jax": ("jax/test_jax_logps.py", "jax/test_jax_fused.py", "jax/test_jax_calls.py"),
 }
 WIDE = {
-    "core": ("torch/test_torch_modules.py", "core/test_transforms.py", "core/test_public_api.py"),
-    "torch": (
-        "torch/test_torch_cuda.py",
-        "torch/test_torch_transforms.py",
-        "torch/test_long_runs.py",
-        "distributed/test_vocab_parallel.py",
-    ),
-    "jax": ("jax/test_jax_transforms.py", "jax/test_jax_memory.py", "jax/test_jax_mesh.py"),
+    "core": ("core",),
+    "torch": ("torch", "distributed/test_vocab_parallel.py"),
+    "jax": ("jax",),
 }
 
 _SWAPS: dict[type, type] = {
@@ -178,7 +173,7 @@ def fast_tests(file: str) -> tuple[str, ...]:
 
 
 def wide_tests(file: str) -> tuple[str, ...]:
-    """The slower tests, for those that survive."""
+    """All tests of the area, for those that survive."""
     return _paths(WIDE[file.split("/")[0] if "/" in file else "core"])
 
 
