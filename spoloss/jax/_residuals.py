@@ -1,14 +1,19 @@
-"""What a forward rule may leave to its backward rule.
+"""What a forward rule may leave to its backward rule, and what that may return.
 
 Under `symbolic_zeros` JAX traces a forward rule once for each set of arguments that are
 differentiated, and keeps the tree of residuals of the last trace for all of them. So the tree must
-not depend on what is differentiated. Shapes may: what was not made is an empty array.
+not depend on what is differentiated. Shapes may: what was not made is an empty array. JAX before 0.7
+does the same with the names of what a backward rule returns: what was not made is a symbolic zero.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from spoloss.jax._softmax import Wanted
@@ -33,3 +38,10 @@ def or_empty(array: Array | None, dtype: DTypeLike) -> Array:
 def or_none(array: Array) -> Array | None:
     """An array, or None for an empty one."""
     return array if array.size else None
+
+
+def or_zero(gradient: Array | None, primal: Array | None) -> Any:
+    """A gradient, or a zero that takes no memory in its place; None where there is no primal."""
+    if gradient is None and primal is not None:
+        return SymbolicZero(jax.typeof(primal))
+    return gradient
