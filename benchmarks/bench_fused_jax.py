@@ -290,7 +290,7 @@ def draw(rows: Sequence[Row], machine: str, path: Path) -> None:
             axes.set_title(f"head {'frozen' if frozen else 'trained'}: {title}", fontsize=9)
             if name == "of_floor":
                 axes.axhline(1.0, color="black", linewidth=0.8)
-    panels[0][0].legend(fontsize=7)
+    panels[0][1].legend(loc="upper left", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -68,6 +68,7 @@ OF_THE_ROOT = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
 def add_to_page(_app: Sphinx, page: str, source: list[str]) -> None:
     """The pages as Sphinx reads them: Markdown in, Markdown with directives out."""
     source[0] = re.sub(r"\]\(([^):#]+\.md)(#[^)]*)?\)", partial(_link, page), source[0])
+    source[0] = re.sub(r"^\|.*$", _unbroken, source[0], flags=re.MULTILINE)
     if page == "index":
         source[0] += "\n\n".join(_toctree(caption, pages) for caption, pages in NAVIGATION.items())
     elif page == "recipes/README":
@@ -80,6 +81,11 @@ def _link(page: str, link: re.Match[str]) -> str:
     # Markdown files outside this folder are no pages of the site: such a link downloads the file.
     inside = ((DOCS / page).parent / link[1]).resolve().is_relative_to(DOCS)
     return link[0] if inside else f"](path:{link[1]})"
+
+
+def _unbroken(row: re.Match[str]) -> str:
+    # No line break within "88.0 ± 0.7", "1.47 / 846" or "0 of 36".
+    return re.sub(r"(?<=\d) (±|/|of) (?=-?\d)", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", row[0])
 
 
 def _toctree(caption: str, pages: list[str]) -> str:

@@ -1,12 +1,12 @@
 """The tables in README and docs, written from the committed results: python docs/tables.py.
 
-A page names its table in a comment, and cog replaces what stands below it:
+A page names its table in a comment, and cog replaces the lines below it:
 
     <!-- [[[cog tables.fused("fused_cpu.csv", frozen=False) ]]] -->
     ...
     <!-- [[[end]]] -->
 
-With --check nothing is written, and the exit status tells whether a page is out of date.
+With --check, nothing is written, and the exit status tells whether a page is out of date.
 """
 
 from __future__ import annotations
@@ -37,6 +37,22 @@ WAYS = {
     "spoloss_spo": "**`linear_spo_loss`**",
 }
 
+JAX_WAYS = {
+    "full_logits": "full logits, `log_softmax`",
+    "optax": "full logits, Optax's cross-entropy",
+    "scan_checkpoint": "scan over tokens and `jax.checkpoint`",
+    "easydel": "EasyDeL's chunks, written out",
+    "spoloss": "**`linear_dpo_loss`**",
+    "spoloss_spo": "**`linear_spo_loss`**",
+}
+TRAINERS = {
+    "no_head": "both models without their heads (a)",
+    "trl": "TRL's DPO loss",
+    "liger": "TRL with Liger's fused DPO loss, compiled",
+    "logits": "`SPOTrainer` by logits (`trl_dpo.py`)",
+    "fused": "**`SPOTrainer` by the fused head (`trl_fused.py`)**",
+}
+
 
 def pages() -> list[Path]:
     """Every page that may hold a table."""
@@ -59,21 +75,46 @@ def fused(name: str, *, frozen: bool) -> None:
     """Time over the bare matrix products / growth of peak memory, by way and shape of the batch."""
     rows = [row for row in measured(name) if row["frozen"] == str(frozen)]
     fewest = min(float(row["ignored"]) for row in rows)  # other rows ignore labels in addition
-    cells = {
-        (row["way"], int(row["pairs"]), int(row["tokens"])): row
-        for row in rows
-        if float(row["ignored"]) == fewest
-    }
+    rows = [row for row in rows if float(row["ignored"]) == fewest]
+    _write_by_shape(rows, WAYS, "memory_mib", frozen=frozen)
+
+
+def fused_jax(name: str, *, frozen: bool) -> None:
+    """Time over the bare matrix products / temporaries, by way and shape of the batch."""
+    rows = [row for row in measured(name) if row["frozen"] == str(frozen)]
+    _write_by_shape(rows, JAX_WAYS, "temp_mib", frozen=frozen)
+
+
+def _write_by_shape(
+    rows: list[dict[str, str]], ways: dict[str, str], memory: str, *, frozen: bool
+) -> None:
+    cells = {(row["way"], int(row["pairs"]), int(row["tokens"])): row for row in rows}
     shapes = sorted({(pairs, tokens) for _, pairs, tokens in cells}, reverse=True)
 
     def cell(way: str, *shape: int) -> str:
         row = cells.get((way, *shape))
         if row is None or not row["of_floor"]:
             return "-"
-        return f"{float(row['of_floor']):.2f} / {float(row['memory_mib']):.0f}"
+        return f"{float(row['of_floor']):.2f} / {float(row[memory]):.0f}"
 
     header = ["head frozen" if frozen else "head trained", *(f"{p} x {t}" for p, t in shapes)]
-    _write(header, ([title, *(cell(way, *s) for s in shapes)] for way, title in WAYS.items()))
+    write(header, ([title, *(cell(way, *s) for s in shapes)] for way, title in ways.items()))
+
+
+def trainers(name: str) -> None:
+    """A training step, by way: time and growth of peak memory, and both over TRL's."""
+    header = ["loss", "processor seconds", "of TRL's", "memory, MiB", "of TRL's"]
+    rows = (
+        [
+            TRAINERS[row["way"]],
+            f"{float(row['seconds']):.2f}",
+            f"{float(row['of_trl']):.2f}",
+            row["memory_mib"],
+            f"{float(row['memory_of_trl']):.2f}",
+        ]
+        for row in measured(name)
+    )
+    write(header, rows)
 
 
 def compared(name: str) -> None:
@@ -89,14 +130,14 @@ def compared(name: str) -> None:
         ]
         for row in measured(name)
     )
-    _write(header, rows)
+    write(header, rows)
 
 
 def core(name: str = "core.csv") -> None:
     """The losses against the same formulas written by hand."""
     header = ["what", "spoloss", "by hand", "ratio"]
     rows = ([row["what"], row["ours"], row["other"], row["ratio"]] for row in measured(name))
-    _write(header, rows)
+    write(header, rows)
 
 
 def accuracy(beta: float = 1.0) -> None:
@@ -115,11 +156,13 @@ def accuracy(beta: float = 1.0) -> None:
     columns = [(dtype, what) for dtype in ("float32", "float64") for what in ("value", "slope")]
     header = ["loss", "computed by", *(f"{dtype}, {what}" for dtype, what in columns)]
     pairs = dict.fromkeys((row["loss"], row["way"]) for row in rows)
-    _write(header, ([*pair, *(cell(*pair, *column) for column in columns)] for pair in pairs))
+    write(header, ([*pair, *(cell(*pair, *column) for column in columns)] for pair in pairs))
 
 
-def quote(report: str, heading: str, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Some rows and columns of a table in a committed Markdown report, in the order asked for."""
+def quote(
+    report: str, heading: str, columns: Sequence[str], rows: Sequence[str], *, first: str = ""
+) -> None:
+    """Some rows and columns of a table in a committed Markdown report; `first` heads the names."""
     lines = (RESULTS / report).read_text().partition(f"\n{heading}\n")[2].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|"))
     table = [
@@ -128,7 +171,7 @@ def quote(report: str, heading: str, columns: Sequence[str], rows: Sequence[str]
     ]
     places = [table[0].index(column) for column in columns]
     found = {row[0]: row for row in table[2:]}
-    _write(["", *columns], ([name, *(found[name][place] for place in places)] for name in rows))
+    write([first, *columns], ([name, *(found[name][place] for place in places)] for name in rows))
 
 
 def rejected_probability() -> None:
@@ -141,7 +184,7 @@ def rejected_probability() -> None:
         for name, gradient in (("DPO, eq. 7", dpo_prob_grad), ("SPO, eq. 8", spo_prob_grad)):
             log_abs = gradient(zero, rejected, zero, zero, beta=beta).policy_rejected.log_abs
             rows.append([name, f"{beta:g}", *(f"{10**d:.1e}" for d in log_abs / math.log(10))])
-    _write(header, rows)
+    write(header, rows)
 
 
 def example_options() -> None:
@@ -153,7 +196,7 @@ def example_options() -> None:
     rows = [
         [f"`{' '.join([each.option_strings[0], *_values(each)])}`", each.help] for each in options
     ]
-    _write(["option", "meaning"], rows)
+    write(["option", "meaning"], rows)
 
 
 def _values(option: argparse.Action) -> list[str]:
@@ -183,10 +226,11 @@ def example(name: str = "example.csv") -> None:
         ]
         for row in measured(name)
     )
-    _write(header, rows)
+    write(header, rows)
 
 
-def _write(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def write(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A Markdown table on standard output, where cog reads it."""
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
     print("", *lines, "", sep="\n")
 
@@ -194,7 +238,7 @@ def _write(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def main() -> int:
     """Write the tables of all pages, or compare them under --check."""
     mode = ["--check", "--diff"] if "--check" in sys.argv[1:] else ["-r"]
-    arguments = ["cog", "-P", "-I", str(ROOT / "docs"), "-p", "import tables", *mode]
+    arguments = ["cog", "-P", "-I", str(ROOT / "docs"), "-p", "import tables, study_tables", *mode]
     return Cog().main([*arguments, *map(str, pages())])
 
 

@@ -1,7 +1,7 @@
 """Layer 0: the library of an array, checks of shape and dtype, compute dtype, reductions.
 
-Nothing in this file knows what a preference is. PyTorch and JAX are looked up in `sys.modules`
-and never imported: an array of a library can only exist once that library is loaded.
+This file is independent of preference learning. PyTorch and JAX are looked up in `sys.modules` and
+never imported, because an array of a library can only exist after that library was loaded.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def namespace(array: Any, name: str = "the argument", *, or_number: bool = False
     """The module that computes on `array`: `torch`, `numpy`, `jax.numpy`, `mlx.core`, ...
 
     Args:
-      array: what should be an array.
+      array: the value to check.
       name: the name of the argument, for the message.
-      or_number: whether the argument could have been a number as well, for the message.
+      or_number: whether the argument may also be a number, for the message.
 
     Raises:
       TypeError: `array` is a list, a number or anything else without a namespace.
     """
-    # Two look-ups in place of array-api-compat, which costs more and makes Dynamo warn.
+    # Two look-ups instead of array-api-compat, which is slower and makes Dynamo warn.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return torch
@@ -54,12 +54,12 @@ def namespace(array: Any, name: str = "the argument", *, or_number: bool = False
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a number of Python or NumPy: no array, no tracer, no boolean."""
+    """Whether `value` is a Python or NumPy number: not an array, a tracer or a boolean."""
     return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def cast(xp: Any, array: Any, dtype: Any) -> Any:
-    """`array` in `dtype`, without a copy where it has that dtype already."""
+    """`array` in `dtype`, without a copy if it already has that dtype."""
     if array.dtype == dtype:
         return array
     return array.to(dtype) if xp.__name__ == "torch" else xp.astype(array, dtype)
@@ -72,11 +72,11 @@ def conform(
 
     Args:
       names: the arguments' names, for messages.
-      values: arrays; the first one decides library and shape.
-      numbers_from: from this position on a value may be a number, which becomes a float.
+      values: arrays; the first one determines library and shape.
+      numbers_from: from this position on, a value may be a number, which becomes a float.
 
     Raises:
-      TypeError: an array is of another library, or not real floating.
+      TypeError: an array is from another library, or not real floating.
       ValueError: the shapes differ.
     """
     leader_name, leader = names[0], values[0]
@@ -84,7 +84,7 @@ def conform(
     _check_real(xp, leader_name, leader)
     dtype = _compute_dtype(xp, leader.dtype)
     if dtype == leader.dtype and _all_alike(values):
-        return values  # the usual case, in every step of a training
+        return values  # the usual case, in every training step
     may_be_number = names[numbers_from:]
     arrays = {
         name: value
@@ -104,21 +104,21 @@ def conform(
 
 
 def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
-    """A parameter that is one number for all pairs, or an array with one number for each.
+    """A parameter that is one number for all pairs, or an array with one number per pair.
 
     Args:
       name: the argument's name, for messages.
       value: a number, or an array that is 0-d (a traced number) or of `like`'s shape.
       like: an array of log-probabilities; `value` must fit its library and shape.
-      positive: whether a number must be positive; it must be finite in any case. Arrays are never
-        looked into: that would wait for the device and stop a compiler.
+      positive: whether a number must be positive. It must always be finite. The values of arrays
+        are never read, because that would synchronise with the device and break compilation.
 
     Returns:
-      A float, or an array in `like`'s dtype, but never in less than float32: log-probabilities in
-      half precision do not round their parameters.
+      A float, or an array in `like`'s dtype but at least float32, so that half-precision
+      log-probabilities do not cause a parameter to be rounded.
 
     Raises:
-      TypeError: `value` is an array of another library, or not real floating.
+      TypeError: `value` is an array from another library, or not real floating.
       ValueError: a number out of range, or an array of another shape.
     """
     if is_number(value):
@@ -138,7 +138,7 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse a number that is not positive and finite.
+    """Raise an error for a number that is not positive and finite.
 
     Raises:
       ValueError: `value` is 0, negative, infinite or nan.
@@ -148,7 +148,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_reduction(reduction: str) -> None:
-    """Refuse a reduction that does not exist.
+    """Raise an error for an unknown reduction.
 
     Raises:
       ValueError: `reduction` is not one of REDUCTIONS.
@@ -158,9 +158,9 @@ def check_reduction(reduction: str) -> None:
 
 
 def reduction_scale(values: Any, reduction: str) -> float:
-    """What each value counts for in the reduced result: 1 / B under "mean" (nan for B = 0), else 1.
+    """The factor of each value in the reduced result: 1 / B for "mean" (nan for B = 0), else 1.
 
-    It is read from the shape, so a graph that is compiled for any shape must not contain it.
+    It depends on the shape, so a graph that is compiled for all shapes must not contain it.
     """
     if reduction != "mean":
         return 1.0
@@ -169,18 +169,18 @@ def reduction_scale(values: Any, reduction: str) -> float:
 
 
 def shares(values: Any, reduction: str) -> Any:
-    """Each value's part of the reduced result: the value / B under "mean", else the value."""
+    """Each value's part of the reduced result: the value / B for "mean", else the value."""
     xp = namespace(values)
     if reduction == "mean" and xp.__name__ == "mlx.core" and 0 not in values.shape:
-        # mx.compile(shapeless=True) runs its graph on other shapes than the one it has traced.
+        # mx.compile(shapeless=True) runs its graph on other shapes than the one that it traced.
         return values / xp.sum(xp.logical_or(xp.isnan(values), True))
     return values * reduction_scale(values, reduction)
 
 
 def quiet(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function reach 0, inf and nan in NumPy as silently as in the other libraries.
+    """Make a function return inf and nan in NumPy without a warning, as in the other libraries.
 
-    The second argument of `function` must be an array: it tells the library of them all.
+    The second argument of `function` must be an array: the library of all arrays is read from it.
     """
 
     @functools.wraps(function)
@@ -195,7 +195,7 @@ def quiet(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def reduce(values: Any, reduction: str) -> Any:
-    """Reduce over all elements: their mean (nan for none), their sum, or "none": unreduced."""
+    """The mean of all elements (nan if there are none), their sum, or for "none" the elements."""
     if reduction == "none":
         return values
     xp = namespace(values)
@@ -205,33 +205,33 @@ def reduce(values: Any, reduction: str) -> Any:
     if reduction == "sum":
         return xp.sum(values)
     if xp is numpy:
-        return xp.sum(values) / math.prod(values.shape)  # numpy.mean warns of an empty array
+        return xp.sum(values) / math.prod(values.shape)  # numpy.mean warns about an empty array
     return xp.mean(values)
 
 
 def at_least(xp: Any, x: Any, floor: float) -> Any:
-    """max(x, floor), with gradient 0 below `floor` and nan kept."""
+    """max(x, floor), with gradient 0 below `floor`. nan stays nan."""
     if xp.__name__ == "torch":
-        # The same function as clip, whose backward is two slow passes: a compare and a where.
+        # The same function as clip, but the backward of clip is two slow passes.
         return xp.threshold(x, floor, floor)
     return xp.clip(x, floor, None)
 
 
 def softplus(xp: Any, x: Any) -> Any:
-    """log(1 + e^x), which is -log of the logistic function of -x, with right limits at +-inf."""
+    """log(1 + e^x), which is -log(logistic(-x)), with the right limits at +-inf."""
     if xp.__name__ == "torch":
-        # Above 80 it is x to all digits of float64, and e^x still fits float32. The second
-        # derivative of torch.logaddexp is nan there.
+        # Above 80 it equals x in float64, and e^x still fits in float32. The second derivative of
+        # torch.logaddexp is nan there.
         return xp.nn.functional.softplus(x, threshold=80.0)
     if xp.__name__ == "mlx.core":
-        # The derivative of mx.logaddexp is 1 minus a sigmoid, which loses the digits of small ones.
+        # The derivative of mx.logaddexp is 1 minus a sigmoid, so small derivatives lose digits.
         positive = x > 0.0
         return xp.where(positive, x, 0.0) + xp.log1p(xp.exp(xp.where(positive, -x, x)))
     return xp.logaddexp(xp.zeros_like(x), x)
 
 
 def detach(array: Any) -> Any:
-    """`array` as a constant to the automatic differentiation of its library, if it has one."""
+    """`array` as a constant for automatic differentiation, if its library has that."""
     xp = namespace(array)
     if xp.__name__ == "torch":
         return array.detach()
@@ -256,8 +256,8 @@ def _check_kind(xp: Any, name: str, array: Any, leader: str, *, or_number: bool)
     if other is not xp:
         converter = _CONVERTERS.get(xp.__name__, f"{xp.__name__}.asarray")
         raise TypeError(
-            f"{name} must be of the same library as {leader}, {xp.__name__}; "
-            f"got {other.__name__}: convert it with {converter}"
+            f"{name} must be from the same library as {leader}, {xp.__name__}, "
+            f"got {other.__name__}. Convert it with {converter}"
         )
     _check_real(xp, name, array)
 

@@ -1,7 +1,7 @@
-"""Layer 0: checks of the numbers that the PyTorch and the JAX wing both take.
+"""Layer 0: checks of the numeric options that the PyTorch and JAX wings share.
 
-They are plain Python numbers, fixed before any array is touched. An array is refused, because the
-wings differentiate nothing by these numbers.
+The options are plain Python numbers. An array raises an error, because the wings do not
+differentiate by these options.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from spoloss._arrays import check_positive, is_number
 def check_head_options(
     softcap: float | None, logit_scale: float, temperature: float, chunk_size: int | None
 ) -> None:
-    """Refuse numbers that no head computes with.
+    """Check the options of a language-model head.
 
         logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
 
@@ -28,15 +28,15 @@ def check_head_options(
       chunk_size: a positive number of tokens, or None.
 
     Raises:
-      TypeError: `softcap`, `logit_scale` or `temperature` is not a number, or `chunk_size` not an
-        integer.
+      TypeError: `softcap`, `logit_scale` or `temperature` is not a number, or `chunk_size` is not
+        an integer.
       ValueError: a number is out of range.
     """
     if softcap is not None:
         _check_number("softcap", softcap)
         check_positive("softcap", softcap)
     _check_number("logit_scale", logit_scale)
-    # Comparisons, because math.isfinite takes no symbolic float of torch.compile.
+    # Comparisons, because math.isfinite does not accept the symbolic floats of torch.compile.
     if not -math.inf < logit_scale < math.inf or logit_scale == 0.0:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
     _check_number("temperature", temperature)
@@ -49,7 +49,7 @@ def check_head_options(
 
 
 def check_nll_weight(nll_weight: float) -> None:
-    """Refuse a factor of the negative log-likelihood that is negative or not finite.
+    """Check the factor of the negative log-likelihood.
 
     Raises:
       TypeError: `nll_weight` is not a number.

@@ -1,9 +1,9 @@
 """Layer 2: the gradients of the losses in closed form.
 
-NumPy has no automatic differentiation, and the other libraries' can be checked against these.
-`spo_grad`, `dpo_grad`, `squared_grad`, `ipo_grad` and `pair_grad` are gradients by the policy's
-log-probabilities, which is where the gradient of a network begins. `spo_prob_grad` and
-`dpo_prob_grad` are the derivatives by probabilities that the paper states in equations 7 and 8.
+They serve NumPy, which has no automatic differentiation, and as a check of other libraries'
+autograd. `spo_grad`, `dpo_grad`, `squared_grad`, `ipo_grad` and `pair_grad` return gradients by the
+policy's log-probabilities, from which a network backpropagates. `spo_prob_grad` and `dpo_prob_grad`
+return the derivatives by probabilities in the paper's equations 7 and 8.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def spo_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
-    needs no automatic differentiation. l is the loss of the paper's eq. 6, l = -x * e^(-x).
+    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
+    The function needs no automatic differentiation. l is the paper's eq. 6, l = -x * e^(-x).
 
     Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
     August 2025 ("the paper").
@@ -69,24 +69,25 @@ def spo_grad(
         array that is 0-d or of shape [B].
       reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
         reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
-        paper's choice where the gap is unknown. The curvature at the target grows like 1 /
-        reward_gap^2: with small gaps, pass `weights=reward_gap**2` and `linear_below`.
+        paper's choice for an unknown gap. The curvature at the target grows like 1 / reward_gap^2.
+        With small gaps, pass `weights=reward_gap**2` and `linear_below`.
       linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0, with a
         constant gradient. None is equation 6 as published.
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities, beta or
-        reward gap hold (nan, inf, a gap of 0). None means 1.
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. The gradient of a pair of weight 0 is 0, even if its log-probabilities, beta or
+        reward gap are nan or inf, or the gap is 0. None means 1.
       reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
-      are the negatives. float64 if any of the four log-probabilities is, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
+      log-probabilities are their negatives. float64 if any of the four log-probabilities is
+      float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
-        or `linear_below` is not a number.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`, or `linear_below` is not a number.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -122,9 +123,9 @@ def dpo_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
-    needs no automatic differentiation. l is the loss of eq. 7 in arXiv:2305.18290, -log s(x) for e
-    = 0.
+    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
+    The function needs no automatic differentiation. l is the loss of eq. 7 in arXiv:2305.18290,
+    which is -log s(x) for e = 0.
 
     Under `jax.jit`, `label_smoothing` and `reduction` are static arguments.
 
@@ -138,22 +139,23 @@ def dpo_grad(
         or 0.0.
       beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
         0-d or of shape [B].
-      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped
+      label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels
         (conservative DPO).
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities or beta
-        hold (nan, inf). None means 1.
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. The gradient of a pair of weight 0 is 0, even if its log-probabilities or beta are
+        nan or inf. None means 1.
       reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
-      are the negatives. float64 if any of the four log-probabilities is, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
+      log-probabilities are their negatives. float64 if any of the four log-probabilities is
+      float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
-        or `label_smoothing` is not a number.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`, or `label_smoothing` is not a number.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -188,8 +190,9 @@ def squared_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
-    needs no automatic differentiation. l = (h - reward_gap / beta)^2 is in the paper's section 2.2.
+    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
+    The function needs no automatic differentiation. l = (h - reward_gap / beta)^2 is in the paper's
+    section 2.2.
 
     Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
     August 2025 ("the paper").
@@ -208,20 +211,22 @@ def squared_grad(
         array that is 0-d or of shape [B].
       reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
         reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
-        paper's choice where the gap is unknown.
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities, beta or
-        reward gap hold (nan, inf, a gap of 0). None means 1.
+        paper's choice for an unknown gap.
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. The gradient of a pair of weight 0 is 0, even if its log-probabilities, beta or
+        reward gap are nan or inf, or the gap is 0. None means 1.
       reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
-      are the negatives. float64 if any of the four log-probabilities is, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
+      log-probabilities are their negatives. float64 if any of the four log-probabilities is
+      float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -256,8 +261,9 @@ def ipo_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
-    needs no automatic differentiation. l = (h - 1 / (2 * beta))^2 is eq. 17 in arXiv:2310.12036.
+    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
+    The function needs no automatic differentiation. l = (h - 1 / (2 * beta))^2 is eq. 17 in
+    arXiv:2310.12036.
 
     Under `jax.jit`, `reduction` is a static argument.
 
@@ -271,19 +277,21 @@ def ipo_grad(
         or 0.0.
       beta: Half of the inverse of the target margin, in 1 / nats, > 0. A number, or an array that
         is 0-d or of shape [B].
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities or beta
-        hold (nan, inf). None means 1.
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. The gradient of a pair of weight 0 is 0, even if its log-probabilities or beta are
+        nan or inf. None means 1.
       reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
-      are the negatives. float64 if any of the four log-probabilities is, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
+      log-probabilities are their negatives. float64 if any of the four log-probabilities is
+      float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -319,8 +327,8 @@ def pair_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, -dl/dh that by `policy_rejected_logps`. It
-    needs no automatic differentiation.
+    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
+    The function needs no automatic differentiation.
 
     Under `jax.jit`, `loss` and `reduction` are static arguments.
 
@@ -334,21 +342,22 @@ def pair_grad(
         number 0.0 to train without a reference.
       reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
         or 0.0.
-      beta: Handed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. The gradient of a pair of weight 0 is 0, whatever its log-probabilities or beta
-        hold (nan, inf). None means 1.
+      beta: Passed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. The gradient of a pair of weight 0 is 0, even if its log-probabilities or beta are
+        nan or inf. None means 1.
       reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), shape [B] each: the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. Those by the reference's log-probabilities
-      are the negatives. float64 if any of the four log-probabilities is, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
+      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
+      log-probabilities are their negatives. float64 if any of the four log-probabilities is
+      float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
-        or `loss` is not a loss object.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`, or `loss` is not a loss object.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -383,9 +392,9 @@ def spo_prob_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    As pi(y_l) -> 0 with the rest fixed, |dl/dpi(y_l)| grows like pi(y_l)^(b - 1) * log(1 /
-    pi(y_l)). The paper says that it vanishes; it does so for b > 1 only, and diverges for the usual
-    beta.
+    As pi(y_l) -> 0 with the rest fixed, |dl/dpi(y_l)| behaves like pi(y_l)^(b - 1) * log(1 /
+    pi(y_l)). The paper says that it vanishes. That is true only for b > 1, and for the usual beta
+    it diverges.
 
     Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
     August 2025 ("the paper").
@@ -404,18 +413,18 @@ def spo_prob_grad(
         array that is 0-d or of shape [B].
       reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
         reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
-        paper's choice where the gap is unknown.
+        paper's choice for an unknown gap.
       linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0, where
         dl/dx = -(1 - x0) * e^(-x0). None is equation 6 as published.
 
     Returns:
       PairProbGrad(policy_chosen, policy_rejected), each a SignedLog(sign, log_abs) of two arrays of
-      shape [B]. The derivative is sign * exp(log_abs), which is out of range of any float at the
+      shape [B]. The derivative is sign * exp(log_abs), which overflows any float type at the
       log-probabilities of long sequences.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
-        or `linear_below` is not a number.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`, or `linear_below` is not a number.
       ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     return _prob_grad(
@@ -447,8 +456,8 @@ def dpo_prob_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    With label smoothing e, (1 - e) * s(-x) - e * s(x) takes the place of s(-x). As pi(y_l) -> 0
-    with the rest fixed, |dl/dpi(y_l)| goes like pi(y_l)^(beta - 1).
+    With label smoothing e, (1 - e) * s(-x) - e * s(x) replaces s(-x). As pi(y_l) -> 0 with the rest
+    fixed, |dl/dpi(y_l)| behaves like pi(y_l)^(beta - 1).
 
     Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
     August 2025 ("the paper").
@@ -465,17 +474,17 @@ def dpo_prob_grad(
         or 0.0.
       beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
         0-d or of shape [B].
-      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped
+      label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels
         (conservative DPO).
 
     Returns:
       PairProbGrad(policy_chosen, policy_rejected), each a SignedLog(sign, log_abs) of two arrays of
-      shape [B]. The derivative is sign * exp(log_abs), which is out of range of any float at the
+      shape [B]. The derivative is sign * exp(log_abs), which overflows any float type at the
       log-probabilities of long sequences.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
-        or `label_smoothing` is not a number.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`, or `label_smoothing` is not a number.
       ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     return _prob_grad(
@@ -492,7 +501,7 @@ def dpo_prob_grad(
 def reduced_grad(
     loss: MarginLoss, *logps: Any, beta: Any, weights: Any, reduction: str, reward_gap: Any = None
 ) -> PairGrad:
-    """`pair_grad` by the four log-probabilities, with a reward gap where the loss takes one."""
+    """`pair_grad` of the four log-probabilities, with a reward gap for losses that use one."""
     check_loss(loss)
     check_reduction(reduction)
     slopes = shares(weighted(loss.slope, margins(*logps), beta, reward_gap, weights), reduction)
@@ -503,6 +512,6 @@ def reduced_grad(
 def _prob_grad(loss: SPO | DPO, *logps: Any, beta: Any, reward_gap: Any = None) -> PairProbGrad:
     margin = margins(*logps)
     sign, log_abs = loss.log_slope(margin, beta_for_gap(beta, reward_gap, margin))
-    # d(log pi)/d(pi) = 1 / pi is a subtraction of logs.
+    # d(log pi)/d(pi) = 1 / pi, so subtract log pi.
     pc, pr = conform(LOGPS[:2], logps[:2], numbers_from=2)
     return PairProbGrad(SignedLog(sign, log_abs - pc), SignedLog(-sign, log_abs - pr))

@@ -1,10 +1,10 @@
-"""Layer 1: the losses as functions of the margin, and the only file with their formulas.
+"""Layer 1: the losses as functions of the margin. No other file contains their formulas.
 
 The margin of a pair is h = log[pi(y_w) / pi_ref(y_w)] - log[pi(y_l) / pi_ref(y_l)], in nats (paper
-eq. 4): how much further the policy pi prefers the chosen completion y_w over the rejected y_l than
-the reference pi_ref does. x = beta * h is the implicit reward margin (eq. 3). Each loss has its
-value l(h) and its slope dl/dh, both elementwise, on arrays of PyTorch, NumPy, JAX, MLX or any
-other library that follows the Python array API standard.
+eq. 4). It measures how much more the policy pi prefers the chosen completion y_w over the rejected
+y_l than the reference pi_ref does. x = beta * h is the implicit reward margin (eq. 3). Each loss
+has a value l(h) and a slope dl/dh. Both are elementwise, on arrays of PyTorch, NumPy, JAX, MLX or
+any other library that follows the Python array API standard.
 
 "Paper" is Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
 12 August 2025. "DPO" is Rafailov et al. 2023, arXiv:2305.18290.
@@ -20,7 +20,7 @@ from spoloss._arrays import at_least, is_number, namespace, quiet, softplus
 
 
 class MarginLoss(Protocol):
-    """What a loss of the margin must offer. Any object with these two methods is one.
+    """The interface of a loss of the margin. Any object with these two methods implements it.
 
     Both methods work elementwise. `margin` is an array of shape [B], in nats. `beta` is a float, or
     an array that is 0-d or of the margin's shape, in 1 / nats. For example, in PyTorch:
@@ -55,22 +55,22 @@ class SignedLog(NamedTuple):
 
 
 _VANISHED = -2000.0
-"""e^z is 0 in every float dtype from here down; the bound keeps z finite so that z * 0 is 0."""
+"""For z at or below this, e^z is 0 in every float dtype. A finite z makes z * e^z 0, not nan."""
 
 
 @dataclass(frozen=True)
 class SPO:
     """Stable Preference Optimization: l = -x * e^(-x) with x = beta * h (paper eq. 6).
 
-    The loss is smallest, -1/e, at x = 1, that is h = 1 / beta. It is convex for x < 2 only. For
-    x < 0 it grows like |x| * e^|x|: in float32 it overflows near x = -84, to a value of +inf with a
-    slope of -inf, and never to nan.
+    The loss has its minimum, -1/e, at x = 1, which is h = 1 / beta. It is convex only for x < 2.
+    For x < 0 it grows like |x| * e^|x|. In float32 it overflows near x = -84. The value is then
+    +inf and the slope -inf, never nan.
 
     Attributes:
       linear_below: x0 in (-700, 1), or None. For x < x0 the loss continues along its tangent at x0,
-        so that dl/dx = -(1 - x0) * e^(-x0) there. No |dl/dx| is larger than that, except for the
-        e^(-2) at x = 2 where x0 is near 1. None, the default, is equation 6 as published. Below
-        -700, e^(-x0) overflows float64.
+        where dl/dx = -(1 - x0) * e^(-x0). This bounds |dl/dx| everywhere, except that |dl/dx| is
+        e^(-2) at x = 2, which is larger if x0 is near 1. None, the default, is equation 6 as
+        published. Below -700, e^(-x0) would overflow float64.
 
     Raises:
       TypeError: `linear_below` is not a number or None.
@@ -92,28 +92,30 @@ class SPO:
 
     @quiet
     def value(self, margin: Any, beta: Any) -> Any:
-        """l(h) = -x * e^(-x), elementwise; linear in h where x < linear_below."""
+        """l(h) = -x * e^(-x), elementwise. It is linear in h for x < linear_below."""
         xp = namespace(margin, "margin")
         z = at_least(xp, margin * -beta, _VANISHED)  # z = -x, so that l = z * e^z
+        if self.linear_below is None:
+            return z * xp.exp(z)
         z0 = self._greatest_z
-        if z0 == math.inf or z0 * math.exp(z0) > float(xp.finfo(margin.dtype).max):
-            return z * xp.exp(z)  # where the tangent would begin, every value is inf either way
+        if z0 * math.exp(z0) > float(xp.finfo(margin.dtype).max):
+            return z * xp.exp(z)  # every value that the tangent would replace is inf anyway
         below = z > z0
-        # The branch not taken must stay finite: 0 * inf in its gradient would be nan.
+        # The branch that is not taken must be finite, because 0 * inf in its gradient is nan.
         curve, rise = xp.where(below, z0, z), xp.where(below, z - z0, 0.0)
         tangent = math.exp(z0) * (z0 + (1.0 + z0) * rise)
         return xp.where(below, tangent, curve * xp.exp(curve))
 
     @quiet
     def slope(self, margin: Any, beta: Any) -> Any:
-        """dl/dh = beta * (x - 1) * e^(-x), elementwise; constant where x < linear_below."""
+        """dl/dh = beta * (x - 1) * e^(-x), elementwise. It is constant for x < linear_below."""
         xp = namespace(margin, "margin")
         z = xp.clip(margin * -beta, _VANISHED, self._greatest_z)
         return -beta * (1.0 + z) * xp.exp(z)
 
     @quiet
     def log_slope(self, margin: Any, beta: Any) -> SignedLog:
-        """dl/dh as sign and log-magnitude, for margins where e^(-x) is out of range."""
+        """dl/dh as sign and log-magnitude, for margins at which e^(-x) is out of range."""
         xp = namespace(margin, "margin")
         z = xp.clip(margin * -beta, None, self._greatest_z)
         factor = -beta * (1.0 + z)
@@ -128,11 +130,11 @@ class SPO:
 class DPO:
     """Direct Preference Optimization: l = -(1 - e) * log s(x) - e * log s(-x) (DPO eq. 7).
 
-    s is the logistic function and x = beta * h. Without smoothing (e = 0) the loss falls for every
-    h, towards 0. With e > 0 (conservative DPO) it is smallest at x = log((1 - e) / e).
+    s is the logistic function and x = beta * h. Without smoothing (e = 0) the loss decreases
+    everywhere, towards 0. With e > 0 (conservative DPO) its minimum is at x = log((1 - e) / e).
 
     Attributes:
-      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped.
+      label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels.
 
     Raises:
       TypeError: `label_smoothing` is not a number.
@@ -169,10 +171,10 @@ class DPO:
 
     @quiet
     def log_slope(self, margin: Any, beta: Any) -> SignedLog:
-        """dl/dh as sign and log-magnitude, for margins where s(-x) is out of range."""
+        """dl/dh as sign and log-magnitude, for margins at which s(-x) is out of range."""
         xp = namespace(margin, "margin")
         if self.label_smoothing > 0.0:
-            # Then |dl/dh| stays in range by itself: it tends to e * beta.
+            # With smoothing, |dl/dh| stays in range, because it tends to e * beta.
             slope = self.slope(margin, beta)
             return SignedLog(xp.sign(slope), xp.log(xp.abs(slope)))
         x = margin * beta
@@ -184,8 +186,8 @@ class DPO:
 class Squared:
     """Squared error to the target margin: l = (h - 1/beta)^2, in nats^2 (paper section 2.2).
 
-    The loss is smallest, 0, at h = 1 / beta. Identity Preference Optimization (IPO,
-    arXiv:2310.12036) has its target at 1 / (2 * beta): it is this loss with twice the beta.
+    The loss has its minimum, 0, at h = 1 / beta. Identity Preference Optimization (IPO,
+    arXiv:2310.12036) has its target at 1 / (2 * beta), so it is this loss with twice the beta.
     """
 
     @quiet
@@ -201,8 +203,8 @@ class Squared:
 
 
 def _sigmoid(x: Any) -> Any:
-    # Split by sign: e^(-|x|) never overflows, and neither side loses digits to a difference. The
-    # derivative of |x| is 0 at 0 in PyTorch, where that of the sigmoid is 1/4.
+    # Split by sign, so that e^(-|x|) never overflows and neither side loses digits in a difference.
+    # abs(x) would not do: at 0 PyTorch gives it the derivative 0, and the sigmoid's is 1/4.
     xp = namespace(x, "margin")
     negative = x < 0.0
     e = xp.exp(xp.where(negative, x, -x))

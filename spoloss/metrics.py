@@ -1,4 +1,4 @@
-"""Layer 2: what to log about a batch of pairs."""
+"""Layer 2: metrics of a batch of pairs, for logging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def preference_metrics(
     reward_gap: ArrayT | float | None = None,
     weights: ArrayT | float | None = None,
 ) -> dict[str, ArrayT]:
-    """What to log about a batch of pairs, under the names that TRL uses.
+    """Metrics of a batch of pairs for logging, under the names that TRL uses.
 
     h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
@@ -28,14 +28,14 @@ def preference_metrics(
     | rewards/chosen | beta * (log pi(y_w) - log pi_ref(y_w)), the implicit reward |
     | rewards/rejected | beta * (log pi(y_l) - log pi_ref(y_l)) |
     | rewards/margins | x = beta * h, the difference of the two |
-    | rewards/accuracies | 1 where x > 0, else 0; a tie, as in the first step, counts 0 |
-    | rewards/margins_below_0 | 1 where x < 0: mis-ordered, on the steep side of SPO |
-    | rewards/margins_above_1 | 1 where x > reward_gap: above the target; SPO pulls back |
+    | rewards/accuracies | 1 if x > 0, else 0; a tie, as in the first step, counts 0 |
+    | rewards/margins_below_0 | 1 if x < 0: in the wrong order, on the steep side of SPO |
+    | rewards/margins_above_1 | 1 if x > reward_gap: above the target, where SPO pulls back |
     | logps/chosen | log pi(y_w), in nats |
     | logps/rejected | log pi(y_l), in nats |
 
-    With `weights` each mean is sum(weights * values) / sum(weights). The divisor is not B, as it is
-    in the losses: a batch that is half padding would otherwise show half the accuracy.
+    With `weights`, each mean is sum(weights * values) / sum(weights). The losses divide by B, but
+    here a batch that is half padding would then show half the accuracy.
 
     Args:
       policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
@@ -50,16 +50,18 @@ def preference_metrics(
       reward_gap: Known difference of the two rewards, r_w - r_l, which is the target of x. A
         number, or an array that is 0-d or of shape [B]. None means 1.
       weights: Weight of each pair in the means: a number, or an array that is 0-d or of shape [B].
-        A pair of weight 0 is left out, whatever its log-probabilities, beta or reward gap hold
-        (nan, inf). None means 1.
+        A pair of weight 0 is left out, even if its log-probabilities, beta or reward gap are nan or
+        inf. None means 1.
 
     Returns:
-      A dict from each key to a 0-d array, on the device of the log-probabilities: nothing here
-      waits for the device. Automatic differentiation treats them as constants. float64 if any of
-      the four log-probabilities is, else float32. nan for an empty batch, or weights that sum to 0.
+      A dict from each key to a 0-d array, on the device of the log-probabilities. The function does
+      not synchronise with the device. Automatic differentiation treats the arrays as constants.
+      float64 if any of the four log-probabilities is float64, else float32. nan for an empty batch
+      or for weights that sum to 0.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`.
       ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     chosen, rejected = implicit_rewards(
@@ -89,7 +91,7 @@ def preference_metrics(
     weights = xp.full_like(chosen, weights) if is_number(weights) else detach(weights)
     total = reduce(weights, "mean")
     return {
-        # Not weights * value alone: 0 times the nan of a padded pair would be nan.
+        # weights * value alone would be nan for a padded pair, because 0 * nan is nan.
         key: reduce(xp.where(weights == 0.0, 0.0, weights * value), "mean") / total
         for key, value in values.items()
     }

@@ -4,8 +4,8 @@ The four come in the order of DPO's reference code, which most trainers follow: 
 policy rejected, reference chosen, reference rejected. Each is the log-probability of a completion,
 summed over its tokens, in nats, as an array of shape [B].
 
-NumPy warns of nothing here: a mean over no pairs and inf - inf are nan, and overflow is inf, as in
-the other libraries.
+NumPy raises no warnings here. The mean of no pairs is nan, inf - inf is nan, and overflow gives
+inf, as in the other libraries.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def spo_loss(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    The loss is smallest, -1/e per pair, at h = reward_gap / beta. It is 0 where the policy equals
+    The loss has its minimum, -1/e per pair, at h = reward_gap / beta. It is 0 if the policy equals
     the reference, and negative in between. Near the reference, SPO(beta) acts like DPO(4 * beta).
 
     Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
@@ -85,24 +85,24 @@ def spo_loss(
         array that is 0-d or of shape [B].
       reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
         reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
-        paper's choice where the gap is unknown. The curvature at the target grows like 1 /
-        reward_gap^2: with small gaps, pass `weights=reward_gap**2` and `linear_below`.
+        paper's choice for an unknown gap. The curvature at the target grows like 1 / reward_gap^2.
+        With small gaps, pass `weights=reward_gap**2` and `linear_below`.
       linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0, where
         dl/dx = -(1 - x0) * e^(-x0). None is equation 6 as published.
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
-        log-probabilities, beta or reward gap hold (nan, inf, a gap of 0). The gradient by a weight
-        is the loss of its pair, at weight 0 too (0 where that loss is not finite). None means 1.
-      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
+        log-probabilities, beta or reward gap are nan or inf, or the gap is 0. The gradient by a
+        weight is the loss of its pair, even at weight 0 (0 if that loss is not finite). None is 1.
+      reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
-      log-probabilities is, else float32.
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
-        or `linear_below` is not a number.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`, or `linear_below` is not a number.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -138,8 +138,8 @@ def dpo_loss(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    It is log 2 per pair where the policy equals the reference. Without label smoothing it falls for
-    every h, towards 0.
+    It is log 2 per pair if the policy equals the reference. Without label smoothing it decreases
+    everywhere, towards 0.
 
     Under `jax.jit`, `label_smoothing` and `reduction` are static arguments.
 
@@ -153,22 +153,22 @@ def dpo_loss(
         or 0.0.
       beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
         0-d or of shape [B].
-      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped
+      label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels
         (conservative DPO).
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
-        log-probabilities or beta hold (nan, inf). The gradient by a weight is the loss of its pair,
-        at weight 0 too (0 where that loss is not finite). None means 1.
-      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
+        log-probabilities or beta are nan or inf. The gradient by a weight is the loss of its pair,
+        even at weight 0 (0 if that loss is not finite). None means 1.
+      reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
-      log-probabilities is, else float32.
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
-        or `label_smoothing` is not a number.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`, or `label_smoothing` is not a number.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -203,7 +203,7 @@ def squared_loss(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    The loss is smallest, 0, at h = reward_gap / beta. A gap of 0.5 is IPO (`ipo_loss`).
+    The loss has its minimum, 0, at h = reward_gap / beta. A gap of 0.5 is IPO (`ipo_loss`).
 
     Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
     August 2025 ("the paper").
@@ -222,20 +222,21 @@ def squared_loss(
         array that is 0-d or of shape [B].
       reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
         reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1, the
-        paper's choice where the gap is unknown.
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
-        log-probabilities, beta or reward gap hold (nan, inf, a gap of 0). The gradient by a weight
-        is the loss of its pair, at weight 0 too (0 where that loss is not finite). None means 1.
-      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+        paper's choice for an unknown gap.
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
+        log-probabilities, beta or reward gap are nan or inf, or the gap is 0. The gradient by a
+        weight is the loss of its pair, even at weight 0 (0 if that loss is not finite). None is 1.
+      reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
-      log-probabilities is, else float32.
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -270,9 +271,9 @@ def ipo_loss(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    The loss is smallest, 0, at h = 1 / (2 * beta). It is the squared loss with a reward gap of 0.5,
-    or with twice the beta. Some libraries average log-probabilities over tokens for IPO; the
-    published loss, and this one, sum them.
+    The loss has its minimum, 0, at h = 1 / (2 * beta). It is the squared loss with a reward gap of
+    0.5, or with twice the beta. Some libraries average log-probabilities over tokens for IPO. The
+    published loss and this one sum them.
 
     Under `jax.jit`, `reduction` is a static argument.
 
@@ -286,19 +287,20 @@ def ipo_loss(
         or 0.0.
       beta: Half of the inverse of the target margin, in 1 / nats, > 0. A number, or an array that
         is 0-d or of shape [B].
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
-        log-probabilities or beta hold (nan, inf). The gradient by a weight is the loss of its pair,
-        at weight 0 too (0 where that loss is not finite). None means 1.
-      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
+        log-probabilities or beta are nan or inf. The gradient by a weight is the loss of its pair,
+        even at weight 0 (0 if that loss is not finite). None means 1.
+      reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
-      log-probabilities is, else float32.
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -326,7 +328,7 @@ def pair_loss(
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
-    """Any loss of the margin, weighted and reduced over a batch of pairs.
+    """A loss of the margin, weighted and reduced over a batch of pairs.
 
         l = loss.value(h, beta)
 
@@ -334,7 +336,7 @@ def pair_loss(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    PyTorch, JAX and MLX differentiate it.
+    PyTorch, JAX and MLX can differentiate the result.
 
     Under `jax.jit`, `loss` and `reduction` are static arguments.
 
@@ -348,21 +350,21 @@ def pair_loss(
         number 0.0 to train without a reference.
       reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
         or 0.0.
-      beta: Handed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]; it may be
-        negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
-        log-probabilities or beta hold (nan, inf). The gradient by a weight is the loss of its pair,
-        at weight 0 too (0 where that loss is not finite). None means 1.
-      reduction: "mean", the sum over the pairs divided by B (not by the sum of the weights; nan for
+      beta: Passed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
+      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
+        negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
+        log-probabilities or beta are nan or inf. The gradient by a weight is the loss of its pair,
+        even at weight 0 (0 if that loss is not finite). None means 1.
+      reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
     Returns:
-      The loss: 0-d, or of shape [B] with reduction="none". float64 if any of the four
-      log-probabilities is, else float32.
+      The loss, which is 0-d, or of shape [B] with reduction="none". float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`,
-        or `loss` is not a loss object.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`, or `loss` is not a loss object.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -405,10 +407,11 @@ def log_ratio_margin(
         or 0.0.
 
     Returns:
-      h in nats, shape [B]. float64 if any of the four log-probabilities is, else float32.
+      h in nats, shape [B]. float64 if any of the four log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`.
       ValueError: The shapes differ.
     """
     return margins(  # type: ignore[no-any-return]
@@ -432,9 +435,9 @@ def implicit_rewards(
 
         r(y) = beta * (log pi(y) - log pi_ref(y))
 
-    y is a completion, pi the policy and pi_ref the reference. Adding the same Z to both rewards of
-    a pair leaves their difference as it is. Automatic differentiation treats the result as a
-    constant: it is for logging.
+    y is a completion, pi the policy and pi_ref the reference. The constant Z is the same for both
+    rewards of a pair, so it does not change their difference. The result is for logging, and
+    automatic differentiation treats it as a constant.
 
     Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
     August 2025 ("the paper").
@@ -455,7 +458,8 @@ def implicit_rewards(
       else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not of the library of `policy_chosen_logps`.
+      TypeError: An array is not real floating point or not from the library of
+        `policy_chosen_logps`.
       ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     chosen, rejected = log_ratios(
@@ -477,7 +481,7 @@ def reduced_loss(
     reduction: str,
     reward_gap: ArrayT | float | None = None,
 ) -> ArrayT:
-    """`pair_loss` of the four log-probabilities, with a reward gap where the loss takes one."""
+    """`pair_loss` of the four log-probabilities, with a reward gap for losses that use one."""
     check_loss(loss)
     check_reduction(reduction)
     values = weighted(loss.value, margins(*logps), beta, reward_gap, weights)
@@ -497,7 +501,7 @@ def margins(*logps: Any) -> Any:
 
 
 def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
-    """The beta of each pair: a known gap has its target at reward_gap / beta, as beta / gap has."""
+    """The beta of each pair. A known gap moves the target to reward_gap / beta: beta is divided."""
     beta = per_pair("beta", beta, logps)
     if reward_gap is None:
         return beta
@@ -515,8 +519,8 @@ def weighted(function: Any, margin: Any, beta: Any, reward_gap: Any, weights: An
     weights = per_pair("weights", weights, margin, positive=False)
     if is_number(weights):
         weights = xp.full_like(margin, weights)
-    # 0 * inf and 0 * nan are nan, in derivatives too, so what weight 0 leaves out must be finite.
-    # Finite pairs of weight 0 stay as they are: the derivative by the weight is their loss.
+    # 0 * inf and 0 * nan are nan, also in derivatives, so pairs of weight 0 get finite values here.
+    # Pairs that are already finite keep theirs, because the derivative by the weight is their loss.
     usable = _usable(function, margin, beta, reward_gap)
     lost = xp.logical_and(weights == 0.0, xp.logical_not(usable))
     margin, beta, reward_gap = (
@@ -528,24 +532,24 @@ def weighted(function: Any, margin: Any, beta: Any, reward_gap: Any, weights: An
 
 
 def _usable(function: Any, margin: Any, beta: Any, reward_gap: Any) -> Any:
-    """Where a pair's value is finite, and the derivatives of what it is made of."""
+    """Which pairs have a finite value and finite derivatives by margin, beta and reward gap."""
     beta = beta_for_gap(beta, reward_gap, margin)
     steepness = beta if reward_gap is None else beta / per_pair("reward_gap", reward_gap, margin)
-    # Constants, because MLX takes a derivative of isfinite, in which 0 meets inf.
+    # Constants, because MLX differentiates isfinite, which multiplies 0 by inf.
     margin, beta, steepness = (
         value if is_number(value) else detach(value) for value in (margin, beta, steepness)
     )
-    # The first two are arrays even where NumPy has made numbers of its own out of shape [].
+    # The first two are always arrays, although NumPy may turn shape [] into its own numbers.
     xp, terms = namespace(margin), [margin, function(margin, beta)]
     terms += [value for value in (beta, steepness) if not is_number(value)]
     return functools.reduce(xp.logical_and, map(xp.isfinite, terms))
 
 
 def check_loss(loss: Any) -> None:
-    """Refuse what is no loss object, such as a name or a class.
+    """Raise an error if `loss` is not a loss object, for example if it is a name or a class.
 
     Raises:
-      TypeError: `loss` is a class, or lacks `value` or `slope`.
+      TypeError: `loss` is a class, or has no `value` or no `slope`.
     """
     if isinstance(loss, type) or not (hasattr(loss, "value") and hasattr(loss, "slope")):
         raise TypeError(

@@ -71,7 +71,7 @@ def _rewards(reference: Reference) -> tuple[Expected, Expected]:
     sides = ((reference.pc, reference.rc), (reference.pr, reference.rr))
     out = []
     for policy, frozen in sides:
-        size = 2.0 * reference.eps * (abs(policy) + abs(frozen))
+        size = 2.0 * reference.eps * (abs(policy) + abs(frozen)) + 2.0 * reference.unread
         out.append(Expected(policy - frozen, size).times(reference.beta, reference.eps))
     return out[0], out[1]
 

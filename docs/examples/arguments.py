@@ -19,7 +19,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Options:
-    """The command line; `parse_options` says what each option means."""
+    """The options of the command line. `build_parser` describes each of them."""
 
     pairs: Path
     model: str | None
@@ -44,7 +44,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     """Reads and checks the command line.
 
     Raises:
-      InputError: an option is unknown, out of range or does not go with another.
+      InputError: an option is unknown, out of range or incompatible with another option.
     """
     given = vars(build_parser().parse_args(argv))
     given["sft_lr"] = given["sft_lr"] or (1e-5 if given["model"] else 1e-3)
@@ -57,7 +57,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser; README.md shows its options as a table."""
+    """Returns the parser. README.md shows its options as a table."""
     positive, below_one = partial(number, low=0), partial(number, high=1)
     natural, length = partial(whole_number, low=0), partial(whole_number, low=8)
     batch = partial(whole_number, high=2**16)
@@ -76,9 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="default: spo",
     )
     add("--beta", type=positive, default=0.1, help="pull to the reference, 1/nats; default: 0.1")
-    add("--linear-below", type=below_one, help="continue SPO in a line for x below this, < 1")
-    add("--reward-gap", action="store_true", help="aim at each line's reward_gap or p_chosen")
-    add("--fused", action="store_true", help="hidden states to the loss, without the logits")
+    add("--linear-below", type=below_one, help="continue SPO as a line for x below this, < 1")
+    add("--reward-gap", action="store_true", help="target each line's reward_gap or p_chosen")
+    add("--fused", action="store_true", help="compute the loss from hidden states, without logits")
     add(
         "--sft-steps",
         type=natural,
@@ -135,7 +135,7 @@ def whole_number(text: str, low: int = 1, high: int = 2**31 - 1) -> int:
 
 
 def check_losses(options: Options) -> None:
-    """Refuses an option of another loss."""
+    """Raises an error for an option of another loss."""
     if options.linear_below is not None and options.loss != "spo":
         raise InputError(f"--linear-below: expected --loss spo, got --loss {options.loss}")
     if options.reward_gap and options.loss == "dpo":
@@ -143,7 +143,7 @@ def check_losses(options: Options) -> None:
 
 
 def check_output(output: Path | None) -> None:
-    """Refuses a place where a run would overwrite something."""
+    """Raises an error for a place where a run would overwrite files."""
     if output is None or not output.exists():
         return
     if not output.is_dir():
@@ -153,7 +153,7 @@ def check_output(output: Path | None) -> None:
 
 
 def check_model(model: str | None) -> None:
-    """Refuses what is neither a folder with a model nor a name that the Hub could have."""
+    """Raises an error for anything but a folder with a model or a valid name on the Hub."""
     if model is None:
         return
     folder = Path(model)

@@ -1,4 +1,4 @@
-"""The picture of the preference stage: loss, rewards, margins and log-probabilities."""
+"""The plots of the preference stage: loss, rewards, margins and log-probabilities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Columns = dict[str, list[float]]
 
 
 def draw_curves(output: Path, options: Options) -> None:
-    """Draws the CSV files of a run into curves.png beside them."""
+    """Plots the CSV files of a run in curves.png in the same folder."""
     batches = read_columns(output / "steps.csv", "preference")
     held_out = read_columns(output / "held_out.csv")
     figure = Figure(figsize=(12, 8), layout="constrained")

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early; each message is one sentence."""
+"""The two errors that end a run early. Each message is one sentence."""
 
 
 class InputError(Exception):

@@ -1,7 +1,7 @@
-"""The training loop, to be copied: supervised fine-tuning (SFT), then preference training.
+"""The training loop, for you to copy: supervised fine-tuning (SFT), then preference training.
 
-The model after SFT is the reference. The run needs no second copy of it: the reference scores the
-pairs that the run will draw, each once, before the policy takes its first step.
+The model after SFT is the reference. The run needs no second copy of it, because the reference
+scores each pair that the run will draw once, before the first step of the policy.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def run(split: Split, options: Options) -> None:
         else build_model(split.train, options.max_length)
     )
     tokenizer = loaded.tokenizer
-    # Dropout, off in eval mode, would let the policy disagree with its own reference at step 0.
+    # Eval mode disables dropout. With dropout, policy and reference would differ at step 0.
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     train, held_out = (
         [encode_pair(pair, tokenizer, options.max_length) for pair in tqdm(pairs, title)]
@@ -123,8 +123,8 @@ def train_on_pairs(
     options: Options,
     records: Records,
 ) -> None:
-    """Trains the policy on preferences; the reference is the policy as it comes."""
-    # A short run draws few pairs of a large file, and the reference scores no others.
+    """Trains the policy on preferences. The reference is the policy before training."""
+    # A short run draws few pairs of a large file. The reference scores only those.
     drawn = draw_subset(train, options.steps * options.batch_size, options.seed)
     drawn = score_by_reference(policy, drawn, options, "reference")
     held_out = score_by_reference(policy, held_out, options, "reference, held out")
@@ -137,7 +137,7 @@ def train_on_pairs(
     batches = draw_batches(drawn, options.steps, options.batch_size, options.seed)
     progress = tqdm(batches, "preference", total=options.steps)
     for step, pairs in enumerate(progress, start=1):
-        # The heart of the run: your own loop needs these lines and those of `loss_by_logits`.
+        # The core of the run: your own loop needs these lines and those of `loss_by_logits`.
         loss, policy_logps = loss_of(policy, pairs, options)
         loss.backward()
         row = updater.step(loss)
@@ -160,7 +160,7 @@ def preference_updater(policy: PreTrainedModel, options: Options) -> Updater:
 
 
 def print_start(loss: float, options: Options) -> None:
-    """Prints the first loss, and which losses are good."""
+    """Prints the first loss, and what values to expect."""
     unit = " times the squared gap" if options.loss == "spo" and options.reward_gap else ""
     start = f"starts at {loss:.3f}, where policy and reference agree"
     print(f"The {options.loss} loss {start}; {GOOD_LOSS[options.loss]}{unit}.", flush=True)
@@ -184,7 +184,7 @@ def loss_by_logits(
 def loss_by_tiles(
     policy: PreTrainedModel, pairs: Sequence[ScoredPair], options: Options
 ) -> PolicyLoss:
-    """Returns the same from hidden states: the logits never exist as a whole."""
+    """Returns the same from hidden states, without holding all logits."""
     batch, reference = pad_pairs(pairs, policy.device), reference_logps(pairs, policy.device)
     out = linear_pair_loss(
         margin_loss(options),
@@ -200,7 +200,7 @@ def loss_by_tiles(
 def metrics_of(
     policy_logps: PairLogps, pairs: Sequence[ScoredPair], options: Options
 ) -> dict[str, float]:
-    """Returns the loss and the preference metrics of pairs that the policy has scored."""
+    """Returns the loss and the preference metrics of scored pairs."""
     device = policy_logps.chosen.device
     logps = (*(side.detach() for side in policy_logps), *reference_logps(pairs, device))
     gaps = known_gaps(pairs, device)

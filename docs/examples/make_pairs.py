@@ -1,15 +1,15 @@
-"""Writes pairs.jsonl: four hundred preference pairs whose preference is known.
+"""Writes pairs.jsonl: four hundred preference pairs with a known preference.
 
-The preference, in one sentence: a good answer says what was asked, politely, and nothing else.
+The preference in one sentence: a good answer says what was asked, politely, and nothing else.
 
-Every prompt is a small kitchen question: a situation, one of twenty foods and one of four things
-to know about it. Each pair holds two answers drawn from the same careless writer, who at times
-talks about something else, forgets to be polite or fills the page; `reward` scores both, and the
-better one is `chosen`, by `reward_gap`. So the labels carry no noise, and `reward` can judge a
-trained model too.
+Every prompt is a small kitchen question: a situation, one of twenty foods and one of four topics.
+Each pair has two random answers from the same distribution. Some answer another question, are
+impolite, or contain padding. `reward` scores both answers, the better one is `chosen`, and
+`reward_gap` is the difference. So the labels have no noise, and `reward` can also judge a trained
+model.
 
-Run it with no argument to write pairs.jsonl beside this file, or with a path to write elsewhere.
-The seed is fixed: it writes the same bytes each time.
+Run it without arguments to write pairs.jsonl in this folder, or with a path to write elsewhere. The
+seed is fixed, so it writes the same bytes each time.
 """
 
 import json
@@ -81,17 +81,17 @@ PADDING = (
     "This is a large subject with a long history.",
 )
 
-# The preference in numbers: what was asked outweighs any manners.
+# The preference in numbers. The right answer counts more than politeness.
 ANSWERED = 4.0
 COURTESY = 1.0
 RUDENESS = -1.0
 PADDED = -1.0
-# Only a clear difference makes a pair: two points, say a polite answer against a brusque one.
+# The rewards of a pair differ by at least two points, like a polite and a brusque answer.
 CLEARLY_BETTER = 2.0
 
 
 def question_and_answer(food: str, topic: int) -> tuple[str, str]:
-    """Returns the question about a food that a topic stands for, and its right answer."""
+    """Returns the question about a food and a topic, and its right answer."""
     question, answer = TOPICS[topic]
     return question.format(food=food), answer.format(food=food, fact=FOODS[food][topic])
 
@@ -107,11 +107,11 @@ def reward(prompt: str, completion: str) -> float:
       completion: any text.
 
     Returns:
-      4 if the right answer is in it, plus 1 if it is polite, less 1 if it is brusque and less 1 for
-      every sentence of padding.
+      4 if it contains the right answer, plus 1 if it is polite, minus 1 if it is brusque, and minus
+      1 for every sentence of padding.
 
     Raises:
-      KeyError: the prompt does not end with a question of this grammar.
+      KeyError: the prompt does not end with a question from TOPICS.
     """
     right = ANSWERS[prompt.rsplit(". ", 1)[-1]]
     return (
@@ -123,7 +123,7 @@ def reward(prompt: str, completion: str) -> float:
 
 
 def write_answer(rng: random.Random, food: str, topic: int) -> str:
-    """Draws one answer of the careless writer to a topic of a food."""
+    """Draws one answer to a topic of a food."""
     aim = rng.random()
     if aim < 0.2:
         food = rng.choice([other for other in FOODS if other != food])
@@ -138,7 +138,7 @@ def write_answer(rng: random.Random, food: str, topic: int) -> str:
 
 
 def draw_pair(rng: random.Random, situation: str, food: str, topic: int) -> dict[str, str | float]:
-    """Draws two answers to one prompt until one is clearly better: that one is chosen."""
+    """Draws two answers to one prompt until one is clearly better. That one is chosen."""
     prompt = situation + question_and_answer(food, topic)[0]
     while True:
         worse, better = sorted(
@@ -167,7 +167,7 @@ def make_pairs(seed: int = SEED) -> list[dict[str, str | float]]:
 
 
 def main() -> None:
-    """Writes the pairs to the path given, or beside this file."""
+    """Writes the pairs to the given path, or to this folder."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("pairs.jsonl")
     lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in make_pairs())
     path.write_text("".join(lines), encoding="utf-8", newline="\n")

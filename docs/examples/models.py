@@ -1,4 +1,4 @@
-"""The model and its tokenizer: loaded by name, or built from nothing."""
+"""The model and its tokenizer, either loaded by name or new."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LanguageModel:
 def build_model(pairs: Sequence[Pair], max_length: int) -> LanguageModel:
     """Builds a small untrained Qwen2, and trains a byte-level BPE tokenizer on the pairs."""
     texts = [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
-    # AutoTokenizer picks the class by the model's name, so the tokenizer must be Qwen2's own.
+    # AutoTokenizer chooses the class by model type, so the tokenizer must be a Qwen2Tokenizer.
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, MAX_VOCABULARY, show_progress=False)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -55,20 +55,20 @@ def load_model(name: str, max_length: int) -> LanguageModel:
 
     Args:
       name: a folder or a name on the Hugging Face Hub.
-      max_length: the tokens of the longest text that the model must take.
+      max_length: the number of tokens of the longest text.
 
     Raises:
       InputError: there is no causal language model, no tokenizer, or the texts are too long for it.
     """
     where = f"--model {name}"
     try:
-        # In bfloat16 weights an AdamW step of 1e-6 would be rounded away.
+        # With bfloat16 weights, an AdamW step of 1e-6 would be rounded away.
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{where}: expected a causal language model, got: {reason}") from error
-    # Transformers makes up a tokenizer without words when a folder has none.
+    # If a folder has no tokenizer, Transformers returns one without words.
     if tokenizer.eos_token_id is None or not tokenizer.encode("text", add_special_tokens=False):
         raise InputError(f"{where}: expected a tokenizer with words and an end of text, got none")
     longest = getattr(model.config, "max_position_embeddings", None)

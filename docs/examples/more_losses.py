@@ -1,8 +1,8 @@
-"""Losses of your own: five published ones, each about six lines, on PyTorch, NumPy, JAX and MLX.
+"""Five published losses in about six lines each, for PyTorch, NumPy, JAX and MLX arrays.
 
     python more_losses.py                              # their values and slopes at a few margins
 
-Copy the class that you need. `pair_loss`, `pair_grad` and `linear_pair_loss` take an object of it:
+Copy the class that you need. `pair_loss`, `pair_grad` and `linear_pair_loss` accept an instance:
 
     pair_loss(Hinge(), *logps, beta=0.1)
     linear_pair_loss(SimPO(gamma=1.0), ..., 0.0, 0.0, beta=2.0, average=True)
@@ -24,25 +24,25 @@ import numpy as np
 from spoloss import DPO, MarginLoss, pair_grad, pair_loss
 
 FAR = 800.0
-"""Beyond |x| = 800 s(x) is 0 or 1 in every float dtype. A clip there keeps 0 * inf out."""
+"""Beyond |x| = 800, s(x) is 0 or 1 in every float dtype. Clipping x there avoids 0 * inf."""
 
 
 def namespace(array: Any) -> Any:
     """The module that computes on `array`: torch, numpy, jax.numpy or mlx.core."""
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
-    import torch  # its tensors lack the method
+    import torch  # its tensors do not have the method
 
     return torch
 
 
 def log_sigmoid(x: Any) -> Any:
-    """The log of s(x); right in both tails, and by autograd at every x."""
+    """The log of s(x), accurate in both tails, with the right gradient at every x."""
     return -DPO().value(x, 1.0)
 
 
 def sigmoid(x: Any) -> Any:
-    """The logistic function s(x), right by autograd at every x."""
+    """The logistic function s(x), with the right gradient at every x."""
     return namespace(x).exp(log_sigmoid(x))
 
 
@@ -63,9 +63,9 @@ class Hinge:
 
 @dataclass(frozen=True)
 class RobustDPO:
-    """rDPO (arXiv:2403.00409): unbiased where a share e of the labels is flipped, 0 < e < 0.5.
+    """Robust DPO (arXiv:2403.00409): unbiased if a fraction e of labels is flipped, 0 < e < 0.5.
 
-    l = (-(1-e) * log s(x) + e * log s(-x)) / (1 - 2e), which is DPO less x * e / (1 - 2e).
+    l = (-(1-e) * log s(x) + e * log s(-x)) / (1 - 2e), which is DPO minus x * e / (1 - 2e).
     """
 
     flip_rate: float = 0.1
@@ -124,7 +124,7 @@ class DiscoPOP:
 
 @dataclass(frozen=True)
 class EXO:
-    """EXO for pairs (arXiv:2402.00856, eq. 16), smallest at x = log((1-e)/e), 0 < e < 0.5.
+    """EXO for pairs (arXiv:2402.00856, eq. 16), with its minimum at x = log((1-e)/e), 0 < e < 0.5.
 
     l = s(x) * (log s(x) - log(1-e)) + s(-x) * (log s(-x) - log e), a reverse KL divergence.
     """

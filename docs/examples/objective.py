@@ -23,7 +23,7 @@ def margin_loss(options: Options) -> MarginLoss:
 
 
 def targets(reward_gaps: Any, options: Options) -> dict[str, Any]:
-    """Returns what tells the loss its target.
+    """Returns the arguments that set the target of the loss.
 
     Args:
       reward_gaps: the known reward gap of each pair, an array of shape [B]; None without
@@ -35,7 +35,7 @@ def targets(reward_gaps: Any, options: Options) -> dict[str, Any]:
     """
     if reward_gaps is None:
         return {"beta": options.beta}
-    # The loss is smallest at the margin gap / beta: that is the target 1 / beta of another beta.
+    # The minimum of the loss is at the margin gap / beta, which is the target of beta / gap.
     beta = options.beta / reward_gaps
     if options.loss == "squared":
         return {"beta": beta}
@@ -44,7 +44,7 @@ def targets(reward_gaps: Any, options: Options) -> dict[str, Any]:
 
 
 def check_objective(pairs: Sequence[Pair], options: Options) -> None:
-    """Refuses numbers with which float32 has no loss or no gradient at the first step."""
+    """Raises an error if the loss or the gradient of the first step overflows or vanishes."""
     try:
         loss = margin_loss(options)
     except ValueError as error:

@@ -30,9 +30,9 @@ class Pair:
       prompt: the question.
       chosen: the better answer.
       rejected: the other answer.
-      split: "train", "test" or, where the line says nothing, None.
+      split: "train", "test", or None if the line has no split.
       line: the number of the line, from 1.
-      reward_gap: how much better the chosen answer is, > 0; None where it is not asked for.
+      reward_gap: how much better the chosen answer is, > 0, or None without --reward-gap.
     """
 
     prompt: str
@@ -52,14 +52,14 @@ class Split:
 
 
 def read_pairs(path: Path, *, with_gap: bool = False) -> list[Pair]:
-    """Reads the pairs of a JSONL file, plain or .gz; blank lines are skipped.
+    """Reads the pairs of a JSONL file, plain or .gz. Skips blank lines.
 
     Args:
       path: the file.
-      with_gap: whether each line must give `reward_gap` or `p_chosen`; they are ignored otherwise.
+      with_gap: whether each line must have `reward_gap` or `p_chosen`. Otherwise they are ignored.
 
     Raises:
-      InputError: the file cannot be read, or a line is no pair.
+      InputError: the file cannot be read, or a line is not a pair.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -112,7 +112,7 @@ def parse_object(text: bytes, refuse: Callable[[str, str], NoReturn]) -> dict[st
 
 
 def parse_gap(record: dict[str, object], refuse: Callable[[str, str], NoReturn]) -> float:
-    """Reads by how much the chosen completion of one line is better."""
+    """Reads the reward gap of one line."""
     given = [key for key in ("reward_gap", "p_chosen") if key in record]
     if len(given) != 1:
         refuse("one of the keys 'reward_gap' and 'p_chosen'", " and ".join(given) or "neither")
@@ -125,10 +125,10 @@ def parse_gap(record: dict[str, object], refuse: Callable[[str, str], NoReturn])
 
 
 def split_pairs(pairs: list[Pair], options: Options) -> Split:
-    """Splits the pairs as their lines say, or else by prompt.
+    """Splits the pairs by their `split`, or by prompt if no line has one.
 
     Raises:
-      InputError: some lines name their split and others do not, or one side is empty.
+      InputError: some lines have a split and others do not, or one side is empty.
     """
     unmarked = [pair for pair in pairs if pair.split is None]
     if unmarked and len(unmarked) < len(pairs):
@@ -137,7 +137,7 @@ def split_pairs(pairs: list[Pair], options: Options) -> Split:
             "got a line without it"
         )
     if unmarked:
-        # Whole prompts are held out: the answers to one prompt resemble each other.
+        # Hold out whole prompts, because the answers to one prompt are similar.
         prompts = sorted({pair.prompt for pair in pairs})
         random.Random(options.seed).shuffle(prompts)
         chosen = set(prompts[: max(1, round(HELD_OUT_SHARE * len(prompts)))])
@@ -157,7 +157,7 @@ def split_pairs(pairs: list[Pair], options: Options) -> Split:
 
 
 def draw_subset(items: Sequence[T], size: int, seed: int) -> list[T]:
-    """Draws at most `size` of the items; they keep their order."""
+    """Draws at most `size` of the items, in their original order."""
     if size >= len(items):
         return list(items)
     return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), size))]

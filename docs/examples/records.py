@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, the CSV files and the printed table."""
+"""The output of a run: its folder, the CSV files and the printed table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from arguments import Options
 from errors import InputError
 
-# The preference metrics as people read them; x = beta * margin, the reward of chosen over rejected.
+# Readable names of the preference metrics. x = beta * margin, the reward of chosen over rejected.
 METRICS = {
     "rewards/chosen": "reward of chosen (nats)",
     "rewards/rejected": "reward of rejected (nats)",
@@ -40,10 +40,10 @@ def create_output(options: Options) -> Path:
 
 
 class Records:
-    """The CSV files of a run; a row is written at once, so a run that stops keeps what it has."""
+    """The CSV files of a run. Rows are written immediately, so a run that stops keeps its rows."""
 
     def __init__(self, output: Path) -> None:
-        """Names the files; the first row creates each."""
+        """Sets the paths. The first row creates a file."""
         self.steps = output / "steps.csv"
         self.held_out = output / "held_out.csv"
 
@@ -57,7 +57,7 @@ class Records:
 
 
 def append_row(path: Path, columns: Sequence[str], row: dict[str, str | float]) -> None:
-    """Appends a row to a CSV file, with a header if it is the first."""
+    """Appends a row to a CSV file, after a header if the file is new."""
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -77,7 +77,7 @@ def print_table(before: dict[str, float], after: dict[str, float], pairs: int) -
 
 
 def peak_memory() -> str:
-    """Returns the most memory that the run has held so far: the card's, or the process's."""
+    """Returns the peak memory of the run so far, of the GPU or of the process."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the card"
     try:

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions under a model, by its logits or by the fused head."""
+"""Log-probabilities of completions under a model, from its logits or with the fused head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def completion_logps(model: PreTrainedModel, batch: Batch, *, fused: bool) -> Te
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns the last hidden states, which the head turns into logits, [texts, longest, width]."""
+    """Returns the last hidden states, the input of the head, [texts, longest, width]."""
     return model.get_decoder()(batch.ids, attention_mask=batch.mask).last_hidden_state
 
 
@@ -44,13 +44,13 @@ def head_weight(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, pairs: Sequence[TokenPair]) -> None:
-    """Refuses a model whose head does more than a product, such as a bias or a soft-cap."""
+    """Raises an error if the model's head has more than a weight, such as a bias or a soft-cap."""
     batch = pad_pairs(pairs, model.device)
     by_logits, by_tiles = (completion_logps(model, batch, fused=fused) for fused in (False, True))
     if not torch.allclose(by_logits, by_tiles, rtol=1e-2, atol=1e-2):
         raise InputError(
-            "--fused: expected a head that is hidden @ weight.T, got one with more to it: "
-            "give linear_logps and linear_pair_loss its bias, softcap or logit_scale"
+            "--fused: expected a head that is hidden @ weight.T, got a head with more than that: "
+            "pass its bias, softcap or logit_scale to linear_logps and linear_pair_loss"
         )
 
 
@@ -63,11 +63,11 @@ def score_pairs(
     *,
     delay: float = 0.0,
 ) -> PairLogps:
-    """Scores any number of pairs, --batch-size of them at a time and without gradients.
+    """Scores any number of pairs without gradients, --batch-size pairs at a time.
 
     Args:
       model: the policy or the reference.
-      pairs: what to score.
+      pairs: the pairs to score.
       options: the command line.
       title: the name of the progress bar.
       delay: the seconds after which the bar appears.
@@ -76,7 +76,7 @@ def score_pairs(
       The log-probabilities, in the order of the pairs.
     """
     logps = torch.empty(2, len(pairs), device=model.device)
-    # Pairs of similar length share a batch, which leaves little padding. The longest come first.
+    # Sorted by length, so that batches have little padding. The longest pairs come first.
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].length, reverse=True)
     with tqdm(total=len(pairs), desc=title, unit="pair", leave=False, delay=delay) as progress:
         for start in range(0, len(order), options.batch_size):
@@ -90,7 +90,7 @@ def score_pairs(
 def score_by_reference(
     reference: PreTrainedModel, pairs: Sequence[TokenPair], options: Options, title: str
 ) -> list[ScoredPair]:
-    """Returns the pairs with the log-probabilities that the reference gives their completions."""
+    """Returns the pairs with the log-probabilities of their completions under the reference."""
     logps = score_pairs(reference, pairs, options, title)
     return [
         ScoredPair(**vars(pair), reference_chosen=chosen, reference_rejected=rejected)

@@ -1,4 +1,4 @@
-"""From pairs to tensors: token ids, truncation, padding and the order of the batches."""
+"""Tensors from pairs: token ids, truncation, padding and the order of the batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt with a completion, as token ids; the labels are -100 on the prompt."""
+    """A prompt with a completion, as token ids. The labels are -100 on the prompt."""
 
     ids: list[int]
     labels: list[int]
@@ -33,8 +33,8 @@ class TokenPair:
     Attributes:
       chosen: the prompt with the better completion.
       rejected: the prompt with the other completion.
-      truncated: whether something was cut off.
-      reward_gap: how much better the chosen completion is; None where it is not known.
+      truncated: whether a text was cut.
+      reward_gap: how much better the chosen completion is, or None if that is unknown.
     """
 
     chosen: Text
@@ -71,16 +71,16 @@ class Batch:
 
 
 def encode_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenPair:
-    """Turns a pair into tokens, and cuts what is longer than `max_length`."""
-    # Prompt and completion are encoded separately, so no token straddles their boundary.
+    """Encodes a pair as tokens, and truncates texts to `max_length`."""
+    # Prompt and completion are encoded separately, so no token crosses their boundary.
     prompt = encode_prompt(pair.prompt, tokenizer)
     chosen, rejected = (
         [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
         for completion in (pair.chosen, pair.rejected)
     )
     longest = max(len(chosen), len(rejected))
-    # The prompt is cut first, at its beginning, because the question is mostly at its end. It keeps
-    # half of the room: a completion without its question teaches nothing.
+    # The prompt is truncated first, from its start, because the question is usually at its end. It
+    # keeps half of the length, because a completion without its question is useless.
     kept = prompt[-max(max_length - longest, max_length // 2) :]
     return TokenPair(
         chosen=join(kept, chosen, max_length),
@@ -100,7 +100,7 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def join(prompt: list[int], completion: list[int], max_length: int) -> Text:
-    """Joins a prompt and as much of a completion as fits; only the completion has labels."""
+    """Joins a prompt and as much of a completion as fits. Only the completion has labels."""
     completion = completion[: max_length - len(prompt)]
     return Text(ids=prompt + completion, labels=[IGNORED] * len(prompt) + completion)
 
@@ -117,7 +117,7 @@ def pad(texts: Sequence[Text], device: torch.device | str) -> Batch:
     def filled(rows: list[list[int]], filler: int) -> Tensor:
         return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
 
-    # The mask hides the padding, so any token may fill it: 0.
+    # The mask hides the padding, so any token id works, here 0.
     return Batch(
         ids=filled([text.ids for text in texts], 0),
         mask=filled([[1] * len(text.ids) for text in texts], 0),
@@ -126,14 +126,14 @@ def pad(texts: Sequence[Text], device: torch.device | str) -> Batch:
 
 
 def known_gaps(pairs: Sequence[TokenPair], device: torch.device | str) -> Tensor | None:
-    """Returns the reward gaps of a batch of pairs, [B], or None where they are not known."""
+    """Returns the reward gaps of a batch of pairs, [B], or None if they are unknown."""
     if pairs[0].reward_gap is None:
         return None
     return torch.tensor([pair.reward_gap for pair in pairs], device=device)
 
 
 def draw_batches(items: Sequence[T], steps: int, batch_size: int, seed: int) -> Iterator[list[T]]:
-    """Yields a full batch for every step: pass after pass over the items, each shuffled."""
+    """Yields a full batch for every step, from repeated shuffled passes over the items."""
     rng = random.Random(seed)
     passes = (rng.sample(items, len(items)) for _ in itertools.count())
     shuffled = itertools.chain.from_iterable(passes)

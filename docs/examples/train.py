@@ -1,12 +1,12 @@
-"""A complete preference run in plain PyTorch: pairs in; a tuned model, its curves and numbers out.
+"""A complete preference run in plain PyTorch. It writes a tuned model, its curves and numbers.
 
-    python train.py                                    # the pairs beside this file, a minute
+    python train.py                                    # the pairs in this folder, a minute
     python train.py --pairs mine.jsonl --model Qwen/Qwen2.5-0.5B --loss spo --beta 0.1
     python train.py --fused                            # the same numbers without holding logits
     python train.py --help
 
-README.md beside this file describes the pairs, the options and what a run writes. This file checks
-the command line and the pairs; the training itself is loop.py, which you can copy.
+README.md in this folder describes the pairs, the options and the output. This file checks the
+command line and the pairs. The training itself is in loop.py, which you can copy.
 
 Needs: pip install "spoloss[examples]"
 """
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example.
 
     Args:
-      argv: the command line without the name of the script; None for that of the process.
+      argv: the command line without the name of the script; None for the process's arguments.
 
     Returns:
       The exit code: 0, 2 for unusable input, or 1 for a run that diverged.
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = options.model or "a small new Qwen2"
         print(f"{len(pairs)} pairs read; loading PyTorch and {model} ...", flush=True)
 
-        # PyTorch and Transformers take seconds to import, so bad input is refused before.
+        # PyTorch and Transformers take seconds to import, so check the input first.
         from loop import run
 
         run(split, options)

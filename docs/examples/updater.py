@@ -1,4 +1,4 @@
-"""One stage's optimizer: AdamW with warm-up, linear decay and gradient clipping."""
+"""The optimizer of a stage: AdamW with warm-up, linear decay and gradient clipping."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_GRAD_NORM = 1.0
 
 
 class Updater:
-    """Updates a model for a number of steps and stops when a loss or gradient is not finite."""
+    """Updates a model for a number of steps, as long as loss and gradient are finite."""
 
     def __init__(
         self, model: PreTrainedModel, stage: str, *, steps: int, lr: float, advice: str
@@ -26,8 +26,8 @@ class Updater:
           model: the model to train.
           stage: the name of the stage, for the records.
           steps: the number of steps.
-          lr: the highest learning rate, which the warm-up ends at.
-          advice: what to try when the stage diverges.
+          lr: the highest learning rate, at the end of the warm-up.
+          advice: what to try if the stage diverges.
         """
         self.stage, self.steps, self.advice = stage, steps, advice
         self.count = 0
@@ -36,7 +36,7 @@ class Updater:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_factor)
 
     def lr_factor(self, step: int) -> float:
-        """Returns the share of the full learning rate at a step: up in a line, then down."""
+        """Returns the factor of the learning rate at a step: linear warm-up, then linear decay."""
         warm_up = math.ceil(WARM_UP_SHARE * self.steps)
         return min((step + 1) / warm_up, (self.steps - step) / (self.steps - warm_up + 1))
 
@@ -44,13 +44,13 @@ class Updater:
         """Clips the gradients and updates the model.
 
         Args:
-          loss: the loss whose gradients the parameters hold.
+          loss: the loss, after its backward pass.
 
         Returns:
           The stage, the step, the loss, the learning rate and the gradient norm before clipping.
 
         Raises:
-          DivergedError: the loss or the gradient norm is not finite; the model is left as it was.
+          DivergedError: the loss or the gradient norm is not finite. The model is then unchanged.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM).item()
         value, lr = loss.item(), self.optimizer.param_groups[0]["lr"]

@@ -1,12 +1,12 @@
 """SPO in an Accelerate loop, exact over uneven micro-batches and ranks.
 
-Tested with Accelerate 1.15 and PyTorch 2.13. In a loop that exists already: the 5 lines that
-compute the loss, 2 that count the pairs of the optimiser step, and the factor of the ranks.
+Tested with Accelerate 1.15 and PyTorch 2.13. To change an existing loop: the 5 lines that compute
+the loss, 2 that count the pairs of the optimiser step, and the factor for the ranks.
 
-The trap: `reduction="mean"` is a mean of means, over micro-batches and over ranks. And do not draw
-the batches of a step ahead under `accelerator.accumulate`: once the loader's last batch is drawn,
-every backward counts as a step's last, and the optimiser steps at each micro-batch. Under DeepSpeed
-take one micro-batch per step, or deepspeed_zero.py.
+Pitfalls: `reduction="mean"` gives a mean of means, over micro-batches and over ranks. With
+`accelerator.accumulate`, do not fetch the batches of a step in advance. Once the loader's last
+batch is fetched, every backward counts as the last of a step, and the optimiser steps at each
+micro-batch. Under DeepSpeed, use one micro-batch per step, or deepspeed_zero.py.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def train(
     """Yields the mean loss per pair of each optimiser step, over all ranks."""
     if micro_batches > 1 and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
-            "micro_batches must be 1 under DeepSpeed, whose engine steps at each backward here; "
-            "deepspeed_zero.py accumulates"
+            "micro_batches must be 1 under DeepSpeed, because its engine steps at each backward "
+            "here. To accumulate, use deepspeed_zero.py"
         )
     batches = iter(loader)
     while step := list(itertools.islice(batches, micro_batches)):
@@ -51,7 +51,7 @@ def train(
             last = number == len(step)
             with contextlib.nullcontext() if last else accelerator.no_sync(policy):
                 loss = pair_loss(policy, reference, batch, beta) / pairs
-                # DDP and FSDP average the gradients of the ranks: their number makes it a sum.
+                # DDP and FSDP average the gradients over ranks: times their number is the sum.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""SPO in trainers with a loss of their own: the one line for each, where it calls its loss.
+"""SPO in trainers with a built-in loss: one line for each, which replaces the loss.
 
 Tested against the call sites of these commits, not with whole runs of the trainers:
 
@@ -9,7 +9,7 @@ Tested against the call sites of these commits, not with whole runs of the train
 | LLaMA-Factory v1 | ff6d4d1 | src/llamafactory/v1/trainers/dpo_trainer.py, line 325 |
 | open-instruct | e6c3044 | open_instruct/dpo_utils.py, line 657 |
 
-The trap: what the replaced loss read is read no more, without a word: label smoothing in all four,
+Pitfall: options of the replaced loss are silently ignored, such as label smoothing in all four and
 the IPO switch in OpenRLHF. Leave them off. All four accumulate means of micro-batches.
 """
 
@@ -23,24 +23,24 @@ from spoloss.torch import SPOLoss
 
 
 def openrlhf(trainer: Any) -> None:
-    """`trainer` is the DPOTrainer, before `fit`; --dpo.beta holds (0.01 if made without it)."""
+    """`trainer` is the DPOTrainer, before `fit`. --dpo.beta applies (0.01 if it is not given)."""
     trainer.loss_fn = SPOLoss(trainer.beta, reduction="mean")
 
 
 def llama_factory_v0(trainer_class: type) -> None:
-    """`trainer_class` is CustomDPOTrainer; run with `pref_loss: sigmoid`, `pref_beta` holds."""
+    """`trainer_class` is CustomDPOTrainer. Run with `pref_loss: sigmoid`. `pref_beta` applies."""
     trainer_class.dpo_loss = lambda self, *logps: SPOLoss(self.beta)(*logps)
 
 
 def llama_factory_v1(dpo_trainer: ModuleType) -> None:
-    """`dpo_trainer` is llamafactory.v1.trainers.dpo_trainer; run with `pref_loss: sigmoid`."""
+    """`dpo_trainer` is llamafactory.v1.trainers.dpo_trainer. Run with `pref_loss: sigmoid`."""
     dpo_trainer.compute_sigmoid_dpo_loss = lambda *logps, beta, **_: spo_loss(
         *logps, beta=beta, reduction="none"
     )
 
 
 def open_instruct(dpo_utils: ModuleType) -> None:
-    """`dpo_utils` is open_instruct.dpo_utils; run with `loss_type: dpo` (dpo_norm averages)."""
+    """`dpo_utils` is open_instruct.dpo_utils. Run with `loss_type: dpo` (dpo_norm averages)."""
     dpo_utils.dpo_loss = lambda *logps, beta, **_: SPOLoss(beta)(*logps)
 
 

@@ -1,8 +1,8 @@
 """SPO under DistributedDataParallel (torchrun --standalone --nproc_per_node 2 docs/recipes/ddp.py).
 
-The loss is the mean over the pairs of all ranks and micro-batches, however many each of them holds.
-Tested with PyTorch 2.13, two processes on gloo. The trap: a forward past the wrapper
-(`ddp.module.model(...)`) leaves every rank with a gradient of its own, and raises no error.
+The loss is the mean over the pairs of all ranks and micro-batches, which may differ in size.
+Tested with PyTorch 2.13, two processes on gloo. Pitfall: a forward that bypasses the wrapper
+(`ddp.module.model(...)`) leaves every rank with its own gradient, without an error.
 """
 
 from contextlib import nullcontext
@@ -16,21 +16,21 @@ from spoloss.torch import linear_spo_loss, sequence_logps
 
 
 class FusedSPO(nn.Module):
-    """Owns the model, so that the head's weight is used inside the wrapped forward."""
+    """Wraps the model, so that the head's weight is used inside the wrapped forward."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
-        """Sums the losses of pairs, whose rows are all chosen, then all rejected."""
+        """Returns the sum of the pairs' losses. The rows are all chosen, then all rejected."""
         hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
         sides = *hidden.chunk(2), self.model.lm_head.weight, *labels.chunk(2), *ref.chunk(2)
         return linear_spo_loss(*sides, beta=0.1, reduction="sum").loss
 
 
 class LogitsSPO(FusedSPO):
-    """The same through the logits."""
+    """The same from the logits."""
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
         logps = sequence_logps(self.model(ids, attention_mask=mask).logits, labels)
@@ -38,7 +38,7 @@ class LogitsSPO(FusedSPO):
 
 
 def backward(ddp: DistributedDataParallel, micro_batches: list[tuple[Tensor, ...]]) -> None:
-    """Makes the gradient of an optimiser step; DDP divides the ranks' sum by their number."""
+    """Computes the gradient of an optimiser step. DDP averages over the ranks."""
     pairs = sum((labels.chunk(2)[0] != -100).any(1).sum() for _, _, labels, _ in micro_batches)
     dist.all_reduce(pairs)
     for number, batch in enumerate(micro_batches, start=1):

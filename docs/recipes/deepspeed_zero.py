@@ -4,11 +4,11 @@ In a checkout, without a GPU:
 DS_ACCELERATOR=cpu torchrun --standalone --nproc_per_node 2 docs/recipes/deepspeed_zero.py
 
 Tested with DeepSpeed 0.19.8 and PyTorch 2.13, two processes on gloo. Under ZeRO-3 a parameter is
-empty, of shape [0], outside the forward of the engine. Inside it, the attribute access
-`self.model.lm_head.weight` gathers the whole head and frees it again, after the backward pass too.
-The traps: the weight's `.data`, with which the head gets no gradient and no error is raised;
-`GatheredParameters` that is closed before the backward pass; a call past the engine
-(`engine.module(...)`); and the clipping to a norm of 1.0 that is DeepSpeed's default.
+empty, with shape [0], outside the forward of the engine. Inside it, the attribute access
+`self.model.lm_head.weight` gathers the whole head, and frees it after the forward and again after
+the backward pass. Pitfalls: with the weight's `.data` the head gets no gradient, without an error;
+`GatheredParameters` must not be closed before the backward pass; do not bypass the engine with
+`engine.module(...)`; DeepSpeed clips gradients to a norm of 1.0 by default.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from spoloss.torch import linear_spo_loss, sequence_logps
 
 
 class FusedSPO(nn.Module):
-    """Owns the model, so that the head's weight is used inside the engine's forward."""
+    """Wraps the model, so that the head's weight is used inside the engine's forward."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
-        """Sums the losses of pairs, whose rows are all chosen, then all rejected."""
+        """Returns the sum of the pairs' losses. The rows are all chosen, then all rejected."""
         hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
         sides = *hidden.chunk(2), self.model.lm_head.weight, *labels.chunk(2), *ref.chunk(2)
         return linear_spo_loss(*sides, beta=0.1, reduction="sum").loss
 
 
 def settings(stage: int, micro_batches: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` needs to know for optimiser steps of so many micro-batches."""
+    """The configuration for `deepspeed.initialize`, for steps of `micro_batches` micro-batches."""
     return {
-        "train_micro_batch_size_per_gpu": 1,  # only named in logs: `train_step` counts the pairs
+        "train_micro_batch_size_per_gpu": 1,  # used only in logs: `train_step` counts the pairs
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 0.0,  # without this line, gradients are clipped to a norm of 1.0
         "zero_optimization": {"stage": stage},
@@ -50,20 +50,20 @@ def settings(stage: int, micro_batches: int) -> dict[str, Any]:
 
 
 def train_step(engine: Any, micro_batches: list[tuple[Tensor, ...]]) -> None:
-    """Makes one optimiser step; every rank has `gradient_accumulation_steps` micro-batches."""
+    """Does one optimiser step. Every rank has `gradient_accumulation_steps` micro-batches."""
     pairs = sum((labels.chunk(2)[0] != -100).any(1).sum() for _, _, labels, _ in micro_batches)
     dist.all_reduce(pairs)
     # DeepSpeed divides the sum of the gradients by the ranks and by the micro-batches.
     scale = dist.get_world_size() * engine.gradient_accumulation_steps() / pairs
     for batch in micro_batches:
         engine.backward(engine(*batch) * scale)
-        engine.step()  # moves the weights after the last micro-batch
+        engine.step()  # updates the weights after the last micro-batch
 
 
 if __name__ == "__main__":
     import toy
 
-    # On CPUs DeepSpeed would compile this kernel at its first start, which takes a minute.
+    # On CPUs, DeepSpeed would compile this kernel at its first start, which takes a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")  # on GPUs "nccl", and batches there
     for stage in (2, 3):
@@ -72,7 +72,7 @@ if __name__ == "__main__":
         ref = sequence_logps(reference(batch.ids, attention_mask=batch.mask).logits, batch.labels)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
         config = settings(stage, micro_batches=1)
-        # Parameters of fewer elements than this stay whole, which are all of this tiny model.
+        # Parameters with fewer elements than this stay whole. Without 0, this tiny model would.
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         engine, *_ = deepspeed.initialize(
             model=FusedSPO(policy), optimizer=optimizer, config=config

@@ -1,8 +1,8 @@
 """SPO under FSDP2 (CUDA_VISIBLE_DEVICES= torchrun --standalone --nproc_per_node 2 fsdp2.py).
 
 The loss is the mean over the pairs of all ranks and micro-batches. Tested with PyTorch 2.13, two
-processes on gloo. The trap: outside its group's forward the head's weight is a shard. spoloss
-refuses it, but not its `full_tensor()`, whose gradient the ranks do not share, without an error.
+processes on gloo. Pitfall: outside its group's forward, the head's weight is a shard. spoloss
+raises an error for a shard, but not for its `full_tensor()`, whose gradient is not averaged.
 """
 
 import torch
@@ -12,38 +12,38 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from spoloss.torch import linear_spo_loss, sequence_logps
 
-# Cast inputs would round the reference's log-probabilities to bfloat16, in steps of 2 at -300.
+# Casting inputs would round the reference's log-probabilities to bfloat16, in steps of 2 at -300.
 BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
 class FusedSPO(nn.Module):
-    """Owns the model and is the root of its sharding: in its forward the head's weight is whole."""
+    """Wraps the model as the root of its sharding, so that its forward has the whole weight."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
-        """Sums the losses of pairs, whose rows are all chosen, then all rejected."""
+        """Returns the sum of the pairs' losses. The rows are all chosen, then all rejected."""
         hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
-        if isinstance(self.model.lm_head, FSDPModule):  # in a group of its own, it is not
+        if isinstance(self.model.lm_head, FSDPModule):  # its own group is not unsharded yet
             self.model.lm_head.unshard()
         sides = *hidden.chunk(2), self.model.lm_head.weight, *labels.chunk(2), *ref.chunk(2)
         return linear_spo_loss(*sides, beta=0.1, reduction="sum").loss
 
 
 def shard(model: nn.Module, **options: object) -> FusedSPO:
-    """Shards each layer, and the rest as one group; `mp_policy=BFLOAT16` trains in bfloat16."""
+    """Shards each layer, and the rest as one group. `mp_policy=BFLOAT16` trains in bfloat16."""
     for layer in model.model.layers:
         fully_shard(layer, **options)
     return fully_shard(FusedSPO(model), reshard_after_forward=True, **options)
 
 
 def backward(sharded: nn.Module, micro_batches: list[tuple[Tensor, ...]]) -> None:
-    """Makes the gradient of an optimiser step; all ranks have the same number of micro-batches."""
+    """Computes the gradient of an optimiser step. All ranks need as many micro-batches."""
     pairs = sum((labels.chunk(2)[0] != -100).any(1).sum() for _, _, labels, _ in micro_batches)
     dist.all_reduce(pairs)
-    for batch in micro_batches:  # FSDP2 divides the ranks' sum by their number
+    for batch in micro_batches:  # FSDP2 averages over the ranks
         (sharded(*batch) * dist.get_world_size() / pairs).backward()
 
 

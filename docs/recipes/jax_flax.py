@@ -1,11 +1,11 @@
 """SPO in JAX with Optax: a jitted step over plain parameters, and one over Flax NNX modules.
 
-Tested with JAX 0.10, Optax 0.2.8 and Flax 0.12. In a train step that exists already: the lines of
-`mean_loss`, where the model's last hidden states and its head take the place of the logits. They
-never exist: `linear_spo_loss` computes loss and gradients in one pass.
+Tested with JAX 0.10, Optax 0.2.8 and Flax 0.12. To change an existing train step: the lines of
+`mean_loss`. It uses the model's last hidden states and its head instead of the logits, and
+`linear_spo_loss` computes loss and gradients in one pass without the logits.
 
-The trap: the reference. It must be an argument of the jitted step, because weights that the step
-closes over become constants of the compiled program.
+Pitfall: the reference must be an argument of the jitted step, because weights that the step closes
+over become constants of the compiled program.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def make_train_step(
 def nnx_train_step(
     policy: nnx.Module, reference: nnx.Module, optimizer: nnx.Optimizer, batch: Any, beta: float
 ) -> jax.Array:
-    """Flax NNX: one step, which changes policy and optimizer in place; returns the mean loss."""
+    """Flax NNX: one step, which changes policy and optimizer in place. Returns the mean loss."""
     loss, grads = nnx.value_and_grad(mean_loss)(policy, reference, batch, beta)
     optimizer.update(policy, grads)
     return loss

@@ -1,13 +1,13 @@
 """SPO on a mesh with Flax NNX and Optax: pairs over "data", the head's words over "model".
 
-Tested with JAX 0.10, Optax 0.2.8 and Flax 0.12. In a train step that exists already: the two calls
-that name `mesh`, and the pairs kept as two arrays. On four virtual devices of a CPU:
+Tested with JAX 0.10, Optax 0.2.8 and Flax 0.12. To change an existing train step: the two calls
+with `mesh`, and the pairs as two arrays. On four virtual devices of a CPU:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python docs/recipes/jax_mesh.py
 
-The trap: chosen and rejected rows in one array [2B, T]. Split over "data", the first devices hold
-all the chosen rows and the last ones all the rejected, and every step moves hidden states between
-devices to bring a pair together. Two arrays [B, T] leave both sides of a pair on one device.
+Pitfall: do not put chosen and rejected rows in one array [2B, T]. Split over "data", the first
+devices would get all chosen rows and the last ones all rejected rows, and every step would move
+hidden states between devices. With two arrays [B, T], both sides of a pair are on one device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spoloss.jax import linear_logps, linear_spo_loss
 
 
 def make_mesh(data: int, model: int) -> Mesh:
-    """Devices as rows of "data" and columns of "model"; XLA chooses layouts in between."""
+    """A mesh with rows "data" and columns "model". XLA chooses the layouts of other arrays."""
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -44,7 +44,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 def mean_loss(
     policy: nnx.Module, reference: nnx.Module, chosen: Any, rejected: Any, beta: float, mesh: Mesh
 ) -> jax.Array:
-    """The loss of all pairs on the mesh; a side has ids, mask and labels, [B, T] each."""
+    """The loss of all pairs on the mesh. A side has ids, mask and labels, [B, T] each."""
     where = {"mesh": mesh, "batch_axis": "data", "vocab_axis": "model"}
     reference_logps = []
     for side in (chosen, rejected):
@@ -75,7 +75,7 @@ def train_step(
     beta: float,
     mesh: Mesh,
 ) -> jax.Array:
-    """One step, which changes policy and optimizer in place; returns the mean loss."""
+    """One step, which changes policy and optimizer in place. Returns the mean loss."""
     loss, grads = nnx.value_and_grad(mean_loss)(policy, reference, chosen, rejected, beta, mesh)
     optimizer.update(policy, grads)
     return loss

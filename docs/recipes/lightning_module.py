@@ -1,10 +1,10 @@
-"""SPO as a LightningModule: every pair weighs the same under gradient accumulation, TRL's log keys.
+"""SPO as a LightningModule: equal weights for all pairs under accumulation, TRL's log keys.
 
-Tested with Lightning 2.6 and PyTorch 2.13. In a LightningModule that exists already: the 6 lines of
+Tested with Lightning 2.6 and PyTorch 2.13. To change an existing LightningModule: the 6 lines of
 `pair_loss`, and the 3 that keep the reference.
 
-The trap: a reference that is a submodule goes into every checkpoint. Kept out of the modules it
-does not, but then you move it to the device, as `on_fit_start` does.
+Pitfall: a reference that is a submodule is saved in every checkpoint. Here it is not a submodule,
+so `on_fit_start` must move it to the device.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from spoloss.torch import sequence_logps
 
 
 class SPOModule(lightning.LightningModule):
-    """A policy that learns from pairs; batches hold ids, mask, labels: chosen, then rejected rows.
+    """A policy that trains on pairs. Batches have ids, mask, labels: chosen, then rejected rows.
 
-    Lightning divides a loss by `accumulate_grad_batches` and averages over ranks. The divisor
-    `pairs_per_micro_batch` makes that the mean over all pairs of a step with full micro-batches;
-    a short micro-batch makes a shorter step, in which a pair still weighs the same.
+    Lightning divides a loss by `accumulate_grad_batches` and averages over ranks. With the divisor
+    `pairs_per_micro_batch`, the result is the mean over all pairs of a step with full
+    micro-batches. A short micro-batch gives a smaller step, but all pairs have equal weights.
     """
 
     def __init__(

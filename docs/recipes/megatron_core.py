@@ -1,15 +1,16 @@
-"""SPO on Megatron-core's GPTModel under tensor parallelism, with the head in shards of its rows.
+"""SPO on Megatron-core's GPTModel under tensor parallelism, with a split head.
 
 In a checkout: torchrun --standalone --nproc_per_node 2 docs/recipes/megatron_core.py
 
-Each rank holds some rows of the output layer, or of the embeddings where they are tied. The fused
-loss takes these rows with `vocab_parallel_group`, and neither the logits nor the whole head exist
-anywhere. Tested with Megatron-core 0.16.1 and PyTorch 2.13, tensor parallel 2 on gloo, with and
-without sequence parallelism. In a loop that exists already: `hidden_states`, `head_weight` and the
-group. The traps: under sequence parallelism the hidden states are gathered with
-`tensor_parallel_output_grad=False`, for the loss gives every rank their whole gradient; with the
-default True, all gradients below the head come out as many times too large as there are ranks. And
-the first axis of Megatron's hidden states is the token, where the fused loss takes the sequence.
+Each rank has some rows of the output layer, or of the embeddings if they are tied. The fused loss
+takes these rows with `vocab_parallel_group`. No rank holds the logits or the whole head.
+Tested with Megatron-core 0.16.1 and PyTorch 2.13, tensor parallel 2 on gloo, with and without
+sequence parallelism. To change an existing loop: `hidden_states`, `head_weight` and the group.
+
+Pitfalls: under sequence parallelism, gather the hidden states with
+`tensor_parallel_output_grad=False`, because the loss gives every rank their whole gradient. With
+the default True, all gradients below the head are too large by a factor of the number of ranks.
+The first axis of Megatron's hidden states is the token, and the fused loss expects the sequence.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from spoloss.torch import linear_logps, linear_spo_loss
 
 
 def hidden_states(model: GPTModel, ids: Tensor) -> Tensor:
-    """The last hidden states, [B, T, D], the same on all tensor-parallel ranks; causal."""
+    """The last hidden states, [B, T, D], equal on all tensor-parallel ranks. Causal attention."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     model.post_process = False  # the forward then ends before the output layer
     try:
@@ -39,16 +40,17 @@ def hidden_states(model: GPTModel, ids: Tensor) -> Tensor:
 
 
 def head_weight(model: GPTModel) -> Tensor:
-    """This rank's rows of the output layer, or of the embeddings where they are tied."""
+    """This rank's rows of the output layer, or of the embeddings if they are tied."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
 
 
 def spo_step(policy: GPTModel, reference: GPTModel, batch: Any, beta: float = 0.1) -> Tensor:
-    """The mean loss of a batch that the group's ranks share; rows all chosen, then all rejected.
+    """The mean loss of a batch that all ranks of the group share.
 
-    Sequences are padded on the right, so that causal attention needs no mask.
+    The rows are all chosen, then all rejected. Sequences are padded on the right, so causal
+    attention needs no mask.
     """
     options = {"vocab_parallel_group": parallel_state.get_tensor_model_parallel_group()}
     ids, labels = batch.ids, batch.labels

@@ -1,12 +1,13 @@
 """SPO in MLX: a compiled train step over an `mlx.nn` module.
 
-Tested with MLX 0.32. In a train step that exists already: the line of `spo_loss`, and the function
-`pair_logps`. Policy and reference are called as ids -> logits, as the models of mlx-lm are; with
-padding on the right a causal model needs no mask.
+Tested with MLX 0.32. To change an existing train step: the line of `spo_loss`, and the function
+`pair_logps`. Policy and reference are called as ids -> logits, like the models of mlx-lm. With
+padding on the right, a causal model needs no mask.
 
-The trap: what a compiled step closes over is a constant of it, so the reference's weights are
-among its `inputs`; a reference that is loaded later is not seen otherwise. The label -100 is
-an index to MLX, which checks no bounds: ignored labels are replaced before, and masked by `where`.
+Pitfalls: a compiled step treats everything that it closes over as a constant. Therefore the
+reference's weights are among its `inputs`. Otherwise a reference that is loaded later would have no
+effect. MLX treats the label -100 as an index and checks no bounds, so replace ignored labels first,
+and mask them with `where`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ IGNORED = -100
 
 
 def pair_logps(logits: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
-    """Summed log-probabilities, chosen [B] and rejected [B]; rows are all chosen, then rejected."""
+    """Summed log-probabilities, chosen [B] and rejected [B]. Rows are all chosen, then rejected."""
     targets = labels[:, 1:]  # position t predicts label t + 1
     counts = targets != IGNORED
     nll = nn.losses.cross_entropy(logits[:, :-1], mx.where(counts, targets, 0))
@@ -44,7 +45,7 @@ def mean_loss(
 def make_train_step(
     policy: nn.Module, reference: nn.Module, optimizer: Optimizer, beta: float = 0.1
 ) -> Callable[[mx.array, mx.array], mx.array]:
-    """(ids, labels) -> the mean loss; each step changes policy and optimizer in place."""
+    """(ids, labels) -> the mean loss. Each step changes policy and optimizer in place."""
     optimizer.init(policy.trainable_parameters())
     trained = [policy.state, optimizer.state]
     loss_and_grads = nn.value_and_grad(policy, mean_loss)
@@ -58,7 +59,7 @@ def make_train_step(
 
     def train_step(ids: mx.array, labels: mx.array) -> mx.array:
         loss = update(ids, labels)
-        mx.eval(loss, *trained)  # MLX is lazy: without it the graph grows from step to step
+        mx.eval(loss, *trained)  # MLX is lazy: without this, the graph grows from step to step
         return loss
 
     return train_step

@@ -1,10 +1,10 @@
-"""SPO without autograd: NumPy alone trains a bigram model with the analytic gradient.
+"""SPO without autograd: NumPy trains a bigram model with the analytic gradient.
 
-Tested with NumPy 2.4; neither PyTorch nor JAX is imported. In code of your own that has no
-autograd: `spo_grad` gives d loss / d log-probability of each completion, and you go on from there
-by the chain rule, here to the table of logits.
+Tested with NumPy 2.4, without PyTorch or JAX. In your own code without autograd, `spo_grad` gives
+d loss / d log-probability of each completion. You continue with the chain rule, here to the table
+of logits.
 
-The trap: `spo_grad` differentiates its own `reduction`. Take that of the loss that you report.
+Pitfall: `spo_grad` differentiates its own `reduction`. Use the reduction of the loss you report.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Table = NDArray[np.float64]
 
 
 def log_softmax(table: Table) -> Table:
-    """Log-probabilities [V, V] of the next token, a row for each token before it."""
+    """Log-probabilities [V, V] of the next token, with one row for each previous token."""
     table = table - table.max(axis=1, keepdims=True)
     return table - np.log(np.exp(table).sum(axis=1, keepdims=True))
 
 
 def sequence_logps(logps: Table, prompts: Sequence[list], answers: Sequence[list]) -> NDArray:
-    """Summed log-probabilities of the answers [B]; every prompt has a token at least."""
+    """Summed log-probabilities of the answers [B]. Every prompt has at least one token."""
     return np.array([logps[before(p, a), a].sum() for p, a in zip(prompts, answers, strict=True)])
 
 
 def before(prompt: list[int], answer: list[int]) -> list[int]:
-    """The token that comes before each of the answer's."""
+    """The previous token of each token of the answer."""
     return [prompt[-1], *answer[:-1]]
 
 

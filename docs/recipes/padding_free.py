@@ -1,9 +1,9 @@
-"""SPO without padding: all sequences of a batch one after another in one row, parted by offsets.
+"""SPO without padding: all sequences of a batch packed into one row, with offsets.
 
-Tested with PyTorch 2.13 and Transformers 5.23, whose models part the row by position ids that start
-again at 0 (on any attention implementation, if neither an attention mask nor a cache is given). In
-a padded loop that exists already: the collator, `position_ids`, and `cu_seqlens`. The trap: without
-the offsets each sequence's last token would be scored on the next sequence's first.
+Tested with PyTorch 2.13 and Transformers 5.23. Its models separate the sequences by position ids
+that restart at 0 (with any attention implementation, if you pass neither an attention mask nor a
+cache). To change an existing padded loop: the collator, `position_ids`, and `cu_seqlens`. Pitfall:
+without the offsets, each sequence's last token would be scored on the next sequence's first token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 def pack(pairs: Sequence[tuple[list[int], list[int], list[int]]]) -> Row:
-    """Lay (prompt, chosen, rejected) token ids into one row."""
+    """Pack (prompt, chosen, rejected) token ids into one row."""
     texts = [(prompt, chosen) for prompt, chosen, _ in pairs]
     texts += [(prompt, rejected) for prompt, _, rejected in pairs]
     lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in texts])

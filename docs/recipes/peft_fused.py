@@ -1,11 +1,11 @@
-"""SPO with LoRA: a frozen head worked on by tiles, and the bare model as the reference.
+"""SPO with LoRA: the fused loss with a frozen head, and the bare model as the reference.
 
-Tested with PEFT 0.21, Transformers 5.23 and PyTorch 2.13. In a loop that exists already: the 9
-lines of `pair_loss`. There is no second model, no logits, and no gradient of the head's size.
+Tested with PEFT 0.21, Transformers 5.23 and PyTorch 2.13. To change an existing loop: the 9 lines
+of `pair_loss`. There is no second model, no logits, and no gradient of the head's size.
 
-The trap: the fused head reads `lm_head.weight`, in which a LoRA adapter on the head is not; loss
-and gradient are then wrong without a word. Such a head is refused here. Train the head with
-`modules_to_save=["lm_head"]`, or go by logits (`sequence_logps`).
+Pitfall: the fused head reads `lm_head.weight`, which does not include a LoRA adapter on the head.
+Loss and gradient would silently be wrong, so this recipe raises an error for such a head. Train
+the head with `modules_to_save=["lm_head"]`, or use the logits (`sequence_logps`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from spoloss.torch import linear_logps, linear_spo_loss
 
 
 def pair_loss(policy: PeftModel, batch: Any, beta: float = 0.1) -> Tensor:
-    """The loss of a batch; its reference is the policy without its adapters."""
+    """The loss of a batch. The reference is the policy without its adapters."""
     core = policy.get_base_model()
     head = core.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
-        raise ValueError("the head carries an adapter, which its weight does not show")
+        raise ValueError("the head has an adapter, which its weight does not include")
 
     def hidden_states() -> Tensor:
         return core.get_decoder()(batch.ids, batch.mask).last_hidden_state

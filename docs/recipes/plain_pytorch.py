@@ -1,10 +1,10 @@
-"""SPO in a plain PyTorch loop: by logits or by the fused head, exact over uneven micro-batches.
+"""SPO in a plain PyTorch loop, from logits or with the fused head, over uneven micro-batches.
 
-Tested with PyTorch 2.13 and Transformers 5.23. In a loop that exists already: 5 lines, those of
-`loss_by_logits`; with gradient accumulation 2 more, the count and the division.
+Tested with PyTorch 2.13 and Transformers 5.23. To change an existing loop: the 5 lines of
+`loss_by_logits`. With gradient accumulation, 2 more lines: the count and the division.
 
-The trap: `reduction="mean"` in each micro-batch, divided by their number, weighs a pair of a small
-micro-batch more than one of a large. Divide the sum by the pairs of the whole optimiser step.
+Pitfall: a mean of the micro-batches' means gives the pairs of a small micro-batch larger weights.
+Divide the sum by the number of pairs in the whole optimiser step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spoloss.torch import linear_logps, linear_spo_loss, sequence_logps
 
 
 def loss_by_logits(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
-    """The loss summed over the pairs; rows are all chosen, then all rejected."""
+    """The loss summed over the pairs. Rows are all chosen, then all rejected."""
     chosen, rejected = sequence_logps(policy(batch.ids, batch.mask).logits, batch.labels).chunk(2)
     with torch.no_grad():
         ref_logps = sequence_logps(reference(batch.ids, batch.mask).logits, batch.labels)
@@ -28,7 +28,7 @@ def loss_by_logits(policy: Any, reference: Any, batch: Any, beta: float) -> Tens
 
 
 def loss_by_tiles(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
-    """The same from hidden states: the logits never exist as a whole."""
+    """The same from hidden states, without holding all logits."""
     hidden = policy.model(batch.ids, batch.mask).last_hidden_state
     with torch.no_grad():
         ref_hidden = reference.model(batch.ids, batch.mask).last_hidden_state
@@ -50,7 +50,7 @@ def accumulate(
     micro_batches: Sequence[Any],
     beta: float = 0.1,
 ) -> float:
-    """Backward over the micro-batches of one optimiser step; returns their mean loss per pair."""
+    """Runs backward for the micro-batches of one step. Returns their mean loss per pair."""
     pairs = sum(len(batch.labels) // 2 for batch in micro_batches)
     total = 0.0
     for batch in micro_batches:

@@ -1,10 +1,11 @@
-"""SPO with every sequence cut over the ranks (Ulysses: attention trades slices for heads).
+"""SPO with every sequence split over the ranks (Ulysses: attention exchanges slices for heads).
 
 In a checkout: torchrun --standalone --nproc_per_node 2 docs/recipes/sequence_parallel.py
 
-A rank knows its tokens' part of each log-probability; the parts are summed over the ranks before
-the margin. Tested with PyTorch 2.13 and Transformers 5.23, two processes on gloo. The trap: labels
-are shifted before they are cut and not again, or the label of every slice's last token is lost.
+Each rank computes its tokens' part of each log-probability. The parts are summed over the ranks
+before the margin. Tested with PyTorch 2.13 and Transformers 5.23, two processes on gloo. Pitfall:
+shift the labels before you split them, and not again. Otherwise the label of every slice's last
+token is lost.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ GROUP: dist.ProcessGroup | None = None  # the ranks that share a sequence; None 
 
 
 def cut(ids: Tensor, labels: Tensor) -> list[Tensor]:
-    """Cuts ids, positions and shifted labels, padded on the right: this rank's [B, T / ranks]."""
+    """Returns this rank's slices [B, T / ranks] of ids, positions and shifted labels."""
     ranks, rank = dist.get_world_size(GROUP), dist.get_rank(GROUP)
     shifted = pad(labels[:, 1:], (0, 1), value=-100)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -34,30 +35,31 @@ def cut(ids: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 class SliceLogps(nn.Module):
-    """Owns the model, so that the head's weight is used inside the wrapped forward."""
+    """Wraps the model, so that the head's weight is used inside the wrapped forward."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
-        """Sums the log-probabilities of a slice's labels: [B]."""
+        """Returns the sum of the log-probabilities of a slice's labels, [B]."""
         hidden = self.model.model(ids, position_ids=positions).last_hidden_state
         return linear_logps(hidden, self.model.lm_head.weight, labels, shift=False)
 
 
 class LogitsSliceLogps(SliceLogps):
-    """The same through the logits."""
+    """The same from the logits."""
 
     def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
-        """Sums the log-probabilities of a slice's labels: [B]."""
+        """Returns the sum of the log-probabilities of a slice's labels, [B]."""
         return sequence_logps(self.model(ids, position_ids=positions).logits, labels, shift=False)
 
 
 class SumOverRanks(torch.autograd.Function):
-    """A sum that every rank makes a loss of; the gradient is that of all these losses together.
+    """A sum over ranks whose backward sums over ranks too.
 
-    They are one loss, counted once per rank: engines that average gradients over ranks undo that.
+    Every rank computes the same loss, so this gradient counts the loss once per rank. An engine
+    that averages gradients over ranks divides by their number again.
     """
 
     @staticmethod
@@ -69,16 +71,16 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
-        """Sums what the ranks' losses ask of this part."""
+        """Sums the ranks' gradients by this part."""
         return SumOverRanks.forward(None, grad)
 
 
 class Exchange(torch.autograd.Function):
-    """Cuts one axis over the ranks and joins another from them."""
+    """Splits one axis over the ranks and joins another axis from them."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, cut_axis: int, join_axis: int) -> Tensor:
-        """Sends every rank its piece."""
+        """Sends each rank its part."""
         ctx.back = join_axis, cut_axis
         sent = torch.stack(tensor.chunk(dist.get_world_size(GROUP), cut_axis))
         received = torch.empty_like(sent)
@@ -87,21 +89,21 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Sends the pieces back."""
+        """Sends the parts back."""
         return Exchange.apply(grad, *ctx.back), None, None
 
 
 def ulysses(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention of whole sequences and some of the heads; key-value heads must divide by ranks."""
+    """Attention over whole sequences with some heads. Ranks must divide the key-value heads."""
     some_heads = [Exchange.apply(states, 1, 2) for states in (q, k, v)]
     output, _ = sdpa_attention_forward(module, *some_heads, mask, is_causal=True, **options)
     return Exchange.apply(output, 1, 2), None
 
 
 def backward(ddp: nn.Module, ids: Tensor, labels: Tensor, ref: Tensor) -> None:
-    """Makes the gradient of an optimiser step; `ref` is of whole sequences."""
+    """Computes the gradient of an optimiser step. `ref` is for whole sequences."""
     logps = SumOverRanks.apply(ddp(*cut(ids, labels)))
     spo_loss(*logps.chunk(2), *ref.chunk(2), beta=0.1).backward()
 

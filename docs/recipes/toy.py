@@ -1,4 +1,4 @@
-"""What the recipes run on when started as scripts: a tiny model, its reference, random pairs."""
+"""Data for the recipes when started as scripts: a tiny model, its reference, random pairs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows [2B, T]: all chosen, then all rejected; labels are -100 on prompt and padding."""
+    """Rows [2B, T]: all chosen, then all rejected. Labels are -100 on prompt and padding."""
 
     ids: Tensor
     mask: Tensor
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 def models(
     *, tied: bool = False, dtype: torch.dtype = torch.float32
 ) -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
-    """A policy of random weights, and a frozen reference a little beside it."""
+    """A policy with random weights, and a frozen reference with slightly different weights."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -58,7 +58,7 @@ def models(
 
 
 def pairs(count: int, seed: int = 1) -> list[Pair]:
-    """Pairs of random tokens; no two completions need have one length."""
+    """Pairs of random tokens, with completions of different lengths."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(fewest: int, most: int) -> list[int]:
@@ -87,7 +87,7 @@ def collate(pairs: list[Pair]) -> Batch:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are the ids themselves: " <3> <7>" is [3, 7]; <1> ends, <2> pads."""
+    """A tokenizer with the ids as words: " <3> <7>" is [3, 7]. <1> ends a text, <2> pads it."""
     words = {f"<{i}>": i for i in range(VOCABULARY)}
     model = Tokenizer(WordLevel(words, unk_token="<0>"))
     model.pre_tokenizer = WhitespaceSplit()

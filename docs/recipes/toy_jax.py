@@ -1,6 +1,6 @@
-"""What the JAX recipes run on when started as scripts: a tiny model, its reference, a batch.
+"""Data for the JAX recipes when started as scripts: a tiny model, its reference, a batch.
 
-The model predicts each token from the mean of the embeddings up to the one before.
+The model predicts each token from the mean of the embeddings of all previous tokens.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Params = dict[str, jax.Array]
 
 
 def apply(params: Params, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hidden states [B, T, D] of token ids [B, T], and the head; padding is on the right."""
+    """Hidden states [B, T, D] of token ids [B, T], and the head. Padding is on the right."""
     states = params["embed"][ids] * mask[..., None]
     states = jnp.cumsum(states, axis=1) / jnp.maximum(jnp.cumsum(mask, axis=1), 1)[..., None]
     return jnp.tanh(states), params["head"]
 
 
 def params(dtype: jnp.dtype = jnp.float32) -> tuple[Params, Params]:
-    """The weights of a policy, and of a reference a little beside it."""
+    """The weights of a policy, and slightly different weights of a reference."""
     random = np.random.default_rng(0)
     policy = {
         "embed": random.normal(size=(toy.VOCABULARY, 16)),
@@ -33,7 +33,7 @@ def params(dtype: jnp.dtype = jnp.float32) -> tuple[Params, Params]:
 
 
 class Model(nnx.Module):
-    """The same as a module."""
+    """The same model as a module."""
 
     def __init__(self, weights: Params) -> None:
         self.embed = nnx.Param(weights["embed"])

@@ -1,4 +1,4 @@
-"""What megatron_core.py runs on when started as a script: a tiny GPTModel, on CPUs too."""
+"""The model for megatron_core.py when started as a script: a tiny GPTModel, also for CPUs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from torch.nn import functional as F
 
 
 class PlainAttention(MegatronModule):
-    """Causal attention by PyTorch: Megatron's own keeps its buffers on a GPU."""
+    """PyTorch's causal attention, because Megatron's own keeps its buffers on a GPU."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Takes and gives tensors whose axes are token, sequence, head, width."""
+        """Attention on tensors with the axes token, sequence, head, width."""
         q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return output.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
 class Norm(nn.LayerNorm):
-    """PyTorch's layer norm, whose gradients Megatron sums where it sees a part of each sequence."""
+    """PyTorch's layer norm. With sequence parallelism, Megatron sums its gradients over ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps)
@@ -41,8 +41,8 @@ class Norm(nn.LayerNorm):
 def model(
     *, tied: bool = False, sequence_parallel: bool = False, dtype: torch.dtype = torch.float32
 ) -> GPTModel:
-    """A GPTModel of random weights, divided over the tensor-parallel ranks."""
-    # Without a GPU there are no CUDA states of random numbers to track: nothing here drops out.
+    """A GPTModel with random weights, split over the tensor-parallel ranks."""
+    # Without a GPU there are no CUDA random states to track, and this model has no dropout.
     initialize_rng_tracker(inference_rng_tracker=True)
     config = TransformerConfig(
         num_layers=2,

@@ -1,6 +1,6 @@
-"""What the MLX recipe runs on when started as a script: a tiny model, its reference, a batch.
+"""Data for the MLX recipe when started as a script: a tiny model, its reference, a batch.
 
-The model predicts each token from the mean of the embeddings up to the one before.
+The model predicts each token from the mean of the embeddings of all previous tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mlx import nn
 
 
 class Model(nn.Module):
-    """Causal: what a position sees ends with itself, so padding on the right changes nothing."""
+    """A causal model, so padding on the right has no effect."""
 
     def __init__(self, weights: dict[str, mx.array]) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class Model(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Rows [2B, T]: all chosen, then all rejected; labels are -100 on prompt and padding."""
+    """Rows [2B, T]: all chosen, then all rejected. Labels are -100 on prompt and padding."""
 
     ids: mx.array
     labels: mx.array
 
 
 def models(dtype: mx.Dtype = mx.float32) -> tuple[Model, Model]:
-    """A policy of random weights, and a frozen reference a little beside it."""
+    """A policy with random weights, and a frozen reference with slightly different weights."""
     random = np.random.default_rng(0)
     policy = {
         "embed": random.normal(size=(toy.VOCABULARY, 16)),

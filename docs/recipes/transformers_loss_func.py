@@ -1,11 +1,11 @@
-"""SPO as the `compute_loss_func` of Transformers' Trainer, exact however pairs are spread.
+"""SPO as the `compute_loss_func` of Transformers' Trainer, exact for any distribution of pairs.
 
-Tested with Transformers 5.23 and PyTorch 2.13. No subclass; a run that exists already changes by
-the module that owns policy and reference, the collator's names, and two arguments of Trainer.
+Tested with Transformers 5.23 and PyTorch 2.13, without a subclass. To change an existing run: the
+module with policy and reference, the collator's names, and two arguments of Trainer.
 
-The trap: Trainer counts the labels that are not -100 and hands over their number. So a batch has
-one label per pair, which says nothing else, and the tokens to predict go by another name. And the
-reference, a part of the model here, is saved with each checkpoint.
+Pitfalls: Trainer counts the labels that are not -100 and passes their number. So a batch needs one
+dummy label per pair, and the tokens to predict need another name. The reference is part of the
+model here, so it is saved with each checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spoloss.torch import sequence_logps
 
 
 class PolicyAndReference(nn.Module):
-    """Gives the four log-probabilities; rows are all chosen, then all rejected."""
+    """Returns the four log-probabilities. Rows are all chosen, then all rejected."""
 
     def __init__(self, policy: nn.Module, reference: nn.Module) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class PolicyAndReference(nn.Module):
 def mean_over_step(
     outputs: dict[str, Any], labels: Tensor, num_items_in_batch: Tensor | None = None
 ) -> Tensor:
-    """The batch's part of the mean over all pairs of the step; in evaluation, of the batch."""
+    """The batch's part of the mean over all pairs of the step; in evaluation, the batch's mean."""
     pairs = len(labels) if num_items_in_batch is None else num_items_in_batch
     return spo_loss(*outputs["logps"], beta=0.1, reduction="sum") / pairs
 
@@ -54,7 +54,7 @@ if __name__ == "__main__":
     from transformers import Trainer, TrainingArguments
 
     def collate(pairs: list[toy.Pair]) -> dict[str, Tensor]:
-        """The batch under the names that Trainer hands on."""
+        """The batch with the names that Trainer passes to the model."""
         batch = dict(
             zip(("input_ids", "attention_mask", "targets"), toy.collate(pairs), strict=True)
         )
@@ -70,7 +70,7 @@ if __name__ == "__main__":
             save_strategy="no",
             report_to="none",
             label_names=["labels"],
-            remove_unused_columns=False,  # Trainer would drop what the model does not name
+            remove_unused_columns=False,  # Trainer would drop keys that forward does not name
         )
         model = PolicyAndReference(*toy.models())
         data = toy.pairs(6)

@@ -1,11 +1,12 @@
 """SPO in Transformers' Trainer: with the least code, and exact over uneven micro-batches and ranks.
 
-Tested with Transformers 5.23 and PyTorch 2.13. A run that exists already changes by this class and
-`reference=`. A batch holds input_ids, attention_mask and labels, rows all chosen then all rejected.
+Tested with Transformers 5.23 and PyTorch 2.13. To change an existing run: this class and
+`reference=`. A batch has input_ids, attention_mask and labels, with all chosen rows first.
 
-The trap: without `loss_is_scaled_for_ga = False` Trainer takes the loss of a model that has
-`**kwargs` for divided already, and accumulating over K micro-batches makes the gradient K times too
-large, silently. (Before Transformers 5.19: `self.model_accepts_loss_kwargs = False` in `__init__`.)
+Pitfall: if a model's forward accepts `**kwargs`, Trainer assumes that its loss is already divided.
+Without `loss_is_scaled_for_ga = False`, accumulation over K micro-batches then silently makes the
+gradient K times too large. (Before Transformers 5.19, set `self.model_accepts_loss_kwargs = False`
+in `__init__`.)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class SPOTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Any:
-        labels = inputs.pop("labels")  # with labels the model would compute a loss of its own
+        labels = inputs.pop("labels")  # with labels, the model would compute its own loss
         outputs = model(**inputs)
         chosen, rejected = sequence_logps(outputs.logits, labels).chunk(2)
         with torch.no_grad():
@@ -42,7 +43,7 @@ class SPOTrainer(Trainer):
 
 
 class ExactSPOTrainer(SPOTrainer):
-    """A step's gradient is the mean over all its pairs, of all micro-batches and ranks."""
+    """A step's gradient is the mean over its pairs from all micro-batches and ranks."""
 
     loss_is_scaled_for_ga = True
 
@@ -57,7 +58,7 @@ class ExactSPOTrainer(SPOTrainer):
     ) -> Any:
         pairs = len(inputs["labels"]) // 2
         mean = super().compute_loss(model, inputs, *args, **kwargs)
-        # DDP and FSDP average over ranks: their number turns that into a sum.
+        # DDP and FSDP average over ranks: times their number is the sum.
         share = pairs * self.accelerator.num_processes / self.pairs_in_step
         return mean * share if model.training else mean
 
@@ -69,7 +70,7 @@ if __name__ == "__main__":
     from transformers import TrainingArguments
 
     def collate(pairs: list[toy.Pair]) -> dict[str, Tensor]:
-        """The batch under the names that Trainer hands on."""
+        """The batch with the names that Trainer passes to the model."""
         return dict(zip(("input_ids", "attention_mask", "labels"), toy.collate(pairs), strict=True))
 
     policy, reference = toy.models()
@@ -83,7 +84,7 @@ if __name__ == "__main__":
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",
-                remove_unused_columns=False,  # Trainer would drop what the model does not name
+                remove_unused_columns=False,  # Trainer would drop keys that forward does not name
             )
             data = toy.pairs(6)
             trainer = trainer_class(policy, arguments, collate, data, reference=reference, beta=0.1)

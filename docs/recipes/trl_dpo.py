@@ -1,12 +1,12 @@
 """SPO in TRL's DPOTrainer: reference model, precomputed references, LoRA, and TRL's log keys.
 
-Tested with TRL 1.16, Transformers 5.23 and PEFT 0.21; runs unchanged on TRL 1.0 and 1.8. In a run
-that exists already: this class for `DPOTrainer`; `DPOConfig(beta=...)` and all else stay.
+Tested with TRL 1.16, Transformers 5.23 and PEFT 0.21. It runs unchanged on TRL 1.0 and 1.8. To
+change an existing run: use this class instead of `DPOTrainer`, and keep `DPOConfig(beta=...)`.
 
-The trap: `DPOConfig(loss_type="spo")` is taken without a word and fails at the first step; TRL has
-no registry of losses, so `compute_loss` is the place. What TRL adds to its own losses there is not
-added here: f-divergences, WPO's weights, LD-DPO, auxiliary losses, logs of entropy and of logits.
-A step is the mean of its micro-batches, as TRL has it.
+Pitfall: `DPOConfig(loss_type="spo")` is accepted but fails at the first step. TRL has no registry
+of losses, so this class overrides `compute_loss`. It does not have what TRL adds to its own losses
+there: f-divergences, WPO's weights, LD-DPO, auxiliary losses, logs of entropy and of logits. As in
+TRL, a step is the mean over its micro-batches.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SPOTrainer(DPOTrainer):
     def reference_logps(
         self, model: nn.Module, model_inputs: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, ...]:
-        """By the reference model; without one by the policy's base, or its adapter as it came."""
+        """From the reference model, else from the policy's base model or its initial adapter."""
         if self.ref_model is not None:
             logits = self.ref_model(**model_inputs, use_cache=False).logits
         else:

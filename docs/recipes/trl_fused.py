@@ -1,18 +1,18 @@
-"""SPO in TRL's DPOTrainer by the fused head: no logits of the policy, in one pass over its head.
+"""SPO in TRL's DPOTrainer with the fused head, without the policy's logits.
 
-Tested with TRL 1.16, Transformers 5.23, PEFT 0.21 and DeepSpeed 0.19.8. In a run that exists
-already: this class for `DPOTrainer`; `DPOConfig(beta=...)` and all else stay.
+Tested with TRL 1.16, Transformers 5.23, PEFT 0.21 and DeepSpeed 0.19.8. To change an existing run:
+use this class instead of `DPOTrainer`, and keep `DPOConfig(beta=...)`.
 
-Trainers wrap the model in their engine, so the loss must be computed inside the model's forward:
-there ZeRO-3 and FSDP2 hold the head's whole weight, and DDP sees that it is used. `add_head_call`
-gives the forward an argument to that end, as TRL's own fused head does. References go to the loss
-by a closure, not as an argument of the forward: under mixed precision FSDP2 casts those to
-bfloat16, in which a log-probability near -300 has a step of 2.
+Trainers wrap the model in their engine, so the loss must be computed inside the model's forward.
+There, ZeRO-3 and FSDP2 have the head's whole weight, and DDP detects that it is used.
+`add_head_call` adds an argument to the forward for that, as TRL's own fused head does. A closure
+passes the references to the loss. As arguments of the forward, FSDP2 would cast them to bfloat16
+under mixed precision, which has steps of 2 near -300.
 
-The traps: a step is the mean of its micro-batches' means and of the ranks' means, as TRL has it.
-The loss takes the head's weight, so what a model adds to its logits must be passed on:
-`head_options` knows the soft-cap and scales, and refuses a bias. What TRL adds to its own losses is
-not added here: f-divergences, WPO's weights, LD-DPO, auxiliary losses, logs of entropy and logits.
+Pitfalls: as in TRL, a step is the mean of its micro-batches' means and of the ranks' means. The
+loss uses only the head's weight, so `head_options` passes on a soft-cap and scales, and raises an
+error for a bias. This class does not have what TRL adds to its own losses: f-divergences, WPO's
+weights, LD-DPO, auxiliary losses, logs of entropy and logits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 
 
 def add_head_call(model: Any) -> None:
-    """Lets `model(..., head_call=f)` return f(hidden states, head's weight), in its forward."""
+    """Makes `model(..., head_call=f)` return f(hidden states, head's weight) from its forward."""
     forward = model.forward
 
     @functools.wraps(forward)  # `generate` reads the signature
@@ -47,14 +47,14 @@ def add_head_call(model: Any) -> None:
 
 
 def head_options(model: Any) -> dict[str, Any]:
-    """What the model's configuration does to its logits, as arguments of the fused loss."""
+    """The soft-cap and scales of the model's configuration, as arguments of the fused loss."""
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError("the head has a bias: pass it to linear_spo_loss as bias=")
     config = model.config.get_text_config()
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Falcon-H1, ...
     scale = next((s for s in (getattr(config, n, None) for n in names) if s is not None), 1.0)
     divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite, MiniCPM3
-    if config.model_type == "hyperclovax":  # multiplies by what the others divide by
+    if config.model_type == "hyperclovax":  # multiplies by logits_scaling instead
         divisor = 1.0 / divisor
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return {"logit_scale": scale / divisor, "softcap": softcap}
@@ -75,7 +75,7 @@ class SPOTrainer(DPOTrainer):
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         if "ref_chosen_logps" in inputs:
             ref_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        else:  # by TRL's own head: the reference model, the policy's base or its first adapter
+        else:  # with TRL's own head: the reference model, the policy's base or its first adapter
             reference = model if self.ref_model is None else self.ref_model
             ref_logps = self.compute_ref_log_probs(reference, inputs)
 

@@ -1,12 +1,12 @@
-"""SPO with a head that is split over the vocabulary, its rows spread over the ranks.
+"""SPO with a head that is split over the vocabulary: each rank has some of its rows.
 
 In a checkout: torchrun --standalone --nproc_per_node 2 docs/recipes/vocab_parallel.py
 
-All ranks see the same batch; the head's weight, its gradient, its optimiser state and the tile of
-logits are divided among them. Tested with PyTorch 2.13, two processes on gloo. In a loop that
-exists already: the split, `to_local()` and `vocab_parallel_group`. The traps: ranks that are given
-different batches (labels are compared at each call, and a difference is an error; hidden states
-are not), and a head that is tied to the embeddings, which the split would silently untie.
+All ranks get the same batch. The head's weight, its gradient, its optimiser state and the tile of
+logits are split over the ranks. Tested with PyTorch 2.13, two processes on gloo. To change an
+existing loop: the split, `to_local()` and `vocab_parallel_group`. Pitfalls: all ranks need the same
+batch (each call compares the labels and raises an error if they differ, but does not compare hidden
+states), and splitting a head that is tied to the embeddings silently unties it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from spoloss.torch import linear_logps, linear_spo_loss
 
 
 def split_head(model: Any, mesh: DeviceMesh) -> None:
-    """Leaves this rank's rows of the head; the rest of the model stays whole on every rank."""
+    """Keeps only this rank's rows of the head. The rest of the model stays whole on every rank."""
     weight = model.lm_head.weight
     shard = distribute_tensor(weight.detach(), mesh, [Shard(0)])
     model.lm_head.weight = nn.Parameter(shard, requires_grad=weight.requires_grad)
 
 
 def spo_step(policy: Any, reference: Any, batch: Any, beta: float = 0.1) -> Tensor:
-    """The mean loss of a batch that all ranks share; rows are all chosen, then all rejected."""
+    """The mean loss of a batch that all ranks share. Rows are all chosen, then all rejected."""
 
     def head(model: Any) -> tuple[Tensor, dict[str, Any]]:
         weight = model.lm_head.weight

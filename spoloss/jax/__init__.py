@@ -1,4 +1,8 @@
-"""Layer 3: what only JAX can do. From a language model's hidden states or logits to the loss."""
+"""The JAX wing: log-probabilities, and the fused head from hidden states to the loss.
+
+The functions `linear_..._loss` compute the loss from hidden states and the head's weight in one
+pass, without holding the logits. The losses of log-probabilities are in `spoloss` itself.
+"""
 
 try:
     import jax as _jax  # noqa: F401

@@ -1,4 +1,4 @@
-"""The fused pair loss after its public signatures: the checks of a call, and what it is made of."""
+"""The fused pair loss behind its public signatures: the checks of a call, and its parts."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def _check_hashable(loss: MarginLoss) -> None:
         hash(loss)
     except TypeError as error:
         raise TypeError(
-            "loss must be hashable, because it is static under jax.jit: make "
-            f"{type(loss).__name__} a frozen dataclass of numbers. What changes from step to step "
-            "goes through beta and weights"
+            "loss must be hashable, because it is static under jax.jit. Make "
+            f"{type(loss).__name__} a frozen dataclass of numbers. Pass values that change from "
+            "step to step as beta or weights"
         ) from error
 
 
@@ -111,7 +111,7 @@ def _check_sides(chosen: Labels, rejected: Labels) -> None:
     if chosen.sequences != rejected.sequences:
         names = "hidden" if chosen.cu_seqlens is None else "cu_seqlens"
         raise ValueError(
-            f"chosen_{names} and rejected_{names} must hold the same number of pairs, "
+            f"chosen_{names} and rejected_{names} must have the same number of pairs, "
             f"got {chosen.sequences} and {rejected.sequences}"
         )
 
@@ -124,7 +124,7 @@ def _constants(
     reward_gap: Any,
     weights: Any,
 ) -> Constants:
-    """What is given per pair as arrays, checked before any work as `pair_loss` does after it.
+    """The per-pair arguments as arrays, checked before any computation.
 
     Args:
       like: [P], in the dtype of the policy's log-probabilities.
@@ -139,7 +139,7 @@ def _constants(
         jnp.full_like(like, float(reference)) if is_number(reference) else reference
         for reference in (reference_chosen, reference_rejected)
     ]
-    beta_for_gap(beta, reward_gap, margin)  # refuses what does not fit, and a ratio out of range
+    beta_for_gap(beta, reward_gap, margin)  # checks both, and the range of their ratio
     if weights is not None:
         weights = jnp.asarray(per_pair("weights", weights, margin, positive=False), margin.dtype)
     if reward_gap is not None:

@@ -1,4 +1,4 @@
-"""Checks of a call's arrays and axes, by shape and dtype alone, so that `jax.jit` can trace it."""
+"""Checks of a call's arrays and axes by shape and dtype only, so that `jax.jit` can trace them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from spoloss.jax._mesh import Axis, Split
 
 
 def check_floating(name: str, array: Any) -> None:
-    """Refuse what is not a JAX array of real floating numbers.
+    """Check that an argument is a JAX array of real floating numbers.
 
     Raises:
-      TypeError: it is none.
+      TypeError: it is not.
     """
     if not isinstance(array, jax.Array):
         raise TypeError(f"{name} must be a JAX array, got {type(array).__name__}")
@@ -26,7 +26,7 @@ def check_floating(name: str, array: Any) -> None:
 
 
 def check_head(weight: Array, bias: Array | None) -> None:
-    """Refuse a weight that is not [V, D], or a bias that is not [V].
+    """Check that the weight is [V, D] and the bias [V].
 
     Raises:
       TypeError: one of them is not a real floating JAX array.
@@ -45,24 +45,24 @@ def check_head(weight: Array, bias: Array | None) -> None:
 def check_labels(
     prefix: str, hidden: Array, labels: Array, cu_seqlens: Array | None, weight: Array
 ) -> Labels:
-    """The labels of a side, after a check of all that belongs to it.
+    """Check all arrays of a side, and return its labels.
 
     Args:
-      prefix: what precedes the arguments' names, for messages.
+      prefix: the prefix of the arguments' names, for messages.
       hidden: must be [B, T, D] in the weight's dtype.
       labels: must be integers [B, T].
       cu_seqlens: must be integers [S + 1], with B = 1, or None.
       weight: the head's weight.
 
     Raises:
-      TypeError: one of them is no JAX array, or of another dtype.
+      TypeError: one of them is not a JAX array, or has another dtype.
       ValueError: a shape does not fit.
     """
     check_floating(f"{prefix}hidden", hidden)
     if hidden.ndim != 3 or hidden.shape[2] != weight.shape[1]:
         raise ValueError(
-            f"{prefix}hidden must have shape [B, T, D] with D = {weight.shape[1]}, as weight "
-            f"[V, D] has it, got {hidden.shape}. Of a Flax kernel [D, V] pass kernel.T"
+            f"{prefix}hidden must have shape [B, T, D] with the weight's D = {weight.shape[1]}, "
+            f"got {hidden.shape}. For a Flax kernel [D, V], pass kernel.T as weight"
         )
     if hidden.dtype != weight.dtype:
         raise TypeError(
@@ -73,7 +73,7 @@ def check_labels(
 
 
 def sequences(prefix: str, labels: Array, cu_seqlens: Array | None, states: Array) -> Labels:
-    """The labels of a side, after a check of their shape against hidden states or logits.
+    """Check the labels of a side against the shape of hidden states or logits, and return them.
 
     Raises:
       TypeError: labels or offsets are not integer JAX arrays.
@@ -89,8 +89,8 @@ def sequences(prefix: str, labels: Array, cu_seqlens: Array | None, states: Arra
     _check_integers(f"{prefix}cu_seqlens", cu_seqlens)
     if len(labels) != 1:
         raise ValueError(
-            f"{prefix}cu_seqlens cuts one row: {prefix}labels must have shape [1, T], "
-            f"got {labels.shape}"
+            f"{prefix}cu_seqlens cuts one row into sequences: {prefix}labels must have shape "
+            f"[1, T], got {labels.shape}"
         )
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(
@@ -105,18 +105,18 @@ def make_split(
     """How a call is split over a mesh.
 
     Raises:
-      TypeError: `mesh` is no mesh, or an axis no name.
-      ValueError: mesh and axes do not go together, or do not divide what they split.
+      TypeError: `mesh` is not a mesh, or an axis is not a name.
+      ValueError: mesh and axes do not fit together, or an axis does not divide the array.
     """
     pairs, words = _names("batch_axis", batch_axis), _names("vocab_axis", vocab_axis)
     if mesh is None:
         if pairs or words:
-            raise ValueError("batch_axis and vocab_axis name axes of a mesh: pass mesh, too")
+            raise ValueError("batch_axis and vocab_axis name axes of a mesh: pass mesh as well")
         return Split(None, (), ())
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
     if not (pairs or words):
-        raise ValueError("mesh needs batch_axis, vocab_axis or both")
+        raise ValueError("with mesh, pass batch_axis, vocab_axis or both")
     for name, axes in (("batch_axis", pairs), ("vocab_axis", words)):
         for axis in axes:
             if axis not in mesh.shape:
@@ -124,7 +124,7 @@ def make_split(
     if set(pairs) & set(words):
         raise ValueError(f"batch_axis and vocab_axis must differ, got {batch_axis!r} for both")
     if pairs and labels.cu_seqlens is not None:
-        raise ValueError("batch_axis cannot split a packed row: leave it out, or pad the sequences")
+        raise ValueError("batch_axis cannot split a packed row: omit it, or pad the sequences")
     split = Split(mesh, pairs, words)
     _check_divides("batch_axis", split.parts(pairs), "sequences", labels.sequences)
     _check_divides("vocab_axis", split.parts(words), "rows of weight", len(weight))
@@ -140,7 +140,7 @@ def _names(name: str, axis: Axis) -> tuple[str, ...]:
 
 def _check_divides(name: str, parts: int, what: str, count: int) -> None:
     if count % parts:
-        raise ValueError(f"{name} cuts into {parts} parts, which do not divide the {count} {what}")
+        raise ValueError(f"{name} splits into {parts} parts, but {count} {what} are not divisible")
 
 
 def _check_integers(name: str, array: Any) -> None:

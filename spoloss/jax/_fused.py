@@ -1,7 +1,7 @@
-"""The derivative rules of the fused pair loss: gradients are made in the forward rule, once.
+"""The derivative rules of the fused pair loss. The forward rule computes the gradients, once.
 
-`jax.custom_vjp` runs the forward rule only under differentiation and says for which arguments, so
-that evaluation makes no gradient and a frozen head has none.
+`jax.custom_vjp` runs the forward rule only under differentiation, and passes which arguments are
+differentiated. So an evaluation computes no gradient, and neither does a frozen head.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spoloss.jax._tokens import table_of_pairs, table_of_tokens
 
 @dataclass(frozen=True)
 class PairCall:
-    """What is fixed before tracing."""
+    """The static part of a call, known before tracing."""
 
     objective: Objective
     head: HeadOptions
@@ -37,7 +37,7 @@ class PairCall:
 
 
 class Inputs(NamedTuple):
-    """What may be differentiated."""
+    """The differentiable arguments."""
 
     chosen_hidden: Array
     rejected_hidden: Array
@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The loss; and the log-probabilities [P, 2] of both sides, which have no derivative here."""
+    """The loss, and the log-probabilities [P, 2] of both sides, without derivatives."""
 
     loss: Array
     logps: Array
@@ -55,15 +55,15 @@ class Output(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_of_hidden(call: PairCall, inputs: Inputs, labels: tuple[Labels, Labels]) -> Output:
-    """Hidden states of both sides, [P, T, D], to the loss."""
+    """The loss from the hidden states of both sides, [P, T, D]."""
     if call.objective.reduction == "none":
-        # A trained head's gradient mixes the pairs, so each pair's upstream gradient comes first.
+        # A trained head's gradient sums over pairs, so it needs all upstream gradients first.
         return _by_tokens(call, inputs, labels)
     return _fused(call, inputs, labels)
 
 
 def _by_tokens(call: PairCall, inputs: Inputs, labels: tuple[Labels, Labels]) -> Output:
-    """By the log-probabilities of tokens, which take an upstream gradient for each pair."""
+    """The same from token log-probabilities, which accept one upstream gradient per pair."""
     token_call = TokenCall(call.head, call.reading, call.split)
     sums, lengths = [], []
     for hidden, side in zip(inputs[:2], labels, strict=True):
@@ -105,7 +105,7 @@ def _forward(call: PairCall, *primals: Any) -> tuple[Output, Any]:
 
 
 def _backward(call: PairCall, residual: Any, upstream: Output) -> tuple[Inputs, None]:
-    """The gradients of the pass times the loss's upstream gradient, 0-d."""
+    """The gradients of the pass times the upstream gradient of the loss, 0-d."""
     (sums, directions, by_head), lengths, inputs, labels = residual
     up, constants, objective = upstream.loss, inputs.constants, call.objective
     if isinstance(up, SymbolicZero):
@@ -131,8 +131,8 @@ _fused.defvjp(_forward, _backward, symbolic_zeros=True)
 def _one_pass(
     call: PairCall, wanted: Wanted, inputs: Inputs, labels: tuple[Labels, Labels]
 ) -> tuple[Made, Array]:
-    """The pass over the tokens, and how many of each sequence count, [P, 2]."""
-    # Each device sees its own pairs, but a mean is over all of them.
+    """The pass over the tokens, and the number of tokens that count in each sequence, [P, 2]."""
+    # Each device has its own pairs, but the mean is over all pairs.
     scale = reduction_scale(inputs.constants.reference_chosen, call.objective.reduction)
 
     def on_device(inputs: Inputs, labels: tuple[Labels, Labels]) -> tuple[Made, Array]:

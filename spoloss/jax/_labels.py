@@ -1,4 +1,4 @@
-"""What labels say: which tokens count, what they predict, and in which sequence they are."""
+"""The meaning of labels: which tokens count, what they predict, and which sequence they are in."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Reading:
     """How labels are read. Static under `jax.jit`.
 
     Attributes:
-      ignore_index: the label that does not count.
-      shift: whether position t predicts label t + 1, and not label t.
+      ignore_index: the label to ignore.
+      shift: whether position t predicts label t + 1 instead of label t.
     """
 
     ignore_index: int
@@ -28,8 +28,8 @@ class Labels(NamedTuple):
 
     Attributes:
       ids: [B, T] token ids.
-      cu_seqlens: [S + 1] the offsets that cut one row [1, T] into S sequences; None where each row
-        is a sequence (then S = B).
+      cu_seqlens: [S + 1] the offsets that cut one row [1, T] into S sequences; None if each row is
+        a sequence (then S = B).
     """
 
     ids: Array
@@ -41,13 +41,13 @@ class Labels(NamedTuple):
         return len(self.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     def longest(self, reading: Reading) -> int:
-        """The most tokens that can count in a row."""
+        """The largest number of tokens that can count in a row."""
         return max(0, self.ids.shape[1] - int(reading.shift))
 
     def targets(self, reading: Reading) -> tuple[Array, Array]:
-        """What each position predicts, [B, T], and whether it counts.
+        """The label that each position predicts, [B, T], and whether it counts.
 
-        The labels move and not the hidden states, and none moves into the sequence before.
+        The labels are shifted, not the hidden states. No label moves into the previous sequence.
         """
         ids, counts = self.ids, self.ids != reading.ignore_index
         if reading.shift:
@@ -74,13 +74,13 @@ class Labels(NamedTuple):
         return sum_by(of_tokens[0], self.sequence_of_token(), self.sequences)
 
     def spread(self, of_sequences: Array) -> Array:
-        """Values [S] of sequences, for each of their tokens: [B, T], or [B, 1] to broadcast."""
+        """Values [S] of sequences, repeated for their tokens: [B, T], or [B, 1] to broadcast."""
         if self.cu_seqlens is None:
             return of_sequences[:, None]
         return of_sequences[self.sequence_of_token()][None]
 
     def zero(self, dtype: DTypeLike) -> Array:
-        """0, or nan where the offsets do not rise from 0 to T: they cannot be looked at here."""
+        """0, or nan if the offsets do not rise from 0 to T, because a trace cannot read them."""
         zero = jnp.zeros((), dtype)
         if self.cu_seqlens is None:
             return zero
@@ -90,9 +90,9 @@ class Labels(NamedTuple):
 
 
 def sum_by(values: Array, ids: Array, count: int) -> Array:
-    """The sums [count] of the values [n] that share an id; values with another id are left out.
+    """The sums [count] of the values [n] with equal ids. Values with other ids are left out.
 
-    A reduction rounds less often than the scatter of `jax.ops.segment_sum`, which adds the
+    A reduction has less rounding error than the scatter of `jax.ops.segment_sum`, which adds the
     thousands of numbers of a sequence one by one.
     """
     return jnp.where(ids == jnp.arange(count)[:, None], values, 0).sum(axis=1)

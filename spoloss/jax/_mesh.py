@@ -1,7 +1,8 @@
-"""Where a call's arrays lie on a mesh, and how a function runs there on each device's part.
+"""The layout of a call's arrays on a mesh, and how a function runs on each device's part.
 
-The rules of differentiation are outside of `shard_map`, so that no derivative crosses it. What
-crosses devices is written out: sums over the words, and the head's gradient over the pairs.
+The differentiation rules are outside of `shard_map`, so no derivative passes through it. The
+communication between devices is explicit: sums over the words, and the sum of the head's gradient
+over the pairs.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ class Split:
     pairs_axis: tuple[str, ...]
     words_axis: tuple[str, ...]
 
-    # The layouts stand in the place of arrays, in tuples whose fields are arrays: hence Any.
+    # The type is Any because layouts replace arrays in tuples with array fields.
     @property
     def whole(self) -> Any:
-        """How an array lies that every device has."""
+        """The layout of an array that every device has in full."""
         return PartitionSpec()  # type: ignore[no-untyped-call]
 
     @property
     def of_pairs(self) -> Any:
-        """How an array lies whose first axis is pairs."""
+        """The layout of an array with pairs as its first axis."""
         return PartitionSpec(self.pairs_axis or None)  # type: ignore[no-untyped-call]
 
     @property
     def of_words(self) -> Any:
-        """How an array lies whose first axis is words."""
+        """The layout of an array with words as its first axis."""
         return PartitionSpec(self.words_axis or None)  # type: ignore[no-untyped-call]
 
     def parts(self, axes: tuple[str, ...]) -> int:
-        """The number of parts that some axes make."""
+        """The number of parts that the axes split an array into."""
         return math.prod(self.mesh.shape[axis] for axis in axes) if self.mesh is not None else 1
 
     def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
-        """`function` on each device's part of its arguments."""
+        """`function`, applied to each device's part of its arguments."""
         if self.mesh is None:
             return function
         return jax.shard_map(
@@ -56,5 +57,5 @@ class Split:
         )
 
     def sum_pairs(self, values: Any) -> Any:
-        """The sum over the devices that have other pairs."""
+        """The sum over the devices that have different pairs."""
         return lax.psum(values, self.pairs_axis) if self.pairs_axis else values  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""What the loss is of, besides the policy's log-probabilities.
+"""The loss of a batch of pairs as a function of their log-probabilities, with its slopes.
 
     loss = l(h) + nll_weight * NLL,    NLL = -log pi(y_w|x) / (number of its tokens)
 
-No formula of a loss is in this file: the value comes from `pair_loss`, the slope from `pair_grad`.
+This file contains no loss formula. Values come from `pair_loss`, and slopes from `pair_grad`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from spoloss.pairs import reduced_loss, weighted
 
 
 class Constants(NamedTuple):
-    """What is given per pair: shape [P], or 0-d for all; differentiable.
+    """The per-pair arguments: shape [P], or 0-d for all pairs. They are differentiable.
 
     Attributes:
       reference_chosen: nats, [P].
       reference_rejected: nats, [P].
       beta: 1 / nats, [P] or 0-d.
-      reward_gap: [P] or 0-d, or None for a loss that takes none.
+      reward_gap: [P] or 0-d, or None for a loss without one.
       weights: [P] or 0-d, or None for 1.
     """
 
@@ -37,14 +37,14 @@ class Constants(NamedTuple):
     weights: Array | None
 
     def alive(self, lengths: Array) -> Array:
-        """Whether a pair has any gradient, for both of its sides: [P, 2], as `lengths`."""
+        """Whether a pair has a nonzero weight, for both of its sides: [P, 2], like `lengths`."""
         alive = jnp.bool_(True) if self.weights is None else (self.weights != 0.0)[..., None]
         return jnp.broadcast_to(alive, lengths.shape)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of the margin and what surrounds it. Static under `jax.jit`."""
+    """A loss of the margin with its options. Static under `jax.jit`."""
 
     loss: MarginLoss
     nll_weight: float
@@ -52,11 +52,11 @@ class Objective:
     reduction: str
 
     def logps(self, sums: Array, lengths: Array) -> Array:
-        """Log-probabilities [P, 2] from sums over tokens; averages if that is what is asked."""
+        """Log-probabilities [P, 2] from sums over tokens, or averages with `average`."""
         return sums / _at_least_1(lengths) if self.average else sums
 
     def value(self, sums: Array, lengths: Array, constants: Constants) -> Array:
-        """The loss, reduced."""
+        """The reduced loss."""
         chosen, rejected = self.logps(sums, lengths).T
         value: Array = reduced_loss(
             self.loss,
@@ -93,7 +93,7 @@ class Objective:
         return scale * slopes.astype(sums.dtype)
 
     def shares(self, lengths: Array) -> Array:
-        """D margin / d log-probability of a token, [P, 2]: +-1, or +-1 / length of an average."""
+        """The derivative of the margin by a token's log-probability, [P, 2]: +-1 (/ length)."""
         signs = jnp.array([1.0, -1.0], lengths.dtype)
         return (
             signs / _at_least_1(lengths) if self.average else jnp.broadcast_to(signs, lengths.shape)
@@ -108,7 +108,7 @@ class Objective:
     def token_slopes(
         self, sums: Array, lengths: Array, constants: Constants, scale: float
     ) -> Array:
-        """`scale` times d loss / d log-probability of a token, by pair and side, [P, 2]."""
+        """`scale` times the derivative of the loss by a token's log-probability, [P, 2]."""
         slopes = self.slopes(sums, lengths, constants, scale)[:, None] * self.shares(lengths)
         if self.nll_weight == 0.0:
             return slopes

@@ -1,4 +1,4 @@
-"""Hidden states to the loss and its gradients in one pass, tile by tile.
+"""The loss and its gradients from hidden states in one pass, tile by tile.
 
     hidden states ──▶ tile [n, D] ──· W^T──▶ softmax [n, V] ──▶ log-probabilities of the labels
                          │                        │                   │ sum by pair
@@ -7,13 +7,14 @@
                          │                        ├──· W──▶ directions of the hidden states [n, D]
                          └── · slope, transposed ─┴───────▶ += gradient of the weight [V, D]
 
-The gradient of a loss of the margin is one number per pair, its slope, times a direction that the
-loss does not change. So the softmax that gives a token's log-probability gives its gradient too,
-and nothing is computed twice.
+The gradient of a loss of the margin is one number per pair, its slope, times a direction that does
+not depend on the loss. So one softmax gives both a token's log-probability and its gradient, and
+nothing is computed twice.
 
-- Pairs that fit into a tile know their slope before the product that gives the weight's gradient.
-- A longer pair is walked tile by tile with slope 1, into sums of its own, scaled once at its end.
-- Hidden states keep slope 1 here; the backward rule multiplies them by slope and upstream gradient.
+- For pairs that fit in a tile, the slope is known before the product for the weight's gradient.
+- A longer pair is processed tile by tile with slope 1 into separate sums, which are scaled once.
+- The gradients by hidden states keep slope 1 here. The backward rule multiplies them by the slope
+  and the upstream gradient.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from spoloss.jax._tokens import Table, Tile
 
 
 class Made(NamedTuple):
-    """What the pass gathers.
+    """The results of the pass.
 
     Attributes:
       sums: [P, 2] log-probabilities of both sides, summed over tokens.
-      directions: by side, d log-probability / d hidden state of each token, [N, D] or None.
+      directions: for each side, the derivative of each token's log-probability by its hidden state,
+        [N, D] or None.
       head: the gradients by weight and bias.
     """
 
@@ -59,16 +61,16 @@ def one_pass(
       table: the tokens of all pairs.
       hidden: the hidden states of both sides, [N, D].
       objective: the loss.
-      constants: what it takes besides the policy's log-probabilities.
-      scale: what a pair's loss counts for in the reduced loss.
-      wanted: which gradients to make.
-      zero: where the sums start, 0-d: 0, or nan for labels that cannot be read.
+      constants: the per-pair arguments of the loss.
+      scale: the factor of a pair's loss in the reduced loss.
+      wanted: which gradients to compute.
+      zero: the initial value of the sums, 0-d: 0, or nan for invalid offsets.
     """
     lengths = table.lengths.astype(head.dtype)
     alive = constants.alive(lengths)
 
     def look(tile: Tile, made: Made) -> tuple[Array, Softmax, Made]:
-        """The states and the softmax of a tile, after noting what needs no slope."""
+        """The states and the softmax of a tile. Also adds the results that need no slope."""
         states = table.take(hidden, tile)
         softmax = head.softmax(states, tile.targets, tile.of_segment(alive))
         sums = made.sums + table.sum_segments(softmax.logps, tile)
@@ -101,7 +103,7 @@ def one_pass(
         direction = head.zeros(wanted)
         made, direction = table.visit(ends[0], ends[1], step, (made, direction))
         if objective.nll_weight != 0.0:
-            # At this moment the direction is that of the chosen side alone, which the NLL is of.
+            # So far the direction is of the chosen side only, which is the side of the NLL.
             nll = objective.nll_slopes(lengths, constants, scale)[pair] / unit[pair, 0]
             made = made._replace(head=made.head.plus(nll, direction))
         made, direction = table.visit(ends[1], ends[2], step, (made, direction))

@@ -1,4 +1,4 @@
-"""How many tokens a tile holds: integers in, integers out, before anything is traced."""
+"""The number of tokens per tile: integers in, integers out, before tracing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ _LEAST_ROWS = 256
 
 
 def tile_rows(sides: tuple[int, ...], pairs: int, words: int, chunk_size: int | None) -> int:
-    """The tokens of a tile, such that full pairs leave no place of a tile empty.
+    """The number of tokens per tile, chosen so that pairs of full length leave no place empty.
 
-    Whole pairs share a tile where it holds one; the sides of a longer pair take some tiles each.
+    Whole pairs share a tile if at least one fits. Otherwise each side of a pair uses some tiles.
 
     Args:
-      sides: the most tokens that count in a sequence, by side.
+      sides: the largest number of tokens that count in a sequence, by side.
       pairs: the number of pairs.
-      words: the vocabulary of this device.
-      chunk_size: the most tokens of a tile; None for what fits into the default memory.
+      words: the number of words on this device.
+      chunk_size: the largest number of tokens per tile; None for the default memory.
     """
     budget = chunk_size or max(_LEAST_ROWS, _tile_bytes() // (4 * max(1, words)))
     pair = max(1, sum(sides))
@@ -26,7 +26,7 @@ def tile_rows(sides: tuple[int, ...], pairs: int, words: int, chunk_size: int | 
 
 
 def evenly(count: int, most: int) -> int:
-    """The size of the parts when `count` things are cut into the fewest parts of at most `most`."""
+    """The size of the parts if `count` items are split into the fewest parts of at most `most`."""
     return max(1, -(-count // max(1, -(-count // most))))
 
 

@@ -1,7 +1,7 @@
-"""The derivative rules of token log-probabilities, which work on every tile again backwards.
+"""The derivative rules of token log-probabilities, which recompute every tile in the backward.
 
-This is the way to any function of the log-probabilities. A loss of the margin needs no second
-visit: see `_one_pass.py`.
+They work for any function of the log-probabilities. A loss of the margin needs no recomputation:
+see `_one_pass.py`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from spoloss.jax._tokens import Table, Tile, table_of_tokens
 
 @dataclass(frozen=True)
 class TokenCall:
-    """What is fixed before tracing."""
+    """The static part of a call, known before tracing."""
 
     head: HeadOptions
     reading: Reading
     split: Split
 
     def table(self, labels: Labels, weight: Array) -> Table:
-        """The tokens of a call on this device."""
+        """The table of a call's tokens on this device."""
         return table_of_tokens((labels,), self.reading, len(weight), self.head.chunk_size)
 
     @property
     def specs(self) -> tuple[Any, ...]:
-        """How hidden states, weight, bias and labels lie on the mesh."""
+        """The layouts of hidden states, weight, bias and labels on the mesh."""
         pairs, words = self.split.of_pairs, self.split.of_words
         return pairs, words, words, Labels(pairs, self.split.whole)
 
@@ -45,7 +45,7 @@ class TokenCall:
 def token_logps(
     call: TokenCall, hidden: Array, weight: Array, bias: Array | None, labels: Labels
 ) -> Array:
-    """Hidden states [B, T, D] to the log-probabilities [B, T] of what the positions predict."""
+    """The log-probabilities [B, T] of the labels that the positions predict."""
     return _token_logps(call, hidden, weight, bias, labels)
 
 
@@ -66,7 +66,7 @@ def _look(
     *,
     directions: bool,
 ) -> tuple[Array, Array | None]:
-    """Log-probabilities and, if wanted, their derivatives by the hidden states."""
+    """Log-probabilities and, with `directions`, their derivatives by the hidden states."""
 
     def on_device(
         hidden: Array, weight: Array, bias: Array | None, labels: Labels
@@ -104,7 +104,7 @@ def _forward(call: TokenCall, *primals: Any) -> tuple[Array, Any]:
         bias=bias is not None and bias.perturbed,
     )
     values = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
-    # A frozen head needs no second visit: its directions are made in this one.
+    # A frozen head needs no recomputation, because the forward computes the directions.
     at_once = any(wanted.hidden) and not wanted.head
     logps, directions = _look(call, *values, directions=at_once)
     return logps, (marks_of(wanted), or_empty(directions, values[0].dtype), values)
@@ -124,7 +124,7 @@ def _backward(call: TokenCall, residual: Any, upstream: Array | SymbolicZero) ->
 
 
 def scaled(directions: Array | None, factor: Array) -> Array | None:
-    """Directions [B, T, D] times a factor [B, T] or [B, 1]; a factor of 0 makes 0 of nan, too."""
+    """Directions [B, T, D] times a factor [B, T] or [B, 1]. A factor of 0 gives 0 even for nan."""
     if directions is None:
         return None
     factor = factor[..., None]

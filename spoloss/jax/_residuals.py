@@ -1,9 +1,9 @@
-"""What a forward rule may leave to its backward rule, and what that may return.
+"""Residuals: what a forward rule passes to its backward rule, and what that returns.
 
-Under `symbolic_zeros` JAX traces a forward rule once for each set of arguments that are
-differentiated, and keeps the tree of residuals of the last trace for all of them. So the tree must
-not depend on what is differentiated. Shapes may: what was not made is an empty array. JAX before 0.7
-does the same with the names of what a backward rule returns: what was not made is a symbolic zero.
+With `symbolic_zeros`, JAX traces a forward rule once for each set of differentiated arguments, but
+uses the residual tree of the last trace for all of them. So the tree must not depend on which
+arguments are differentiated. Shapes may depend on it: a missing result is an empty array. JAX
+before 0.7 also requires one tree of gradients: a missing gradient is a symbolic zero.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from spoloss.jax._softmax import Wanted
 
 
 def marks_of(wanted: Wanted) -> Array:
-    """An empty array whose shape says what is wanted."""
+    """An empty array that encodes the wanted gradients in its shape."""
     return jnp.zeros((*map(int, (*wanted.hidden, wanted.weight, wanted.bias)), 0))
 
 
 def wanted_of(marks: Array) -> Wanted:
-    """What the shape of `marks_of` says."""
+    """The wanted gradients that `marks_of` encoded."""
     *hidden, weight, bias = (bool(size) for size in marks.shape[:-1])
     return Wanted(tuple(hidden), weight=weight, bias=bias)
 
 
 def or_empty(array: Array | None, dtype: DTypeLike) -> Array:
-    """An array, or an empty one in its place."""
+    """An array, or an empty array for None."""
     return jnp.zeros(0, dtype) if array is None else array
 
 
 def or_none(array: Array) -> Array | None:
-    """An array, or None for an empty one."""
+    """An array, or None for an empty array."""
     return array if array.size else None
 
 

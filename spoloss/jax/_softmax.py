@@ -1,4 +1,4 @@
-"""A tile of tokens against the vocabulary: log-probabilities and the products of their gradient.
+"""The softmax of a tile of tokens: log-probabilities, and the products of their gradients.
 
 With z the logits of a token, y its label, rest = log sum of exp(z_v) over all other words v, and
 lse = log sum over all words:
@@ -6,7 +6,7 @@ lse = log sum over all words:
     log p         = -log(1 + exp(rest - z_y))
     d log p / d z = -exp(z_v - lse)  for v != y,    1 - p = sigmoid(rest - z_y)  for y
 
-The label stays out of the sum, so that 1 - p is never a difference of two numbers near 1.
+The sum excludes the label, so 1 - p is never the difference of two numbers near 1.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 _BLOCKS = 8
-"""The weight's gradient grows in so many slices: a product is then 1/8 of a second [V, D] array."""
+"""The weight's gradient is updated in this many slices, so a product needs 1/8 of [V, D]."""
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What a model does between h W^T + b and the softmax. Static under `jax.jit`.
+    """The computation between h W^T + b and the softmax. Static under `jax.jit`.
 
         logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
 
-    `chunk_size` is the tokens of a tile, or None for the default. `vocab_axis` names the mesh axes
-    over which the words are split inside a `shard_map`; it is empty where the head is whole.
+    `chunk_size` is the number of tokens per tile, or None for the default. `vocab_axis` names the
+    mesh axes over which the words are split inside a `shard_map`. It is empty for a whole head.
     """
 
     softcap: float | None
@@ -40,20 +40,20 @@ class HeadOptions:
 
     @property
     def gain(self) -> float:
-        """The derivative of the logits by h W^T + b, without the factor of softcap."""
+        """The derivative of the logits by h W^T + b, without softcap's factor."""
         return self.logit_scale / self.temperature
 
 
 class Softmax(NamedTuple):
-    """n tokens against V words.
+    """The softmax of n tokens over V words.
 
         d logps[t] / d (h W^T + b)[t, v] = factor[t] * exps[t, v] + at_label[t] * [v = column[t]]
 
     Attributes:
       logps: [n] the log-probability of each token's label.
       exps: [n, V] in the weight's dtype, 0 at the labels.
-      factor: [n]; it stays apart from `exps`, to be multiplied where the array is small.
-      column: [n] the label, or V where another device has it.
+      factor: [n]; separate from `exps`, so that it can multiply a smaller array.
+      column: [n] the label's column, or V if another device has it.
       at_label: [n].
     """
 
@@ -66,7 +66,7 @@ class Softmax(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients are wanted: by the hidden states of each side, by weight and by bias."""
+    """Which gradients to compute: by the hidden states of each side, by weight and by bias."""
 
     hidden: tuple[bool, ...]
     weight: bool
@@ -74,18 +74,18 @@ class Wanted:
 
     @property
     def head(self) -> bool:
-        """Whether any gradient of the head is."""
+        """Whether to compute any gradient of the head."""
         return self.weight or self.bias
 
 
 class HeadSums(NamedTuple):
-    """The gradients by weight [V, D] and bias [V], in at least float32; None where not wanted."""
+    """The gradients by weight [V, D] and bias [V], in at least float32, or None if not wanted."""
 
     weight: Array | None
     bias: Array | None
 
     def like(self, weight: Array, bias: Array | None) -> HeadSums:
-        """These sums in the dtypes of what they are by."""
+        """These sums in the dtypes of weight and bias."""
         return HeadSums(
             *(
                 None if total is None or array is None else total.astype(array.dtype)
@@ -101,7 +101,7 @@ class HeadSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """weight [V, D] and bias [V] of a head, or of this device's words where the head is split."""
+    """weight [V, D] and bias [V] of a head, or of this device's words if the head is split."""
 
     weight: Array
     bias: Array | None
@@ -109,14 +109,14 @@ class Head:
 
     @classmethod
     def of(cls, weight: Array, bias: Array | None, options: HeadOptions) -> Head:
-        """The head as it is worked on: float16 is widened, for its small slopes would vanish."""
+        """The head in its compute dtype. float16 becomes float32, because small slopes vanish."""
         return cls(
             weight.astype(wide(weight)) if weight.dtype == jnp.float16 else weight, bias, options
         )
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of logits, log-probabilities and sums: at least float32."""
+        """The dtype of logits, log-probabilities and sums: at least float32."""
         return wide(self.weight)
 
     def softmax(self, states: Array, targets: Array, live: Array) -> Softmax:
@@ -124,14 +124,14 @@ class Head:
 
         Args:
           states: [n, D].
-          targets: [n] labels in [0, V) of the whole head; another label gives nan.
-          live: [n] whether a token's slopes are wanted; they are 0 where not, even for nan states.
+          targets: [n] labels in [0, V) of the whole head. Other labels give nan.
+          live: [n] whether to compute a token's slopes. Otherwise they are 0, even for nan states.
         """
         logits, bend = self._logits(states)
         column = self._columns(targets)
         target = self._at_target(logits, targets, column)
-        # The shift cancels from all results, so it needs no derivative. It names the target, which
-        # is one of the logits, so that XLA reads it before their exponentials take their place.
+        # The shift cancels in all results, so it needs no derivative. It includes the target's
+        # logit, so that XLA reads that logit before the exponentials overwrite the logits.
         peak = jnp.maximum(self._max_words(logits.max(axis=1)), target)
         peak = lax.stop_gradient(peak)
         void = ~live & ~jnp.isfinite(peak)
@@ -152,20 +152,20 @@ class Head:
         )
 
     def by_hidden(self, tile: Softmax) -> Array:
-        """D logps / d hidden [n, D], summed over the devices of a split head."""
+        """The derivative of logps by the hidden states [n, D], summed over a split head."""
         of_labels = self.weight.at[tile.column].get(mode="fill", fill_value=0)
         of_others = tile.factor[:, None] * _dot(tile.exps, self.weight, 1, 0)
         return self._sum_words(of_others + tile.at_label[:, None] * of_labels)
 
     def zeros(self, wanted: Wanted) -> HeadSums:
-        """Where the wanted gradients of the head start."""
+        """Zeros for the wanted gradients of the head."""
         return HeadSums(
             jnp.zeros_like(self.weight, dtype=self.dtype) if wanted.weight else None,
             jnp.zeros(len(self.weight), self.dtype) if wanted.bias else None,
         )
 
     def add(self, sums: HeadSums, tile: Softmax, states: Array, upstream: Array) -> HeadSums:
-        """The sums plus upstream[t] * d logps[t] / d head, over the n tokens of a tile."""
+        """The sums plus upstream[t] * d logps[t] / d head, summed over the n tokens of a tile."""
         by_weight, by_bias = sums
         of_others, of_labels = upstream * tile.factor, upstream * tile.at_label
         if by_weight is not None:
@@ -178,7 +178,7 @@ class Head:
         return HeadSums(by_weight, by_bias)
 
     def _logits(self, states: Array) -> tuple[Array, Array | None]:
-        """Logits [n, V] in at least float32, and softcap's derivative where there is one."""
+        """Logits [n, V] in at least float32, and softcap's derivative, or None without softcap."""
         options = self.options
         logits = _dot(states.astype(self.weight.dtype), self.weight, 1, 1)
         if self.bias is not None:
@@ -189,7 +189,7 @@ class Head:
         return bent * (options.softcap / options.temperature), 1.0 - bent * bent
 
     def _bend(self, logits: Array) -> Array:
-        """Softcap's derivative from the logits that it has made."""
+        """Softcap's derivative, computed from the capped logits."""
         options = self.options
         if options.softcap is None:
             return jnp.ones_like(logits)
@@ -197,14 +197,14 @@ class Head:
         return 1.0 - bent * bent
 
     def _columns(self, targets: Array) -> Array:
-        """The columns of the labels [n] on this device; V, which is none, for those of others."""
+        """The labels' columns [n] on this device, or V if another device has them."""
         words = len(self.weight)
         first = lax.axis_index(self.options.vocab_axis) * words if self.options.vocab_axis else 0
         column = targets - first
         return jnp.where((column >= 0) & (column < words), column, words)
 
     def _at_target(self, logits: Array, targets: Array, column: Array) -> Array:
-        """The logits of the labels [n]; nan for a label outside of the whole vocabulary."""
+        """The logits of the labels [n], nan for a label outside of the whole vocabulary."""
         found = jnp.take_along_axis(logits, column[:, None], axis=1, mode="fill", fill_value=0.0)
         axis = self.options.vocab_axis
         words = len(self.weight) * (lax.axis_size(axis) if axis else 1)
@@ -221,7 +221,7 @@ class Head:
 
 
 def wide(array: Array) -> jnp.dtype:
-    """The dtype in which what comes of `array` is summed."""
+    """The dtype for sums of products of `array`: at least float32."""
     return jnp.promote_types(array.dtype, jnp.float32)
 
 
@@ -232,13 +232,13 @@ def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
 
 
 def _times(factor: Array, states: Array) -> Array:
-    """Rows [n, D] times a factor [n]; 0 where the factor is 0, for the states may be nan there."""
+    """Rows [n, D] times a factor [n]. A factor of 0 gives 0, even if the states are nan."""
     factor = factor[:, None]
     return jnp.where(factor == 0.0, 0.0, states * factor)
 
 
 def _add_product(total: Array, exps: Array, rows: Array) -> Array:
-    """Total [V, D] + exps^T rows, some words at a time: never a second [V, D] array."""
+    """Total [V, D] + exps^T rows, some words at a time, without a second [V, D] array."""
     width = len(total) // _BLOCKS
 
     def add(total: Array, start: Array | int, width: int) -> Array:

@@ -1,12 +1,12 @@
-"""A batch of pairs as one table of tokens: those that count, pair after pair.
+"""A batch of pairs as one table of the tokens that count, pair by pair.
 
     chosen side    a a a . .   b b b b .   c . . . .      . a label that is ignored
     rejected side  A A . . .   B B B B B   C C . . .
     table          a a a A A b b b b B B B B B c C C
-    tiles of 8     |- a A -|     |-- b B --|-- longer than a tile: walked after all others
+    tiles of 8     |- a A -|     |-- b B --|-- longer than a tile: processed after all others
 
-The shapes are static and the numbers are traced: an ignored label takes no place in the table, and
-the loops over it run as long as there are tokens.
+Shapes are static and numbers are traced. An ignored label takes no place in the table, and the
+loops over the table end with its last token.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ CarryT = TypeVar("CarryT")
 
 
 class Tile(NamedTuple):
-    """The next n tokens of a table; the last places may be empty.
+    """The next n tokens of a table. The last places may be empty.
 
     Attributes:
       filled: [n] whether there is a token at this place.
-      token: [n] which of all tokens it is; their number where the place is empty.
-      targets: [n] its label.
-      segment: [n] its pair and side, as 2 * pair + side; -1 where the place is empty.
+      token: [n] the index of the token among all tokens, or their number if the place is empty.
+      targets: [n] the token's label.
+      segment: [n] the token's pair and side as 2 * pair + side, or -1 if the place is empty.
     """
 
     filled: Array
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     segment: Array
 
     def of_segment(self, values: Array) -> Array:
-        """What pairs and sides have each, [P, 2], token by token: [n]; 0 in empty places."""
+        """Values of pairs and sides [P, 2], repeated for their tokens [n]; 0 in empty places."""
         return jnp.where(self.filled, values.reshape(-1)[self.segment], 0)
 
 
@@ -49,9 +49,9 @@ Step = Callable[[Tile, CarryT], CarryT]
 
 
 class Table:
-    """The tokens that count, pair after pair: chosen, then rejected.
+    """The tokens that count, pair by pair: chosen, then rejected.
 
-    Pairs that fit into a tile come before those that are longer.
+    Pairs that fit in a tile come before longer pairs.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Table:
         Args:
           sides: the labels of chosen and rejected, or of one side alone.
           reading: how to read them.
-          rows: the tokens of a tile.
-          longest: the most tokens that a pair can have; 0 where tiles need not hold whole pairs.
+          rows: the number of tokens per tile.
+          longest: the largest number of tokens that a pair can have; 0 if a tile may split pairs.
         """
         self.rows, self.pairs, self.sides = rows, sides[0].sequences, len(sides)
         self.may_be_long = longest > rows
@@ -86,13 +86,13 @@ class Table:
             places.append(jnp.where(counts.reshape(-1), of_token, self.pairs * self.sides))
         self._segment = jnp.concatenate(segments)
         self._targets = jnp.concatenate([targets.reshape(-1) for targets, _ in read])
-        # With room for a tile at its end, a tile that reaches over the end is still a slice.
+        # Padding by one tile, so that a tile that extends beyond the end is still a slice.
         index = jnp.argsort(jnp.concatenate(places), stable=True)
         self._index = jnp.pad(index, (0, rows)).astype(jnp.int32)
         self._first = list(itertools.accumulate((side.ids.size for side in sides), initial=0))
 
     def visit(self, start: Array, stop: Array, step: Step[CarryT], carry: CarryT) -> CarryT:
-        """Carry = step(tile, carry) for the tiles of the places from `start` up to `stop`."""
+        """Run carry = step(tile, carry) for the tiles of the places from `start` up to `stop`."""
         _, carry = lax.while_loop(
             lambda state: state[0] < stop,
             lambda state: (state[0] + self.rows, step(self._tile(state[0], stop), state[1])),
@@ -101,11 +101,11 @@ class Table:
         return carry
 
     def visit_all(self, step: Step[CarryT], carry: CarryT) -> CarryT:
-        """The same for all places, whatever pair they belong to."""
+        """The same for all places. Tiles may split pairs."""
         return self.visit(self.ends[0], self.ends[-1], step, carry)
 
     def visit_groups(self, step: Step[CarryT], carry: CarryT) -> CarryT:
-        """The same with tiles of whole pairs, for the pairs that fit into a tile."""
+        """The same with tiles of whole pairs, for the pairs that fit in a tile."""
         ends = self.ends[:: self.sides]
 
         def group(state: tuple[Array, CarryT]) -> tuple[Array, CarryT]:
@@ -121,10 +121,10 @@ class Table:
     def visit_long_pairs(
         self, step: Callable[[Array, Array, CarryT], CarryT], carry: CarryT
     ) -> CarryT:
-        """Carry = step(pair, ends, carry) for the pairs that are longer than a tile.
+        """Run carry = step(pair, ends, carry) for the pairs that are longer than a tile.
 
-        The pair's chosen tokens are the places from ends[0] up to ends[1], its rejected ones those
-        from there up to ends[2].
+        The pair's chosen tokens are the places from ends[0] up to ends[1]. Its rejected tokens are
+        those from ends[1] up to ends[2].
         """
 
         def one(state: tuple[Array, CarryT]) -> tuple[Array, CarryT]:
@@ -146,7 +146,7 @@ class Table:
         return functools.reduce(jnp.add, found)
 
     def put(self, into: Array, values: Array, tile: Tile, side: int = 0) -> Array:
-        """An array [N, D] or [N] of a side, with the tile's rows of this side written."""
+        """An array [N, D] or [N] of a side, with the tile's rows of this side set to `values`."""
         rows = self._rows_of(tile)[side]
         return into.at[rows].set(values.astype(into.dtype), mode="drop")
 
@@ -166,7 +166,7 @@ class Table:
         )
 
     def _rows_of(self, tile: Tile) -> list[Array]:
-        """By side, the rows of a tile's tokens in the arrays of that side; N where not in it."""
+        """For each side, the rows of a tile's tokens in its arrays, N for the other side's."""
         return [
             jnp.where((tile.token >= first) & (tile.token < last), tile.token - first, last - first)
             for first, last in itertools.pairwise(self._first)
@@ -176,7 +176,7 @@ class Table:
 def table_of_tokens(
     sides: tuple[Labels, ...], reading: Reading, words: int, chunk_size: int | None
 ) -> Table:
-    """The table of one or two sides, for tiles that take the tokens as they come."""
+    """The table of one or two sides, for tiles that may split pairs."""
     tokens = sum(len(side.ids) * side.longest(reading) for side in sides)
     return Table(sides, reading, tile_rows((tokens,), 1, words, chunk_size), longest=0)
 
@@ -184,10 +184,10 @@ def table_of_tokens(
 def table_of_pairs(
     sides: tuple[Labels, ...], reading: Reading, words: int, chunk_size: int | None
 ) -> Table:
-    """The table of two sides, for tiles that hold whole pairs where these fit."""
+    """The table of two sides, for tiles of whole pairs as far as they fit."""
     longest = tuple(side.longest(reading) for side in sides)
     if sides[0].cu_seqlens is None:
         rows = tile_rows(longest, sides[0].sequences, words, chunk_size)
-    else:  # a pair may have any share of its row
+    else:  # a pair may take any part of its row
         rows = tile_rows((sum(longest),), 1, words, chunk_size)
     return Table(sides, reading, rows, longest=sum(longest))

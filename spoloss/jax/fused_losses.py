@@ -46,17 +46,17 @@ def linear_spo_loss(
         h = log[pi(y_w|x) / pi_ref(y_w|x)] - log[pi(y_l|x) / pi_ref(y_l|x)]
 
     Equation 6 of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
-    Alignment", 2025. Each pair's loss is smallest, -1/e, at h = reward_gap / beta.
+    Alignment", 2025. Each pair's loss has its minimum, -1/e, at h = reward_gap / beta.
 
-    The four log-probabilities come from the hidden states without ever holding the logits; memory
-    and cost are those of `linear_pair_loss`. Under `jax.jit` all arguments after `beta` that are
-    not arrays are static.
+    The policy's log-probabilities are computed from the hidden states without ever holding the
+    logits. `linear_pair_loss` documents memory and cost. Under `jax.jit`, all arguments after
+    `beta` that are not arrays are static.
 
     Args:
       chosen_hidden: last hidden states of the chosen sequences, [P, T, D], real floating.
       rejected_hidden: last hidden states of the rejected sequences, [P, T', D].
-      weight: the head's weight, [V, D], in the dtype of the hidden states. Of a Flax kernel [D, V]
-        pass `kernel.T`. Where rows of it are padding, pass a bias that is -inf there.
+      weight: the head's weight, [V, D], in the dtype of the hidden states. For a Flax kernel
+        [D, V], pass `kernel.T`. If some rows are padding, pass a bias that is -inf there.
       chosen_labels: token ids, [P, T], integer. Labels equal to `ignore_index` (prompt, padding) do
         not count and cost nothing, and their hidden states may be nan. A label outside [0, V) makes
         its log-probability nan.
@@ -68,24 +68,24 @@ def linear_spo_loss(
       linear_below: x0 < 1; below it the loss continues along its tangent. None is equation 6.
       bias: the head's bias, [V].
       weights: factor of each pair and of its NLL: a number or [P]. A pair of weight 0 adds nothing
-        to the loss or the gradients, whatever it holds. "mean" still divides by P.
+        to the loss or the gradients, even if it contains nan. "mean" still divides by P.
       nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
       reduction: "mean", "sum" or "none" (the loss of each pair).
       ignore_index: the label that does not count.
       shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
         you have shifted already, so position t predicts label t.
-      average: use log-probabilities per token instead of sums; the reference's too.
+      average: use log-probabilities per token instead of sums, also for the reference.
       softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
       logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
-      chunk_size: the most tokens of a tile. None for 64 MiB of float32 logits on a CPU and 1 GiB on
-        other devices, but at least 256 tokens.
-      chosen_cu_seqlens: offsets of P chosen sequences that lie one after another in one row without
-        padding, [P + 1], integer, rising from 0 to T. `chosen_hidden` is then [1, T, D] and
-        `chosen_labels` [1, T]. Offsets out of order make the loss nan.
+      chunk_size: the largest number of tokens per tile. None for 64 MiB of float32 logits on a CPU
+        and 1 GiB on other devices, but at least 256 tokens.
+      chosen_cu_seqlens: offsets of P chosen sequences that are packed into one row without padding,
+        [P + 1], integer, rising from 0 to T. `chosen_hidden` is then [1, T, D] and `chosen_labels`
+        [1, T]. Offsets out of order make the loss nan.
       rejected_cu_seqlens: the same for the rejected sequences; both or neither.
-      mesh: the devices that share the work, None for one device. The computation then runs under
-        `jax.shard_map`, which gathers neither hidden states nor the weight.
+      mesh: the devices that share the work, or None for one device. With a mesh, the computation
+        runs under `jax.shard_map`, which gathers neither the hidden states nor the weight.
       batch_axis: the mesh axis, or axes, over which the pairs are split. P must be a multiple of
         their size.
       vocab_axis: the mesh axis, or axes, over which the rows of `weight` and `bias` are split. V
@@ -99,7 +99,7 @@ def linear_spo_loss(
     Raises:
       TypeError: an argument is not a JAX array, a dtype does not fit, or an option is not a number.
       ValueError: a shape or a number does not fit, `reduction` is unknown, or `mesh` and the axes
-        do not go together.
+        do not fit together.
     """
     return checked_pair_loss(
         SPO(linear_below),
@@ -166,15 +166,15 @@ def linear_dpo_loss(
 
     Equation 7 of Rafailov et al., arXiv:2305.18290; e > 0 is conservative DPO.
 
-    The four log-probabilities come from the hidden states without ever holding the logits; memory
-    and cost are those of `linear_pair_loss`. Under `jax.jit` all arguments after `beta` that are
-    not arrays are static.
+    The policy's log-probabilities are computed from the hidden states without ever holding the
+    logits. `linear_pair_loss` documents memory and cost. Under `jax.jit`, all arguments after
+    `beta` that are not arrays are static.
 
     Args:
       chosen_hidden: last hidden states of the chosen sequences, [P, T, D], real floating.
       rejected_hidden: last hidden states of the rejected sequences, [P, T', D].
-      weight: the head's weight, [V, D], in the dtype of the hidden states. Of a Flax kernel [D, V]
-        pass `kernel.T`. Where rows of it are padding, pass a bias that is -inf there.
+      weight: the head's weight, [V, D], in the dtype of the hidden states. For a Flax kernel
+        [D, V], pass `kernel.T`. If some rows are padding, pass a bias that is -inf there.
       chosen_labels: token ids, [P, T], integer. Labels equal to `ignore_index` (prompt, padding) do
         not count and cost nothing, and their hidden states may be nan. A label outside [0, V) makes
         its log-probability nan.
@@ -182,27 +182,27 @@ def linear_dpo_loss(
       reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
       reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
       beta: strength of the pull to the reference, 1 / nats, > 0: a number or [P].
-      label_smoothing: e in [0, 0.5), the share of labels assumed to be flipped.
+      label_smoothing: e in [0, 0.5), the assumed fraction of flipped labels.
       bias: the head's bias, [V].
       weights: factor of each pair and of its NLL: a number or [P]. A pair of weight 0 adds nothing
-        to the loss or the gradients, whatever it holds. "mean" still divides by P.
+        to the loss or the gradients, even if it contains nan. "mean" still divides by P.
       nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
       reduction: "mean", "sum" or "none" (the loss of each pair).
       ignore_index: the label that does not count.
       shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
         you have shifted already, so position t predicts label t.
-      average: use log-probabilities per token instead of sums; the reference's too.
+      average: use log-probabilities per token instead of sums, also for the reference.
       softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
       logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
-      chunk_size: the most tokens of a tile. None for 64 MiB of float32 logits on a CPU and 1 GiB on
-        other devices, but at least 256 tokens.
-      chosen_cu_seqlens: offsets of P chosen sequences that lie one after another in one row without
-        padding, [P + 1], integer, rising from 0 to T. `chosen_hidden` is then [1, T, D] and
-        `chosen_labels` [1, T]. Offsets out of order make the loss nan.
+      chunk_size: the largest number of tokens per tile. None for 64 MiB of float32 logits on a CPU
+        and 1 GiB on other devices, but at least 256 tokens.
+      chosen_cu_seqlens: offsets of P chosen sequences that are packed into one row without padding,
+        [P + 1], integer, rising from 0 to T. `chosen_hidden` is then [1, T, D] and `chosen_labels`
+        [1, T]. Offsets out of order make the loss nan.
       rejected_cu_seqlens: the same for the rejected sequences; both or neither.
-      mesh: the devices that share the work, None for one device. The computation then runs under
-        `jax.shard_map`, which gathers neither hidden states nor the weight.
+      mesh: the devices that share the work, or None for one device. With a mesh, the computation
+        runs under `jax.shard_map`, which gathers neither the hidden states nor the weight.
       batch_axis: the mesh axis, or axes, over which the pairs are split. P must be a multiple of
         their size.
       vocab_axis: the mesh axis, or axes, over which the rows of `weight` and `bias` are split. V
@@ -216,7 +216,7 @@ def linear_dpo_loss(
     Raises:
       TypeError: an argument is not a JAX array, a dtype does not fit, or an option is not a number.
       ValueError: a shape or a number does not fit, `reduction` is unknown, or `mesh` and the axes
-        do not go together.
+        do not fit together.
     """
     return checked_pair_loss(
         DPO(label_smoothing),
@@ -284,15 +284,15 @@ def linear_squared_loss(
     Section 2.2 of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
     Alignment", 2025.
 
-    The four log-probabilities come from the hidden states without ever holding the logits; memory
-    and cost are those of `linear_pair_loss`. Under `jax.jit` all arguments after `beta` that are
-    not arrays are static.
+    The policy's log-probabilities are computed from the hidden states without ever holding the
+    logits. `linear_pair_loss` documents memory and cost. Under `jax.jit`, all arguments after
+    `beta` that are not arrays are static.
 
     Args:
       chosen_hidden: last hidden states of the chosen sequences, [P, T, D], real floating.
       rejected_hidden: last hidden states of the rejected sequences, [P, T', D].
-      weight: the head's weight, [V, D], in the dtype of the hidden states. Of a Flax kernel [D, V]
-        pass `kernel.T`. Where rows of it are padding, pass a bias that is -inf there.
+      weight: the head's weight, [V, D], in the dtype of the hidden states. For a Flax kernel
+        [D, V], pass `kernel.T`. If some rows are padding, pass a bias that is -inf there.
       chosen_labels: token ids, [P, T], integer. Labels equal to `ignore_index` (prompt, padding) do
         not count and cost nothing, and their hidden states may be nan. A label outside [0, V) makes
         its log-probability nan.
@@ -303,24 +303,24 @@ def linear_squared_loss(
       reward_gap: known reward difference r_w - r_l > 0: a number or [P]. None means 1.
       bias: the head's bias, [V].
       weights: factor of each pair and of its NLL: a number or [P]. A pair of weight 0 adds nothing
-        to the loss or the gradients, whatever it holds. "mean" still divides by P.
+        to the loss or the gradients, even if it contains nan. "mean" still divides by P.
       nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
       reduction: "mean", "sum" or "none" (the loss of each pair).
       ignore_index: the label that does not count.
       shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
         you have shifted already, so position t predicts label t.
-      average: use log-probabilities per token instead of sums; the reference's too.
+      average: use log-probabilities per token instead of sums, also for the reference.
       softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
       logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
-      chunk_size: the most tokens of a tile. None for 64 MiB of float32 logits on a CPU and 1 GiB on
-        other devices, but at least 256 tokens.
-      chosen_cu_seqlens: offsets of P chosen sequences that lie one after another in one row without
-        padding, [P + 1], integer, rising from 0 to T. `chosen_hidden` is then [1, T, D] and
-        `chosen_labels` [1, T]. Offsets out of order make the loss nan.
+      chunk_size: the largest number of tokens per tile. None for 64 MiB of float32 logits on a CPU
+        and 1 GiB on other devices, but at least 256 tokens.
+      chosen_cu_seqlens: offsets of P chosen sequences that are packed into one row without padding,
+        [P + 1], integer, rising from 0 to T. `chosen_hidden` is then [1, T, D] and `chosen_labels`
+        [1, T]. Offsets out of order make the loss nan.
       rejected_cu_seqlens: the same for the rejected sequences; both or neither.
-      mesh: the devices that share the work, None for one device. The computation then runs under
-        `jax.shard_map`, which gathers neither hidden states nor the weight.
+      mesh: the devices that share the work, or None for one device. With a mesh, the computation
+        runs under `jax.shard_map`, which gathers neither the hidden states nor the weight.
       batch_axis: the mesh axis, or axes, over which the pairs are split. P must be a multiple of
         their size.
       vocab_axis: the mesh axis, or axes, over which the rows of `weight` and `bias` are split. V
@@ -334,7 +334,7 @@ def linear_squared_loss(
     Raises:
       TypeError: an argument is not a JAX array, a dtype does not fit, or an option is not a number.
       ValueError: a shape or a number does not fit, `reduction` is unknown, or `mesh` and the axes
-        do not go together.
+        do not fit together.
     """
     return checked_pair_loss(
         Squared(),
@@ -400,15 +400,15 @@ def linear_ipo_loss(
 
     Equation 17 of Azar et al., arXiv:2310.12036, on log-probabilities that are sums over tokens.
 
-    The four log-probabilities come from the hidden states without ever holding the logits; memory
-    and cost are those of `linear_pair_loss`. Under `jax.jit` all arguments after `beta` that are
-    not arrays are static.
+    The policy's log-probabilities are computed from the hidden states without ever holding the
+    logits. `linear_pair_loss` documents memory and cost. Under `jax.jit`, all arguments after
+    `beta` that are not arrays are static.
 
     Args:
       chosen_hidden: last hidden states of the chosen sequences, [P, T, D], real floating.
       rejected_hidden: last hidden states of the rejected sequences, [P, T', D].
-      weight: the head's weight, [V, D], in the dtype of the hidden states. Of a Flax kernel [D, V]
-        pass `kernel.T`. Where rows of it are padding, pass a bias that is -inf there.
+      weight: the head's weight, [V, D], in the dtype of the hidden states. For a Flax kernel
+        [D, V], pass `kernel.T`. If some rows are padding, pass a bias that is -inf there.
       chosen_labels: token ids, [P, T], integer. Labels equal to `ignore_index` (prompt, padding) do
         not count and cost nothing, and their hidden states may be nan. A label outside [0, V) makes
         its log-probability nan.
@@ -418,24 +418,24 @@ def linear_ipo_loss(
       beta: half the inverse of the target margin, 1 / nats, > 0: a number or [P].
       bias: the head's bias, [V].
       weights: factor of each pair and of its NLL: a number or [P]. A pair of weight 0 adds nothing
-        to the loss or the gradients, whatever it holds. "mean" still divides by P.
+        to the loss or the gradients, even if it contains nan. "mean" still divides by P.
       nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
       reduction: "mean", "sum" or "none" (the loss of each pair).
       ignore_index: the label that does not count.
       shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
         you have shifted already, so position t predicts label t.
-      average: use log-probabilities per token instead of sums; the reference's too.
+      average: use log-probabilities per token instead of sums, also for the reference.
       softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
       logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
-      chunk_size: the most tokens of a tile. None for 64 MiB of float32 logits on a CPU and 1 GiB on
-        other devices, but at least 256 tokens.
-      chosen_cu_seqlens: offsets of P chosen sequences that lie one after another in one row without
-        padding, [P + 1], integer, rising from 0 to T. `chosen_hidden` is then [1, T, D] and
-        `chosen_labels` [1, T]. Offsets out of order make the loss nan.
+      chunk_size: the largest number of tokens per tile. None for 64 MiB of float32 logits on a CPU
+        and 1 GiB on other devices, but at least 256 tokens.
+      chosen_cu_seqlens: offsets of P chosen sequences that are packed into one row without padding,
+        [P + 1], integer, rising from 0 to T. `chosen_hidden` is then [1, T, D] and `chosen_labels`
+        [1, T]. Offsets out of order make the loss nan.
       rejected_cu_seqlens: the same for the rejected sequences; both or neither.
-      mesh: the devices that share the work, None for one device. The computation then runs under
-        `jax.shard_map`, which gathers neither hidden states nor the weight.
+      mesh: the devices that share the work, or None for one device. With a mesh, the computation
+        runs under `jax.shard_map`, which gathers neither the hidden states nor the weight.
       batch_axis: the mesh axis, or axes, over which the pairs are split. P must be a multiple of
         their size.
       vocab_axis: the mesh axis, or axes, over which the rows of `weight` and `bias` are split. V
@@ -449,7 +449,7 @@ def linear_ipo_loss(
     Raises:
       TypeError: an argument is not a JAX array, a dtype does not fit, or an option is not a number.
       ValueError: a shape or a number does not fit, `reduction` is unknown, or `mesh` and the axes
-        do not go together.
+        do not fit together.
     """
     return checked_pair_loss(
         Squared(),

@@ -1,6 +1,6 @@
-"""What the autograd functions of the fused head have in common.
+"""Shared parts of the fused head's autograd functions.
 
-Their gradients have no derivative of their own: asking for one is an error, never a silent zero.
+Their gradients are not differentiable. A second derivative is an error instead of a silent zero.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class RefuseSecondDerivative(torch.autograd.Function):
-    """A gradient unchanged, whose own derivative raises an error."""
+    """The identity on a gradient, with a derivative that raises an error."""
 
     @staticmethod
     def forward(grad: Tensor, *_inputs: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ class RefuseSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:  # noqa: ARG004
         raise RuntimeError(
-            "the fused head has no second derivative: its gradients are computed once, by tiles. "
-            "Use sequence_logps on the logits, which is differentiable twice"
+            "the fused head has no second derivative, because it computes its gradients once, tile "
+            "by tile. Use sequence_logps on the logits, which is differentiable twice"
         )
 
     @staticmethod
@@ -55,7 +55,7 @@ class Anchor(torch.autograd.Function):
 
 
 def anchor(*inputs: Tensor | None) -> Tensor:
-    """An anchor of those inputs that require a gradient, for `refuse_second_derivative`."""
+    """An anchor for the inputs that require a gradient, for `refuse_second_derivative`."""
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     result: Tensor = Anchor.apply(*wanted)  # type: ignore[no-untyped-call]
     return result
@@ -64,7 +64,7 @@ def anchor(*inputs: Tensor | None) -> Tensor:
 def refuse_second_derivative(
     grads: tuple[Tensor | None, ...], *inputs: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """`grads` as a backward returns them, with an error for a second derivative by `inputs`."""
+    """The gradients of a backward, with an error for a second derivative by `inputs`."""
     if not torch.is_grad_enabled():
         return grads
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
@@ -75,51 +75,55 @@ def refuse_second_derivative(
 
 
 def refuse_vmap() -> NoReturn:
-    """Say that the fused head cannot be mapped over, and what can."""
+    """Raise the error for `torch.vmap` of the fused head, with the alternatives.
+
+    Raises:
+      RuntimeError: always.
+    """
     raise RuntimeError(
-        "the fused head does not support torch.vmap: its tiles depend on the number of tokens. "
-        "Call it on the whole batch, or use sequence_logps on the logits"
+        "the fused head does not support torch.vmap, because its tiles depend on the number of "
+        "tokens. Call it on the whole batch, or use sequence_logps on the logits"
     )
 
 
 def refuse_batched(upstream: Tensor) -> None:
-    """Refuse an upstream gradient with a dimension that vmap has added.
+    """Raise an error for an upstream gradient with a dimension that vmap added.
 
     Raises:
       RuntimeError: under `torch.func.jacrev`, `vmap` of a gradient or `is_grads_batched`.
     """
     if is_batched(upstream):
         raise RuntimeError(
-            "this backward fills its gradients tile by tile, which torch.func.jacrev, vmap and "
-            "is_grads_batched cannot map over. Differentiate each output in turn, for example "
-            "with torch.autograd.functional.jacobian"
+            "this backward fills its gradients tile by tile, which does not work under "
+            "torch.func.jacrev, vmap or is_grads_batched. Differentiate each output in turn, for "
+            "example with torch.autograd.functional.jacobian"
         )
 
 
 def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """A gradient computed in the forward, times the upstream gradient.
+    """A gradient that the forward computed, times the upstream gradient.
 
-    It is overwritten where nobody can read it again, which saves memory of the weight's size.
+    The gradient is overwritten if it cannot be read again, which saves memory of the weight's size.
     """
     if not _last_use(upstream):
         return (gradient * upstream).to(gradient.dtype)
-    # loss.backward() passes 1. Only a CPU can look at the number without waiting for it.
+    # loss.backward() passes 1. Reading the number on a GPU would synchronise, so only a CPU does.
     if upstream.ndim == 0 and upstream.device.type == "cpu" and upstream == 1.0:
         return gradient
     return gradient.mul_(upstream)
 
 
 def _last_use(upstream: Tensor) -> bool:
-    """Whether this backward frees the graph and runs on plain tensors."""
+    """Whether this backward frees the graph, and no transform of torch.func wraps its tensors."""
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     if keep_graph is None or keep_graph():
         return False
-    # Under a transform of torch.func, one saved tensor serves many upstream gradients.
+    # Under a transform of torch.func, one saved tensor is used with many upstream gradients.
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(upstream)
     return not (wrapped or is_batched(upstream))
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap, or the older form of it behind `is_grads_batched`, has added a dimension."""
+    """Whether vmap, or the older vmap behind `is_grads_batched`, added a dimension."""
     functorch = torch._C._functorch
     return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))

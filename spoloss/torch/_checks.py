@@ -1,4 +1,4 @@
-"""Checks of the tensors and numbers that every function of the fused head takes."""
+"""Checks of the tensors and options that all functions of the fused head share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Side(NamedTuple):
     """The arguments that describe one side, with the prefix of their names.
 
     Attributes:
-      prefix: "chosen_", "rejected_", or "" where there is one side.
+      prefix: "chosen_", "rejected_", or "" if there is only one side.
       hidden: [B, T, D].
       labels: [B, T].
       cu_seqlens: [S + 1] or None.
@@ -50,7 +50,7 @@ def head_options(
     ignore_index: int,
     vocab_parallel_group: ProcessGroup | None,
 ) -> HeadOptions:
-    """The options of a call, after a check of its tensors and numbers.
+    """Check the tensors and numbers of a call, and return its options.
 
     Raises:
       TypeError: a dtype does not fit, an option is not a number, or a tensor is a DTensor.
@@ -75,11 +75,11 @@ def head_options(
 
 
 def _autocast_dtype(sides: list[Side], weight: Tensor) -> torch.dtype | None:
-    """Autocast's dtype, or None where it is off or, as in PyTorch, a tensor is float64."""
+    """Autocast's dtype, or None if autocast is off or, as in PyTorch, a tensor is float64."""
     device = weight.device.type
     tensors = [weight, *(side.hidden for side in sides)]
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    # The meta device has no autocast, and asking about it is an error.
+    # The meta device has no autocast, and torch.is_autocast_enabled raises an error for it.
     if device == "meta" or wide or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
@@ -88,7 +88,7 @@ def _autocast_dtype(sides: list[Side], weight: Tensor) -> torch.dtype | None:
 def _check_whole(sides: list[Side], weight: Tensor) -> None:
     if hasattr(weight, "full_tensor"):
         raise TypeError(
-            "weight is a sharded DTensor: call this inside the forward of the FSDP module that "
+            "weight is a sharded DTensor. Call this inside the forward of the FSDP module that "
             "holds the head, where the weight is whole and its gradient is averaged over the "
             "ranks. If the head is split over the vocabulary, pass weight.to_local() and "
             "vocab_parallel_group"
@@ -96,12 +96,12 @@ def _check_whole(sides: list[Side], weight: Tensor) -> None:
     for side in sides:
         if hasattr(side.hidden, "full_tensor"):
             raise TypeError(
-                f"{side.prefix}hidden is a DTensor: pass the whole rows as a plain tensor"
+                f"{side.prefix}hidden is a DTensor. Pass the whole rows as a plain tensor"
             )
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)} because DeepSpeed ZeRO-3 has partitioned it: "
-            "compute the loss inside the forward of the module that you gave to "
+            f"weight has shape {tuple(weight.shape)} because DeepSpeed ZeRO-3 has partitioned it. "
+            "Compute the loss inside the forward of the module that you passed to "
             "deepspeed.initialize, and read the weight there as an attribute "
             "(self.model.lm_head.weight), which gathers it for forward and backward"
         )

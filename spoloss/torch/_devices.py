@@ -1,7 +1,7 @@
-"""What the fused head does differently by device: the size of its tiles, and its products.
+"""Device-dependent settings of the fused head: the size of its tiles, and its matrix products.
 
-A CPU, and a GPU before Ampere, rounds a product of half precision to half precision, so the fused
-head widens the factors first. Newer GPUs multiply half precision and sum in float32.
+CPUs and GPUs older than Ampere round half-precision products to half precision, so the fused head
+converts the factors to float32 first. Newer GPUs multiply half precision and sum in float32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Before 2.10, addmm takes no total that is wider than its factors (pytorch/pytorch#167931).
+# Before 2.10, addmm does not accept a total wider than its factors (pytorch/pytorch#167931).
 WIDE_TOTALS = torch.__version__ >= "2.10"
 
 
@@ -20,9 +20,9 @@ class Device(NamedTuple):
     """How the fused head works on one kind of device.
 
     Attributes:
-      block_bytes: memory of one block of logits, which holds some columns of a tile.
-      rows: tokens of a tile whose blocks are dropped one by one.
-      kept_bytes: memory of a tile whose blocks are all kept.
+      block_bytes: memory of one block of logits, which has some columns of a tile.
+      rows: tokens per tile if its blocks are not kept.
+      kept_bytes: memory of a tile if all its blocks are kept.
       wide_sums: whether products of half precision can be summed and returned in float32.
       compiles: whether torch.compile fuses the exponentials of a block into one kernel.
     """
@@ -49,7 +49,7 @@ def device_of(tensor: Tensor) -> Device:
     """The kind of device that a tensor is on."""
     if not tensor.is_cuda:
         return CPU
-    # NVIDIA GPUs before Ampere refuse a wider result, as ROCm did before PyTorch 2.10.
+    # NVIDIA GPUs before Ampere do not support a wider result, nor did ROCm before PyTorch 2.10.
     ampere = torch.cuda.get_device_properties(tensor.device).major >= 8
     wide = ampere and (torch.version.hip is None or WIDE_TOTALS)
     return CUDA if wide else BEFORE_AMPERE

@@ -1,7 +1,7 @@
-"""One block of an online softmax: logits [n, C] become exponentials, and sums grow by them.
+"""One block of an online softmax: exponentials of the logits [n, C], and running sums of them.
 
-Two forms compute the same: one in place, for PyTorch's eager kernels on a CPU, and one without
-side effects, for torch.compile to fuse into a single kernel on a GPU.
+There are two equivalent forms. One works in place, for PyTorch's eager kernels on a CPU. The other
+has no side effects, so that torch.compile can fuse it into a single kernel on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _VECTOR = 16
-"""A compiler that knows that widths are multiples of 16 loads and stores 16 bytes at once."""
+"""If the width is a known multiple of 16, the compiled kernel loads and stores 16 bytes at once."""
 
 
 def exponentials_of(
@@ -31,10 +31,10 @@ def exponentials_of(
 
     Args:
       logits: [n, C]; overwritten if nothing is compiled.
-      column: [n] the target's column, -1 where it is not in this block.
-      shift: [n] what was subtracted from the logits before.
-      others: [n] the sum of exp(logit - shift) before, without the target.
-      target: [n] the target's logit, -inf where no block has held it yet.
+      column: [n] the target's column, -1 if it is not in this block.
+      shift: [n] the number subtracted from the logits of earlier blocks.
+      others: [n] the sum of exp(logit - shift) over earlier blocks, without the target.
+      target: [n] the target's logit, -inf if no block so far contains it.
       dtype: the dtype of the exponentials.
       compiles: whether torch.compile fuses the block.
     """
@@ -55,8 +55,8 @@ def exponentials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`exponentials_of` without side effects.
 
-    The new shift is the log-sum-exp of all logits so far, so the exponentials are at most 1 and
-    half precision can hold them. float16 ends at 6e-8, so there they are 2**14 times as large.
+    The new shift is the log-sum-exp of all logits so far, so the exponentials are at most 1 and fit
+    in half precision. The smallest float16 is 6e-8, so in float16 they are scaled by 2**14.
     """
     peak = torch.maximum(shift, logits.amax(dim=1))
     is_target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
@@ -81,7 +81,7 @@ def exponentials_(
 
 
 def _aligned_exponentials(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    # Inductor uses this fact for multiples of 16 and does not derive it from a larger multiple.
+    # Inductor uses this fact for exactly 16 and does not derive it from a larger multiple.
     torch._check(logits.shape[1] % _VECTOR == 0)  # type: ignore[no-untyped-call]
     return exponentials(logits, *others)
 

@@ -1,8 +1,9 @@
-"""From checked arguments to the loss: in one pass, or in two where one pass cannot serve.
+"""From checked arguments to the loss, in one pass if possible, else in two.
 
-One pass computes the gradients in the forward, so it must know what each pair counts for. With
-`reduction="none"` only the backward knows that. Then the weight's gradient needs a second pass, as
-it does under torch.compile, whose graph cannot depend on how many labels count.
+One pass computes the gradients in the forward, so it needs the factor of each pair in the loss.
+With `reduction="none"`, these factors are only known in the backward, so the weight's gradient
+needs a second pass. Under torch.compile there are two passes as well, because the graph cannot
+depend on the number of labels that count.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class LinearPairLoss(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors that may require a gradient: hidden states [B, T, D] of both sides, the head."""
+    """The tensors that may require a gradient: hidden states [B, T, D] by side, and the head."""
 
     chosen: Tensor
     rejected: Tensor
@@ -48,7 +49,7 @@ class Inputs(NamedTuple):
 def fused_loss(
     inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
 ) -> LinearPairLoss:
-    """The loss of pairs, differentiable by the inputs."""
+    """The loss of a batch of pairs, differentiable by the inputs."""
     needed = Wanted(
         hidden=_needs_grad(inputs.chosen) or _needs_grad(inputs.rejected),
         weight=_needs_grad(inputs.weight),
@@ -71,7 +72,7 @@ def _needs_grad(tensor: Tensor | None) -> bool:
 def _two_passes(
     inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
 ) -> LinearPairLoss:
-    """The same by token log-probabilities, whose backward computes the logits again."""
+    """The same loss from token log-probabilities, with logits recomputed in the backward."""
     sums = [
         sum_sequences(
             token_logps(hidden, inputs.weight, inputs.bias, side, options), side.cu_seqlens
@@ -119,7 +120,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         chosen, rejected, weight, bias, anchor, ctx.table, *_ = inputs
-        # Shapes and dtypes alone: saving the inputs would keep them alive until the backward.
+        # Only shapes and dtypes, because saved inputs would stay in memory until the backward.
         ctx.kinds = [
             None if tensor is None else _Kind(tensor.shape, tensor.dtype)
             for tensor in (chosen, rejected, weight, bias)
@@ -153,7 +154,7 @@ class _OnePass(torch.autograd.Function):
 
 
 def _of_rows(table: TokenTable, of_pair: Tensor) -> Tensor:
-    """What pairs have each, for every row of hidden states, [rows, 1]; 0 where none counts."""
+    """A value per pair, copied to its rows of hidden states, [rows, 1]; 0 if no label counts."""
     rows = of_pair.new_zeros(sum(table.sizes))
     rows[table.tokens.place] = of_pair[table.tokens.pair]
     return rows[:, None]

@@ -1,4 +1,4 @@
-"""Gathering the gradients by hidden states, weight and bias from one tile after another.
+"""The gradients by hidden states, weight and bias, accumulated tile by tile.
 
 The derivative of a token's log-probability by its logits is onehot - p, so a tile whose tokens have
 slopes s (the derivatives of the loss by their log-probabilities) contributes
@@ -29,24 +29,25 @@ class Wanted(NamedTuple):
 
     @property
     def head(self) -> bool:
-        """Whether one by the head is among them: it needs all exponentials of a tile at once."""
+        """Whether the head's gradient is needed, which uses all exponentials of a tile at once."""
         return self.weight or self.bias
 
 
 class Gradients:
-    """The gradients of a loss, gathered tile by tile.
+    """The gradients of a loss, accumulated tile by tile.
 
     Attributes:
-      hidden: by the hidden states of all sides, one row a token, 0 where none counts; or None.
-      head: by weight and bias.
+      hidden: the gradient by the hidden states of all sides, one row per token, 0 for tokens that
+        do not count; or None.
+      head: the gradient by weight and bias.
     """
 
     def __init__(self, model: Head, wanted: Wanted, hidden: Tensor | None) -> None:
-        """Gradients to which nothing was added yet.
+        """Start without any contribution.
 
         Args:
-          model: the head that the logits come from.
-          wanted: which of them to gather.
+          model: the head that computes the logits.
+          wanted: which gradients to accumulate.
           hidden: zeros for the gradient by the hidden states, or None.
         """
         self.hidden = hidden
@@ -55,9 +56,9 @@ class Gradients:
         self._beside: Gradients | None = None
 
     def beside(self) -> Gradients:
-        """Gradients of a part of the batch: the same rows of hidden states, an empty head.
+        """Gradients of a part of the batch, with the same rows of hidden states and an empty head.
 
-        Each call empties the head that the last call returned, so its memory is allocated once.
+        Each call clears the head that the last call returned, so its memory is allocated once.
         """
         if self._beside is None:
             self._beside = Gradients(self._model, self._wanted, self.hidden)
@@ -65,11 +66,11 @@ class Gradients:
         return self._beside
 
     def add(self, tile: Tile, softmax: Softmax, slopes: Tensor) -> None:
-        """Add what one tile contributes.
+        """Add the contribution of one tile.
 
         Args:
           tile: tokens with their hidden states.
-          softmax: of the tile, with the blocks and the product that the wanted gradients need.
+          softmax: the tile's softmax, with the blocks and the product for the wanted gradients.
           slopes: [n] the derivative of the loss by each token's log-probability.
         """
         if self._wanted.head:
@@ -83,9 +84,9 @@ class Gradients:
         """Write the rows of the gradient by hidden states that belong to one tile.
 
         Args:
-          tokens: of the tile.
-          softmax: of the tile.
-          product: [n, D] sum over the words that are not the target of p_v * weight[v].
+          tokens: the tile's tokens.
+          softmax: the tile's softmax.
+          product: [n, D] sum of p_v * weight[v] over all words v except the target.
           slopes: [n] the derivative of the loss by each token's log-probability.
         """
         if self.hidden is None:
@@ -93,12 +94,12 @@ class Gradients:
         at_target = self._model.weight[softmax.target] * softmax.complement[:, None]
         rows = (at_target - product).mul_((self._model.gain * slopes)[:, None])
         if self._model.options.shard is not None:
-            # Summed over the ranks before they are rounded to the dtype of the hidden states.
+            # Sum over the ranks before rounding to the dtype of the hidden states.
             self._model.options.shard.sum_(rows)
         self.hidden[tokens.place] = rows.to(self.hidden.dtype)
 
     def scale_hidden(self, tokens: Tokens, factor: Tensor) -> None:
-        """Multiply the rows of some tokens by a factor of each, [n]."""
+        """Multiply the rows of some tokens by one factor per token, [n]."""
         if self.hidden is not None:
             rows = self.hidden[tokens.place] * factor[:, None]
             self.hidden[tokens.place] = rows.to(self.hidden.dtype)
@@ -107,33 +108,33 @@ class Gradients:
 class HeadGradient:
     """The gradient by weight and bias, in at least float32.
 
-    Its memory is not cleared at the start: the blocks of the first tile overwrite it, which saves
-    the pass over the weight's size that zeros would cost.
+    Its memory is not set to zero at the start. The blocks of the first tile overwrite it, which
+    saves one pass over an array of the weight's size.
     """
 
     def __init__(self, model: Head, wanted: Wanted) -> None:
-        """Memory of the size of the weight and of the bias, where they are wanted."""
+        """Allocate the wanted gradients by weight and bias."""
         bias = model.bias if wanted.bias else None
         self._model = model
         self._weight = torch.empty_like(model.weight, dtype=model.dtype) if wanted.weight else None
         self._bias = None if bias is None else torch.empty_like(bias, dtype=model.dtype)
-        self._filled = 0  # words of the vocabulary, from the first on, whose rows hold a sum
+        self._filled = 0  # the rows of the first so many words hold a sum
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether no contribution was added yet."""
         return self._filled == 0
 
     def clear(self) -> None:
-        """Forget what was added."""
+        """Drop all contributions."""
         self._filled = 0
 
     def add(self, states: Tensor, softmax: Softmax, slopes: Tensor) -> None:
-        """Add what one tile contributes, from the blocks that its softmax kept.
+        """Add the contribution of one tile from the blocks that its softmax kept.
 
         Args:
           states: hidden states, [n, D].
-          softmax: of the tile, with all blocks.
+          softmax: the tile's softmax, with all blocks.
           slopes: [n] the derivative of the loss by each token's log-probability.
         """
         for block in softmax.blocks:
@@ -141,11 +142,11 @@ class HeadGradient:
         self.add_targets(states, softmax, slopes)
 
     def add_block(self, states: Tensor, softmax: Softmax, block: Block, slopes: Tensor) -> None:
-        """Add what some words contribute where they are not the target; blocks come in order."""
+        """Add the contribution of a block's words as non-targets. Add the blocks in order."""
         columns, exps, shift = block
         empty = columns.start >= self._filled
         self._filled = max(self._filled, columns.stop)
-        # The slope goes where the array is small: on [n, D], not on [n, V].
+        # The slope multiplies the small array [n, D], not [n, V].
         factor = (-self._model.gain * slopes * (shift - softmax.lse).exp())[:, None]
         if self._weight is not None:
             rows = self._weight[columns]
@@ -155,7 +156,7 @@ class HeadGradient:
             accumulate(rows, exps.t(), factor, self._model.device, empty=empty)
 
     def add_targets(self, states: Tensor, softmax: Softmax, slopes: Tensor) -> None:
-        """Add what the targets contribute, after the blocks that hold their rows."""
+        """Add the contribution of the targets. Call this after the blocks with their rows."""
         factor = self._model.gain * slopes * softmax.complement
         if self._weight is not None:
             add_rows(self._weight, softmax.target, states * factor[:, None])
@@ -165,7 +166,7 @@ class HeadGradient:
     def add_scaled(self, other: HeadGradient, factor: Tensor) -> None:
         """Add another gradient times a factor, without a temporary of its size.
 
-        Of itself it becomes that multiple.
+        If `other` is this object, multiply it by the factor.
         """
         if other.empty:
             return
@@ -179,11 +180,11 @@ class HeadGradient:
         self._filled = other._filled
 
     def weight(self, dtype: torch.dtype) -> Tensor | None:
-        """The gradient by the weight in `dtype`; 0 if nothing was added, None if not wanted."""
+        """The gradient by the weight in `dtype`: 0 if nothing was added, None if not wanted."""
         return self._finished(self._weight, dtype)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The gradient by the bias in `dtype`; 0 if nothing was added, None if not wanted."""
+        """The gradient by the bias in `dtype`: 0 if nothing was added, None if not wanted."""
         return self._finished(self._bias, dtype)
 
     def _finished(self, total: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -193,9 +194,9 @@ class HeadGradient:
 
 
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a gradient that was computed in the forward waits for the backward.
+    """The dtype in which a gradient from the forward is stored until the backward.
 
-    float16 comes with a loss scale, which the backward applies to keep small gradients from
-    vanishing. So they must not be rounded to float16 before.
+    Training in float16 uses a loss scale, which the backward applies, so that small gradients do
+    not vanish. Therefore they must not be rounded to float16 before.
     """
     return torch.float32 if dtype == torch.float16 else dtype

@@ -1,4 +1,4 @@
-"""A language-model head: weight [V, D], bias [V], and what lies between the product and softmax."""
+"""A language-model head: weight [V, D], bias [V], and what follows before the softmax."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from spoloss.torch._products import product
 from spoloss.torch._vocab_parallel import VocabShard
 
 LEAST_COLUMNS = 1024
-"""The narrowest block of the vocabulary: a narrower one makes its products slow."""
+"""The narrowest block of the vocabulary. Products of narrower blocks are slow."""
 
 ALIGNED = 64
-"""Blocks are a multiple of this many words wide, so that a GPU's rows stay aligned."""
+"""The width of a block is a multiple of this, so that rows are aligned on a GPU."""
 
 LEAST_KEPT_ROWS = 256
-"""The smallest tile that is kept, however large the vocabulary is."""
+"""The smallest tile whose blocks are kept, for any vocabulary size."""
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How the logits follow from the hidden states h, and how the work on them is cut.
+    """How logits are computed from the hidden states h, and how the work is split into tiles.
 
         logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
 
     Attributes:
       softcap: None for no soft-capping.
       logit_scale: factor before the soft-capping.
-      temperature: divisor after it.
-      chunk_size: tokens of a tile, or None for the device's default.
-      dtype: the dtype of the products under autocast, or None for that of the weight.
+      temperature: divisor after the soft-capping.
+      chunk_size: tokens per tile, or None for the device's default.
+      dtype: the dtype of the products under autocast, or None for the weight's dtype.
       shard: this rank's part of a head that is split over the vocabulary, or None.
     """
 
@@ -48,7 +48,7 @@ class HeadOptions:
     shard: VocabShard | None = None
 
     def vocabulary(self, weight: Tensor) -> int:
-        """V of the whole head, of which `weight` is this rank's part."""
+        """V of the whole head. `weight` is this rank's part of it."""
         return len(weight) if self.shard is None else self.shard.vocabulary
 
 
@@ -74,12 +74,12 @@ class Head:
 
     @property
     def factor_dtype(self) -> torch.dtype:
-        """The dtype of the exponentials that the gradient products take."""
+        """The dtype of the exponentials in the gradient products."""
         return factor_dtype_of(self.weight.dtype, self.device)
 
     @property
     def gain(self) -> float:
-        """The derivative of the logits by h W^T + b, without that of the soft-capping."""
+        """The derivative of the logits by h W^T + b, without the soft-capping's factor."""
         return self.options.logit_scale / self.options.temperature
 
     def logits(
@@ -97,22 +97,22 @@ class Head:
         return logits.mul_(softcap / self.options.temperature), bend
 
     def bend_at(self, target_logit: Tensor) -> Tensor:
-        """The soft-capping's derivative where a logit is known; 1 without soft-capping."""
+        """The soft-capping's derivative at known logits. It is 1 without soft-capping."""
         if self.options.softcap is None:
             return torch.ones_like(target_logit)
         capped = target_logit * (self.options.temperature / self.options.softcap)
         return 1.0 - capped * capped
 
     def local(self, targets: Tensor) -> Tensor:
-        """Targets as rows of this rank's weight; out of range where another rank holds them."""
+        """Targets as rows of this rank's weight, out of range if another rank has the row."""
         shard = self.options.shard
         return targets if shard is None else targets - shard.start
 
     def blocks(self, rows: int) -> Iterator[slice]:
-        """The vocabulary in blocks of about one size, for a tile of so many rows.
+        """The vocabulary in blocks of about equal size, for a tile of `rows` tokens.
 
-        A width of 30,413 would put rows at odd addresses, which slows a GPU down. So widths are
-        multiples of ALIGNED, and the remainder of the vocabulary is a block by itself.
+        With a width of 30,413, rows would start at odd addresses, which is slow on a GPU. So widths
+        are multiples of ALIGNED, and the remainder of the vocabulary is a block of its own.
         """
         vocabulary = len(self.weight)
         aligned = vocabulary - vocabulary % ALIGNED
@@ -126,24 +126,24 @@ class Head:
 
     @property
     def rows(self) -> int:
-        """Tokens of a tile whose blocks are dropped one by one."""
+        """Tokens per tile if its blocks are not kept."""
         shard = self.options.shard
         return self.options.chunk_size or (self.device.rows if shard is None else shard.rows)
 
     def budget(self, *, keep: bool) -> Budget:
-        """The most tokens of a tile.
+        """The largest number of tokens per tile.
 
         Args:
-          keep: whether the tile's exponentials are kept, which the weight's gradient needs.
+          keep: whether the tile's exponentials are kept, for the weight's gradient.
         """
         if not keep or self.options.chunk_size is not None:
             return Budget(self.rows, self.rows, self.rows)
         itemsize, shard = self.factor_dtype.itemsize, self.options.shard
-        # All ranks of a split head must cut the same tiles, so they agree on the smallest.
+        # All ranks of a split head must use the same tiles, so they agree on the smallest size.
         numbers = self.device.kept_bytes // itemsize if shard is None else shard.kept_numbers
         widest = len(self.weight) if shard is None else shard.largest
         kept = max(LEAST_KEPT_ROWS, numbers // max(1, widest))
-        # One pair may take what the float32 scratch [V, D] of a longer pair would take.
+        # One pair may use as much memory as the float32 scratch [V, D] of a longer pair.
         scratch = self.weight.shape[1] * self.dtype.itemsize // itemsize
         if shard is not None:
             scratch = self.weight.shape[1]
@@ -151,5 +151,5 @@ class Head:
 
 
 def factor_dtype_of(dtype: torch.dtype, device: Device) -> torch.dtype:
-    """The dtype of exponentials where the head's products have `dtype`."""
+    """The dtype of exponentials for a head with products in `dtype`."""
     return dtype if device.wide_sums else torch.promote_types(dtype, torch.float32)

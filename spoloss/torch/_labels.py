@@ -1,8 +1,8 @@
 """Labels of sequences: checks, the shift to targets, and sums over sequences.
 
-Sequences are the rows of labels [B, T]. Or they lie one after another in one row [1, T], without
-padding, and `cu_seqlens` [S + 1] holds their offsets, as FlashAttention's variable-length functions
-take them: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
+Sequences are either the rows of labels [B, T], or packed one after another into one row [1, T]
+without padding. Then `cu_seqlens` [S + 1] has their offsets, in the format of FlashAttention's
+variable-length functions: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 IGNORED = torch.iinfo(torch.int64).min
-"""The target of a token that does not count."""
+"""The target of a token that is ignored."""
 
 
 def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
-    """Refuse labels that are not integers of shape [B, T], the first two axes of `states`.
+    """Check that labels are integers of shape [B, T], the first two axes of `states`.
 
     Raises:
       TypeError: the labels are not integer.
@@ -35,11 +35,11 @@ def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, labels_name: str, labels: Tensor) -> None:
-    """Refuse offsets that cannot cut labels [1, T] into sequences.
+    """Check that offsets can cut labels [1, T] into sequences.
 
     Raises:
       TypeError: the offsets are not int32 or int64.
-      ValueError: the labels are more than one row, or a shape or a device does not fit, or, on the
+      ValueError: the labels have more than one row, or a shape or device does not fit, or, on the
         CPU and outside a compiled graph, the offsets do not rise from 0 to T.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -68,11 +68,12 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, labels_name: str, labels: Te
 def targets_of(
     labels: Tensor, ignore_index: int, *, shift: bool, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The token id that each position predicts, int64 [B, T]; IGNORED where none counts.
+    """The token id that each position predicts, int64 [B, T], or IGNORED.
 
-    The labels move, not the hidden states or logits, whose slice could not be flattened for free.
+    The labels are shifted, not the hidden states or logits, because flattening a slice of those
+    would copy them.
     """
-    # Before any comparison: uint8 would read an ignore_index of -100 as token 156.
+    # Convert before comparing: as uint8, an ignore_index of -100 would equal token 156.
     labels = labels.long()
     labels = torch.where(labels == ignore_index, IGNORED, labels)
     if not shift:
@@ -83,7 +84,7 @@ def targets_of(
 
 
 def _starts(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Where sequences begin, [1, T]: no token before may predict these."""
+    """Where sequences begin, [1, T]. The token before a start must not predict it."""
     marks = torch.zeros(length + 1, dtype=torch.bool, device=cu_seqlens.device)
     starts = cu_seqlens[:-1].long().clamp(0, length)
     return marks.index_fill(0, starts, True)[None, :length]
@@ -98,7 +99,7 @@ def sequence_of(cu_seqlens: Tensor, positions: Tensor) -> Tensor:
 def sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The sum over each sequence: [B, T] -> [B], or [1, T] -> [S] with offsets.
 
-    It is nan if the offsets do not rise from 0 to T.
+    The sums are nan if the offsets do not rise from 0 to T.
     """
     if cu_seqlens is None:
         return values.sum(dim=1)
@@ -107,14 +108,14 @@ def sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     length = values.shape[1]
     sequence = sequence_of(cu_seqlens, torch.arange(length, device=values.device))
     sums = values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence, values[0])
-    # A check would stall a GPU, and a wrong sum must not pass for a right one.
+    # A check would synchronise with a GPU, so wrong offsets give nan instead of a wrong sum.
     return torch.where(rises(cu_seqlens, length), sums, math.nan)
 
 
 def sum_tokens(
     token_logps: Tensor, lengths: Tensor, *, average: bool, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Sums over sequences, or averages over `lengths` tokens; 0 for a sequence without a token."""
+    """Sums over sequences, or averages over `lengths` tokens. 0 for a sequence without tokens."""
     total = sum_sequences(token_logps, cu_seqlens)
     return total / lengths.clamp(min=1) if average else total
 

@@ -1,6 +1,6 @@
 """The loss of a batch of pairs as a function of their log-probabilities, with its slopes.
 
-No formula of a loss is in this file: values come from `pair_loss`, slopes from `pair_grad`.
+This file contains no loss formula. Values come from `pair_loss`, and slopes from `pair_grad`.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ class Objective:
         nll = self._nll_per_logp(chosen.dtype) * chosen
         left_out = zero_weights(self.weights, chosen)
         if left_out is not None:
-            # 0 times a log-probability of -inf would be nan.
+            # 0 times a log-probability of -inf is nan.
             nll = torch.where(left_out, 0.0, nll)
         total: Tensor = value + reduce(nll, self.reduction)
         return total
 
     def slopes(self, sums: Tensor, pairs: slice) -> Tensor:
-        """What each side's unit direction counts for in the loss, [2, p].
+        """The factor of each side's unit direction in the gradient of the loss, [2, p].
 
-        The unit direction of a side is the derivative of the margin by its tokens. The loss changes
-        along both with the slope of the margin, and along the chosen side's also with the NLL.
+        The unit direction of a side is the derivative of the margin by its tokens. Both sides get
+        the slope of the loss. The chosen side also gets the NLL term.
 
         Args:
-          sums: sums over tokens for all pairs, [2, P]; those of `pairs` must be known.
+          sums: sums over tokens for all pairs, [2, P]. Those of `pairs` must be complete.
           pairs: the p pairs.
         """
         logps = self.logps(sums)
@@ -106,7 +106,7 @@ class Objective:
         return self._unit_slopes(dtype)[tokens.side, tokens.pair]
 
     def nll_slopes(self, dtype: torch.dtype) -> Tensor:
-        """What each pair's chosen unit direction counts for in the NLL term alone, [P]."""
+        """The factor of each pair's chosen unit direction in the NLL term alone, [P]."""
         per_logp = self._nll_per_logp(dtype)
         return per_logp * reduction_scale(per_logp, self.reduction)
 
@@ -124,12 +124,12 @@ class Objective:
 
 
 def zero_weights(weights: Tensor | float | None, like: Tensor) -> Tensor | None:
-    """Which pairs have weight 0, as booleans of the shape of `like`; None if none can have."""
+    """Which pairs have weight 0, as booleans of the shape of `like`, or None if none can."""
     if weights is None or (is_number(weights) and weights != 0.0):
         return None
     return torch.as_tensor(weights, device=like.device).expand(like.shape) == 0.0
 
 
 def _of_pairs(value: Any, pairs: slice) -> Any:
-    """Some pairs' part of what is one number for all, 0-d, or one per pair."""
+    """The part of a parameter for some pairs. It is a number, 0-d, or one value per pair."""
     return value[pairs] if isinstance(value, Tensor) and value.ndim else value

@@ -5,8 +5,8 @@ p_t the softmax of token t,
 
     dL/dlogits_t = dL/dh * (+1 for chosen, -1 for rejected) * (onehot_t - p_t)
 
-So the tile that gives a token's log-probability also gives its gradients, and nothing is computed
-twice: three matrix products per token, where a head that recomputes its logits needs four.
+So one tile gives both a token's log-probability and its gradients, and nothing is computed twice.
+This takes three matrix products per token. A head that recomputes its logits needs four.
 
     hidden states, labels
           |  TokenTable: one row per token whose label counts
@@ -26,8 +26,8 @@ twice: three matrix products per token, where a head that recomputes its logits 
        hidden gradient               weight gradient
        = slope * (onehot - p) W      += slope * (onehot - p)^T states     products 2 and 3
 
-Pairs that fit in a tile know their slopes before the gradients are gathered. A longer pair is
-walked tile by tile along its unit direction, dh instead of dL, and scaled at the end.
+For pairs that fit in a tile, the slopes are known before the gradient products. A longer pair is
+processed tile by tile. Its gradients are accumulated for dh instead of dL, and scaled at the end.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from spoloss.torch._tokens import CHOSEN, REJECTED, Batch, Tile
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass finds.
+    """The results of one pass.
 
     Attributes:
       sums: each sequence's sum of log-probabilities over its tokens, [2, P], nats.
-      gradients: those of the loss.
+      gradients: the gradients of the loss.
     """
 
     sums: Tensor
@@ -59,7 +59,7 @@ class Pass:
 
 
 def one_pass(head: Head, batch: Batch, objective: Objective, wanted: Wanted) -> Pass:
-    """Log-probabilities and gradients of a batch of pairs; the logits never exist whole."""
+    """Log-probabilities and gradients of a batch of pairs, without holding all logits."""
     table, budget = batch.table, head.budget(keep=wanted.head)
     groups = plan(table.lengths, budget)
     hidden = batch.zeros(held_dtype(batch.hidden[0].dtype)) if wanted.hidden else None
@@ -72,14 +72,14 @@ def one_pass(head: Head, batch: Batch, objective: Objective, wanted: Wanted) -> 
 
     for group in groups:
         pairs = slice(group.first, group.last)
-        if group.fits:  # the slopes are known before the gradients are gathered
+        if group.fits:  # the slopes are known before the gradient products
             tile = batch.tile(table.rows(pairs), head.weight.dtype)
             found = softmax(tile)
             sums[:, pairs] = table.sums(tile.tokens, found.logps, pairs)
             gradients.add(tile, found, objective.token_slopes(sums, pairs, tile.tokens))
             continue
-        # One long pair: along its unit direction first, scaled once its slope is known. Before
-        # anything was added, the sum itself can hold the direction.
+        # One long pair: accumulate its unit direction, then scale it by its slope. If no other
+        # contribution was added yet, the gradients themselves can hold the direction.
         alone = gradients.head.empty and objective.nll_weight == 0.0
         direction = gradients if alone else gradients.beside()
         for side in (CHOSEN, REJECTED):
@@ -89,7 +89,7 @@ def one_pass(head: Head, batch: Batch, objective: Objective, wanted: Wanted) -> 
                 sums[side, pairs] += found.logps.sum()
                 direction.add(tile, found, objective.unit_token_slopes(tile.tokens, head.dtype))
             if side == CHOSEN and objective.nll_weight != 0.0:
-                # The NLL is of the chosen side alone, and its slope needs no margin.
+                # The NLL belongs to the chosen side only, and its slope does not need the margin.
                 gradients.head.add_scaled(direction.head, objective.nll_slopes(head.dtype)[pairs])
         slopes = objective.slopes(sums, pairs)
         gradients.head.add_scaled(direction.head, slopes[REJECTED])

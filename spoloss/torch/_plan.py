@@ -1,4 +1,4 @@
-"""Which pairs share a tile of tokens. Integers in, integers out; no tensor is involved."""
+"""Which pairs share a tile of tokens. Integers in, integers out, without tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """The most tokens that one tile may hold.
+    """The largest number of tokens in one tile.
 
     Attributes:
       shared: if several pairs share the tile.
@@ -40,7 +40,7 @@ def plan(lengths: Sequence[int], budget: Budget) -> list[Group]:
 
     Args:
       lengths: the number of tokens of each pair, both sides together.
-      budget: the most tokens of a tile.
+      budget: the largest number of tokens per tile.
     """
     groups: list[Group] = []
     first = 0
@@ -55,7 +55,7 @@ def plan(lengths: Sequence[int], budget: Budget) -> list[Group]:
 
 
 def tiles(rows: slice, most: int) -> Iterator[slice]:
-    """Some rows in slices of about one size, at most `most` rows each."""
+    """Some rows in slices of about equal size, at most `most` rows each."""
     count = rows.stop - rows.start
     even = math.ceil(count / max(1, math.ceil(count / most)))
     for start in range(rows.start, rows.stop, max(1, even)):

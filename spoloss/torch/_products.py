@@ -1,4 +1,4 @@
-"""Matrix products of half precision that are not rounded to half precision on the way."""
+"""Matrix products of half-precision factors, without intermediate rounding to half precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def product(
 ) -> Tensor:
     """A @ b in `dtype`, written to `out` if it is given.
 
-    A device without wide sums rounds the product to the factors' dtype before it is widened.
+    A device without wide sums rounds the product to the factors' dtype first.
     """
     if a.dtype == dtype:
         return torch.mm(a, b, out=out)
@@ -23,9 +23,9 @@ def product(
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, device: Device, *, empty: bool = False) -> None:
-    """Add a @ b to `total` in the dtype of `total`; with `empty`, overwrite what it holds.
+    """Add a @ b to `total` in the dtype of `total`. With `empty`, overwrite `total`.
 
-    Where the device has wide sums, a `b` that is wider than `a` is narrowed to the dtype of `a`.
+    On a device with wide sums, a `b` that is wider than `a` is rounded to the dtype of `a`.
     """
     beta = 0.0 if empty else 1.0
     if not device.wide_sums or a.dtype == total.dtype:
@@ -42,18 +42,18 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, device: Device, *, empty: bo
 
 
 def _narrowed(b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`b` in `dtype`, and the 0-d factor that it must be multiplied by afterwards, if any."""
+    """`b` in `dtype`, and the 0-d factor to multiply it by afterwards, or None."""
     if b.dtype == dtype or dtype != torch.float16:
         return b.to(dtype), None
-    # A pair's slope may lie outside float16's range, so the largest number becomes 1.
+    # A pair's slope may be outside float16's range, so scale the largest number to 1.
     unit = b.abs().amax().clamp(min=torch.finfo(b.dtype).tiny)
     return (b / unit).to(dtype), unit
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Add rows at an index that may repeat, with the same last bits in each run."""
+    """Add rows at an index that may repeat, deterministically to the last bit."""
     rows = rows.to(total.dtype)
     if total.is_cuda:
         total.index_put_((index,), rows, accumulate=True)
-    else:  # index_add_ adds in order there, and is faster
+    else:  # on a CPU, index_add_ adds in order and is faster
         total.index_add_(0, index, rows)

@@ -1,11 +1,11 @@
-"""Token log-probabilities whose gradients are computed in the backward, from the logits again.
+"""Token log-probabilities with gradients that are computed in the backward, from recomputed logits.
 
-This serves any loss, and it needs no slope in the forward. It costs four matrix products per token
-where one pass needs three. The forward keeps the log-sum-exp of each token, with which the backward
-can use each block of a tile at once.
+This works for any loss and needs no slope in the forward. It takes four matrix products per token,
+and one pass takes three. The forward keeps the log-sum-exp of each token, so that the backward can
+use each block of a tile immediately.
 
-Under torch.compile the same computation is one opaque operator, since its tiles depend on how many
-labels count. So one graph serves batches of any length.
+Under torch.compile the same computation is one opaque operator, because its tiles depend on the
+number of labels that count. So one graph works for batches of any length.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def token_logps(
     sequences: Sequences,
     options: HeadOptions,
 ) -> Tensor:
-    """Log-probabilities of the targets, [B, T]; 0 where a label does not count. Differentiable."""
+    """Log-probabilities of the targets, [B, T], 0 for ignored labels. Differentiable."""
     if options.shard is not None:
         refuse_compilation()
     if torch.compiler.is_compiling():
@@ -97,7 +97,7 @@ class _TokenLogps(torch.autograd.Function):
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, table: TokenTable, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and log-sum-exp of each token, [B, T]; 0 where a label does not count."""
+    """Log-probabilities and log-sum-exp of each token, [B, T], 0 for ignored labels."""
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head.of(weight, bias, options)
         batch = Batch.of(table, hidden)
@@ -123,7 +123,7 @@ def _backward(
     upstream: Tensor,
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients by hidden states, weight and bias from those by the log-probabilities."""
+    """The gradients by hidden states, weight and bias, from the gradient by log-probabilities."""
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head.of(weight, bias, options)
         batch = Batch.of(table, hidden)

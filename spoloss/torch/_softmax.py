@@ -1,15 +1,15 @@
-"""A tile of tokens against the vocabulary: log-probabilities and exponentials, block by block.
+"""The softmax of a tile of tokens: log-probabilities and exponentials, block by block.
 
-A block is some columns [n, C] of the tile's logits. An online softmax visits the blocks in turn:
-each is filled with logits, which become exponentials, and what was summed before is rescaled when
-a larger logit appears. With y the target, z the logits, and
+A block is some columns [n, C] of the tile's logits. An online softmax visits the blocks in turn. It
+computes the logits of a block and their exponentials, and rescales the earlier sums when a larger
+logit appears. With y the target, z the logits, and
 
     rest = log sum_{v != y} exp(z_v),    lse = log sum_v exp(z_v):
 
     log p       = -log(1 + exp(rest - z_y))
     p_v - [v=y] =  exp(z_v - lse)   for v != y,     -(1 - p) = -sigmoid(rest - z_y)   for v = y
 
-The target stays out of the sums, so 1 - p is never the difference of two numbers near 1.
+The sums exclude the target, so 1 - p is never the difference of two numbers near 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from spoloss.torch._vocab_parallel import VocabShard
 
 
 class Block(NamedTuple):
-    """Some columns of a tile: exp(logits - shift), 0 at the targets, times softcap's derivative."""
+    """Some columns of a tile: exp(logits - shift) times softcap's derivative, 0 at the targets."""
 
     columns: slice
     exps: Tensor
@@ -39,12 +39,12 @@ class Block(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What an online softmax knows about each of n tokens after some blocks.
+    """The running sums of an online softmax for n tokens, after some blocks.
 
     Attributes:
-      shift: [n] what was subtracted from the logits before the exponentials.
+      shift: [n] the number subtracted from the logits before the exponential.
       others: [n] the sum of exp(logit - shift), without the target.
-      target: [n] the target's logit, -inf where no block has held it yet.
+      target: [n] the target's logit, -inf if no block so far contains it.
     """
 
     shift: Tensor
@@ -59,7 +59,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def known(cls, lse: Tensor) -> Sums:
-        """For tokens whose log-sum-exp is known: exponentials are then probabilities."""
+        """For tokens with known log-sum-exp, so that exponentials are probabilities."""
         return cls(lse, torch.zeros_like(lse), torch.full_like(lse, -math.inf))
 
     def joined(self, shard: VocabShard) -> Sums:
@@ -69,17 +69,17 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Softmax:
-    """The softmax of a tile of n tokens, as far as gradients need it.
+    """The parts of the softmax of a tile of n tokens that the gradients need.
 
-    The exponentials live in the workspace that the softmax was computed in, so they are valid until
-    the workspace is used again.
+    The exponentials are stored in the workspace, so they are valid until the workspace is used
+    again.
 
     Attributes:
       logps: [n] log-probabilities of the targets.
       lse: [n] log-sum-exp of the logits of all words.
       complement: [n] 1 - p of the target, times softcap's derivative at the target.
-      target: [n] the target's row of this rank's weight, 0 where another rank holds it.
-      product: [n, D] sum over the other words of p_v * weight[v], or None if it was not computed.
+      target: [n] the target's row of this rank's weight, 0 if another rank has it.
+      product: [n, D] sum of p_v * weight[v] over the other words, or None if it was not computed.
       blocks: the exponentials of the whole vocabulary if they were kept, else empty.
     """
 
@@ -92,16 +92,16 @@ class Softmax:
 
 
 class Workspace:
-    """Memory for the logits of one tile, reused by each tile in turn.
+    """Memory for the logits of one tile, reused for each tile.
 
-    Memory of this size that is allocated afresh for each tile costs a CPU a few percent of the
-    time, in page faults.
+    If each tile allocated its own memory, page faults would cost a few percent of the time on a
+    CPU.
     """
 
     def __init__(self, head: Head, rows: int, *, keep: bool) -> None:
-        """Memory for tiles of at most `rows` tokens, with or without all their blocks."""
+        """Allocate memory for tiles of at most `rows` tokens: all their blocks, or one block."""
         self._keep = keep and not head.device.compiles
-        # A product of half precision cannot be written to float32 memory.
+        # A half-precision product cannot be written to float32 memory.
         self._memory = None
         if head.weight.dtype == head.dtype:
             widths = [columns.stop - columns.start for columns in head.blocks(rows)]
@@ -110,7 +110,7 @@ class Workspace:
             self._rows = rows
 
     def block(self, n: int, columns: slice) -> Tensor | None:
-        """Memory for one block [n, C], or None where the product allocates its own."""
+        """Memory for one block [n, C], or None if the product allocates its own."""
         if self._memory is None:
             return None
         width = columns.stop - columns.start
@@ -152,7 +152,7 @@ def softmax_of(
 
 
 def known_softmax(head: Head, tile: Tile, logps: Tensor, lse: Tensor) -> Softmax:
-    """The softmax of a tile from what `softmax_of` found, without product and blocks."""
+    """The softmax of a tile from the results of `softmax_of`, without product and blocks."""
     local = head.local(tile.tokens.target)
     complement = _complement(head, local, -torch.expm1(logps), logps + lse)
     return Softmax(logps, lse, complement, _row(head, local))
@@ -166,9 +166,10 @@ def visit(
     Args:
       head: the head.
       tile: n tokens.
-      sums: what is known before the first block.
-      product: [n, D] grows by exps @ weight of each block, counted from the block's shift; or None.
-      workspace: memory for the logits. Unless it keeps all blocks, each is valid until the next.
+      sums: the sums before the first block.
+      product: [n, D], to which exps @ weight of each block is added, relative to the block's shift;
+        or None.
+      workspace: memory for the logits. Unless it keeps all blocks, a block is valid until the next.
     """
     local = head.local(tile.tokens.target)
     for columns in head.blocks(len(tile.states)):
@@ -204,11 +205,11 @@ def _next_block(
 
 
 def _row(head: Head, local: Tensor) -> Tensor:
-    """The targets' rows of this rank's weight, 0 where another rank holds them."""
+    """The targets' rows of this rank's weight, 0 if another rank has them."""
     return torch.where((local >= 0) & (local < len(head.weight)), local, 0)
 
 
 def _complement(head: Head, local: Tensor, complement: Tensor, target_logit: Tensor) -> Tensor:
-    """1 - p times softcap's derivative at the target, 0 where another rank holds the target."""
+    """1 - p times softcap's derivative at the target, 0 if another rank has the target."""
     here = (local >= 0) & (local < len(head.weight))
     return torch.where(here, complement * head.bend_at(target_logit), 0.0)

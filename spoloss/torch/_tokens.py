@@ -1,9 +1,9 @@
-"""A batch as one table of tokens: a row for each token whose label counts.
+"""A batch as one table of tokens, with one row for each token whose label counts.
 
 The columns are the token's place among the hidden states, its target, its side (chosen 0,
-rejected 1), its pair and its position within the sequence. Padded rows and packed rows
-(`cu_seqlens`) are two ways to make the table. Rows are sorted by pair, then by side, so the tokens
-of consecutive pairs are one slice of it. A batch of single sequences is a table with one side.
+rejected 1), its pair and its position within the sequence. The table is built from padded rows or
+from packed rows (`cu_seqlens`). Rows are sorted by pair, then by side, so the tokens of consecutive
+pairs are one slice of the table. A batch of single sequences is a table with one side.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CHOSEN, REJECTED = 0, 1
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where the sequences of one side lie.
+    """The sequences of one side.
 
     Attributes:
       name: the name of the labels argument, for messages.
-      targets: [B, T], as `targets_of` makes them.
-      ignore_index: the label that does not count, for messages.
+      targets: [B, T], from `targets_of`.
+      ignore_index: the label to ignore, for messages.
       cu_seqlens: [S + 1] offsets into one row, or None if each row is a sequence.
       left_out: [S] which sequences have weight 0, or None if none has a weight.
     """
@@ -54,7 +54,7 @@ class Tokens:
       target: [n] the token id that it predicts.
       side: [n] 0 for chosen, 1 for rejected.
       pair: [n] the pair or sequence that it belongs to.
-      position: [n] its rank among the tokens of its sequence that count.
+      position: [n] its index among the tokens of its sequence that count.
     """
 
     place: Tensor
@@ -76,13 +76,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The table, and where its pairs lie, as numbers that are known without asking the device.
+    """The table, and the rows of its pairs as Python numbers, which need no device synchronisation.
 
     Attributes:
       tokens: all rows.
-      sizes: how many hidden states each side has, with those of tokens that do not count.
-      starts: for each pair and side the first row, then the end of the table: pair * sides + side.
-      longest: the most tokens of any sequence.
+      sizes: the number of hidden states of each side, including tokens that do not count.
+      starts: the first row of each pair and side, at index pair * sides + side, then the end of the
+        table.
+      longest: the number of tokens of the longest sequence.
       left_out: [P] which pairs have weight 0, or None if none has a weight.
     """
 
@@ -122,10 +123,10 @@ class TokenTable:
         return slice(self.starts[index], self.starts[index + 1])
 
     def sums(self, tokens: Tokens, values: Tensor, pairs: slice) -> Tensor:
-        """The sum over each sequence of values [n] of the tokens of p pairs, [sides, p].
+        """The sum over each sequence of the tokens' values [n], for p pairs, [sides, p].
 
-        Each row of a padded matrix is summed pairwise, in one order, so that the result is exact to
-        rounding and the same in each run.
+        Each row of a padded matrix is summed pairwise in a fixed order, so that the result is
+        accurate and the same in each run.
         """
         padded = values.new_zeros(self.sides, pairs.stop - pairs.start, self.longest)
         padded[tokens.side, tokens.pair - pairs.start, tokens.position] = values
@@ -141,7 +142,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The table with the hidden states that it points to.
+    """The table with the hidden states that it refers to.
 
     Attributes:
       table: the tokens.
@@ -161,7 +162,7 @@ class Batch:
         tokens = self.table.tokens[rows]
         states = self._states(tokens).to(dtype)
         if self.table.left_out is not None:
-            # 0 times nan is not 0, so a pair of weight 0 must not bring nan into a product.
+            # 0 * nan is nan, so nan in a pair of weight 0 must not enter a product.
             unusable = self.table.left_out[tokens.pair, None] & ~states.isfinite()
             states = torch.where(unusable, 0.0, states)
         return Tile(tokens, states)
@@ -178,7 +179,7 @@ class Batch:
             return first[tokens.place]
         if len(first) == 0:
             return others[0][tokens.place]
-        # Two gathers and a choice need no count of either side, which only the device knows.
+        # Two gathers and a selection, because the number of tokens per side is on the device.
         in_first = tokens.place.clamp(max=len(first) - 1)
         in_second = (tokens.place - len(first)).clamp(min=0)
         chosen = (tokens.side == 0)[:, None]
@@ -188,10 +189,10 @@ class Batch:
 def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
     """The table of all tokens whose label counts.
 
-    How many they are must be known on the host: a call waits for the device here, and only here.
+    The host needs their number, so a call synchronises with the device here, and nowhere else.
 
     Args:
-      sides: the sequences of each side, as many on each.
+      sides: the sequences of each side, the same number on each.
       vocabulary: V of the whole head.
 
     Raises:
@@ -203,8 +204,8 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
     for index, (side, host) in enumerate(zip(sides, on_host, strict=True)):
         if host.outside:
             raise ValueError(
-                f"{side.name} must be in [0, V = {vocabulary}) or ignore_index = "
-                f"{side.ignore_index}, got a label outside"
+                f"{side.name} must be in [0, V = {vocabulary}) or equal to ignore_index = "
+                f"{side.ignore_index}, got another label"
             )
         if host.offsets is not None and not rises(host.offsets, len(host.counts)):
             raise ValueError(
@@ -240,7 +241,7 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
 
 @dataclass(frozen=True)
 class _OnHost:
-    """What the host must know of one side."""
+    """The data of one side that the host needs."""
 
     counts: Tensor
     outside: bool
@@ -248,7 +249,7 @@ class _OnHost:
 
 
 def _to_host(sides: list[Sequences], targets: list[Tensor], vocabulary: int) -> list[_OnHost]:
-    """One transfer for all sides: which tokens count, whether a label is outside, the offsets."""
+    """Transfer which tokens count, whether a label is outside, and the offsets, all at once."""
     parts = []
     for side, target in zip(sides, targets, strict=True):
         counts = target != IGNORED

@@ -1,7 +1,8 @@
-"""A head whose weight is split over the vocabulary: each rank of a group holds some rows of V.
+"""A head split over the vocabulary: each rank of a group has some rows of the weight.
 
-Ranks see the same tokens and the same upstream gradient. Each computes the logits of its own rows.
-Three numbers per token are exchanged: the largest logit, the target's, and the sum of exponentials.
+All ranks get the same tokens and the same upstream gradient. Each computes the logits of its own
+rows. The ranks exchange three numbers per token: the largest logit, the target's logit, and the sum
+of exponentials.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's rows of V: from `start` on, as many as its weight has.
+    """This rank's rows of the head: from `start` on, as many as its weight has.
 
     Attributes:
-      group: the ranks that hold one head together, in the order of their rows.
-      start: how many rows the ranks before this one hold.
-      largest: the rows of the largest shard.
-      vocabulary: the rows of all shards.
-      rows: the tokens of a tile on the rank whose device takes the fewest.
-      kept_numbers: the exponentials of a tile that is kept on the rank that keeps the fewest.
+      group: the ranks that share one head, in the order of their rows.
+      start: the number of rows on the ranks before this one.
+      largest: the number of rows of the largest shard.
+      vocabulary: the number of rows of all shards.
+      rows: the number of tokens per tile, the smallest over the ranks.
+      kept_numbers: the number of exponentials that a kept tile may have, the smallest over the
+        ranks.
     """
 
     group: ProcessGroup
@@ -41,12 +43,12 @@ class VocabShard:
     def join_sums(
         self, shift: Tensor, others: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What all shards together know of n tokens: shift, sum of exponentials, target's logit.
+        """The sums over all shards for n tokens: shift, sum of exponentials, target's logit.
 
         Args:
-          shift: [n] what this rank subtracted before its exponentials.
-          others: [n] the sum of these, without the target's.
-          target: [n] the target's logit; -inf where another rank holds it.
+          shift: [n] the number that this rank subtracted before its exponentials.
+          others: [n] the sum of this rank's exponentials, without the target.
+          target: [n] the target's logit, -inf if another rank has it.
         """
         highest = torch.stack([shift, target])
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
@@ -60,9 +62,9 @@ class VocabShard:
 
 
 def refuse_compilation() -> None:
-    """Keep a split head out of a compiled graph.
+    """Raise an error for a split head in a compiled graph.
 
-    Dynamo then runs the call eagerly, or reports the error under fullgraph=True.
+    Dynamo then runs the call eagerly, or reports the error with fullgraph=True.
 
     Raises:
       RuntimeError: under torch.compile.
@@ -81,26 +83,28 @@ def join(
     rows: int,
     kept_numbers: int,
 ) -> VocabShard:
-    """This rank's place among the shards, learnt from all ranks in one exchange.
+    """This rank's place among the shards, from one exchange between all ranks.
 
     Args:
-      group: the ranks that hold the head.
+      group: the ranks that share the head.
       weight: this rank's rows, [rows, D].
       labels: token ids of any shape, the same on all ranks.
-      ignore_index: the label that does not count.
-      facts: name -> number of what else must be equal on all ranks, or they would deadlock.
-      rows: the tokens of a tile on this rank's device. The ranks agree on the smallest, since
-        ranks that cut different tiles would deadlock.
-      kept_numbers: the exponentials of a kept tile on this rank's device, likewise agreed on.
+      ignore_index: the label to ignore.
+      facts: name -> number of everything else that must be equal on all ranks. Ranks that differ
+        would deadlock.
+      rows: the tokens per tile on this rank's device. The ranks agree on the smallest, because
+        ranks with different tiles would deadlock.
+      kept_numbers: the exponentials of a kept tile on this rank's device. The ranks agree on the
+        smallest.
 
     Raises:
       TypeError: `group` is not a process group.
-      ValueError: the ranks do not agree, a shard is empty, or the shards together hold fewer rows
+      ValueError: the ranks do not agree, a shard is empty, or the shards together have fewer rows
         than the labels need.
     """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            "vocab_parallel_group must be a torch.distributed ProcessGroup (of a DeviceMesh: "
+            "vocab_parallel_group must be a torch.distributed ProcessGroup (for a DeviceMesh: "
             f"mesh.get_group()), got {type(group).__name__}"
         )
     ids = torch.cat([side.flatten().long() for side in labels])
@@ -122,7 +126,9 @@ def join(
 
 def _check_sizes(sizes: list[int], top: int) -> None:
     if min(sizes) == 0:
-        raise ValueError(f"every rank of vocab_parallel_group needs a row of weight, got {sizes}")
+        raise ValueError(
+            f"every rank of vocab_parallel_group needs at least one row of weight, got {sizes} rows"
+        )
     if top >= sum(sizes):
         raise ValueError(
             f"the shards of weight add up to {' + '.join(map(str, sizes))} = {sum(sizes)} rows "

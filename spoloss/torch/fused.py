@@ -1,6 +1,6 @@
-"""Hidden states to the loss in one pass, without the logits: `linear_pair_loss`.
+"""The loss from hidden states in one pass, without the logits: `linear_pair_loss`.
 
-`spoloss.torch.fused_losses` has its spellings for SPO, DPO, the squared loss and IPO.
+`spoloss.torch.fused_losses` has the same for SPO, DPO, the squared loss and IPO by name.
 """
 
 from __future__ import annotations
@@ -48,69 +48,69 @@ def linear_pair_loss(
     rejected_cu_seqlens: Tensor | None = None,
     vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> LinearPairLoss:
-    """Any loss of the margin from hidden states, in one pass: loss and gradients, no logits.
+    """A loss of the margin and its gradients from hidden states, in one pass without the logits.
 
         h      = (log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x))   (eq. 4)
         logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature
         loss   = l(h) + nll_weight * NLL,    NLL = -log pi(y_w|x) / (number of its tokens)
 
-    Equation 4 is that of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
-    Alignment", 2025. The result equals `pair_loss` of `linear_logps`, at three matrix products per
-    token instead of four, because the gradients are computed in the forward.
+    Equation 4 is from Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
+    Alignment", 2025. The result equals `pair_loss` of `linear_logps`, with three matrix products
+    per token instead of four, because the forward computes the gradients.
 
-    Memory beyond the gradients: with a frozen head, one block of a tile's logits. With a trained
-    head, one tile is kept whole. Pairs share a tile of up to 32 MiB of float32 (1 GiB on CUDA) and
-    at least 128 tokens. A longer pair takes a tile of up to 64 MiB (2 GiB) or the weight's size in
-    float32, whichever is larger. A pair that is longer still is cut into tiles. Unless it is the
-    first pair and has no NLL, it needs one more float32 array of the weight's size.
-    `reduction="none"` with a trained head computes the logits twice, and so does torch.compile.
+    Memory in addition to the gradients: with a frozen head, one block of a tile's logits. With a
+    trained head, one whole tile. Pairs share a tile of up to 32 MiB of float32 (1 GiB on CUDA) and
+    at least 128 tokens. A longer pair uses a tile of up to 64 MiB (2 GiB) or the weight's size in
+    float32, whichever is larger. An even longer pair is cut into tiles. Unless it is the first pair
+    and there is no NLL, it needs one more float32 array of the weight's size. `reduction="none"`
+    with a trained head computes the logits twice, and so does torch.compile.
 
     Args:
       loss: `SPO(...)`, `DPO(...)`, `Squared()` or an object of your own with `value` and `slope`.
       chosen_hidden: last hidden states of the chosen sequences, shape [P, T, D], real floating.
       rejected_hidden: last hidden states of the rejected sequences, shape [P, T', D].
       weight: the head's weight, shape [V, D], in the dtype of the hidden states. Under DDP, FSDP
-        and DeepSpeed, read it inside the forward of the wrapped module: outside, its gradient is
-        not synchronised, and no error is raised. A LoRA adapter on the head is not in it.
+        and DeepSpeed, read it inside the forward of the wrapped module. Outside, its gradient is
+        not synchronised, and no error is raised. It does not include a LoRA adapter on the head.
       chosen_labels: token ids, shape [P, T], integer. Labels equal to `ignore_index` (prompt,
         padding) do not count and cost nothing. Others must lie in [0, V).
       rejected_labels: token ids of the rejected sequences, shape [P, T'].
       reference_chosen_logps: log pi_ref(y_w|x), nats, shape [P]; 0.0 for no reference.
       reference_rejected_logps: log pi_ref(y_l|x), nats, shape [P]; 0.0 for no reference.
-      beta: what the loss takes as beta, 1 / nats, > 0: a number or shape [P].
+      beta: passed to the loss, 1 / nats, > 0: a number or shape [P].
       bias: the head's bias, shape [V].
       weights: factor of each pair and of its NLL: a number or shape [P]. A pair of weight 0 adds
-        nothing to the loss or the gradients, whatever it holds. "mean" still divides by P.
+        nothing to the loss or the gradients, even if it contains nan. "mean" still divides by P.
       nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
       reduction: "mean", "sum" or "none" (the loss of each pair).
       ignore_index: the label that does not count.
       shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
         you have shifted already, so position t predicts label t.
-      average: use log-probabilities per token instead of sums; the reference's too.
+      average: use log-probabilities per token instead of sums, also for the reference.
       softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
       logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
-      chunk_size: tokens of a tile, kept or not; None for the sizes above.
-      chosen_cu_seqlens: offsets of P chosen sequences that lie one after another in one row without
-        padding, shape [P + 1], int32 or int64, rising from 0 to T. `chosen_hidden` is then
-        [1, T, D] and `chosen_labels` [1, T].
+      chunk_size: tokens per tile; None for the sizes above.
+      chosen_cu_seqlens: offsets of P chosen sequences that are packed into one row without padding,
+        shape [P + 1], int32 or int64, rising from 0 to T. `chosen_hidden` is then [1, T, D] and
+        `chosen_labels` [1, T].
       rejected_cu_seqlens: the same for the rejected sequences; both or neither.
-      vocab_parallel_group: the ranks that hold a head split over the vocabulary. `weight` and
-        `bias` are then this rank's rows (of a DTensor: `to_local()`), in the order of the ranks, in
-        shards of any size. Hidden states, labels and the upstream gradient must be equal on all
-        ranks. So are the loss and the gradients by the hidden states.
+      vocab_parallel_group: the ranks that share a head split over the vocabulary. `weight` and
+        `bias` are then this rank's rows (for a DTensor: `to_local()`), in the order of the ranks,
+        in shards of any size. Hidden states, labels and the upstream gradient must be equal on all
+        ranks. The loss and the gradients by the hidden states are then equal too.
 
     Returns:
       LinearPairLoss(loss, chosen_logps, rejected_logps). The loss is differentiable once, by the
       hidden states, weight and bias. The log-probabilities, [P] in nats, are detached.
 
     Raises:
-      TypeError: a dtype does not fit, an option is not a number, `loss` is no loss object, or the
-        weight is a sharded DTensor.
+      TypeError: a dtype does not fit, an option is not a number, `loss` is not a loss object, or
+        the weight is a sharded DTensor.
       ValueError: a shape, device or number does not fit, a label is outside [0, V), offsets are out
-        of order, an argument that is constant here (references, `beta`, `weights`) requires a
-        gradient, the weight is partitioned by ZeRO-3, or the ranks of `vocab_parallel_group` do not
-        agree or lack rows for the labels.
+        of order, a constant argument (references, `beta`, `weights`) requires a gradient, the
+        weight is partitioned by ZeRO-3, or the ranks of `vocab_parallel_group` do not agree or have
+        too few rows for the labels.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
     check_loss(loss)
@@ -178,7 +178,7 @@ def like_margins(hidden: Tensor, pairs: int, *references: Tensor | float) -> Ten
 
 
 def _check_sides(chosen: Side, rejected: Side) -> None:
-    """Refuse sides that do not form pairs."""
+    """Check that the two sides form pairs."""
     if (chosen.cu_seqlens is None) != (rejected.cu_seqlens is None):
         given = "chosen_" if rejected.cu_seqlens is None else "rejected_"
         raise ValueError(
@@ -188,18 +188,18 @@ def _check_sides(chosen: Side, rejected: Side) -> None:
     if chosen.sequences != rejected.sequences:
         names = "hidden" if chosen.cu_seqlens is None else "cu_seqlens"
         raise ValueError(
-            f"chosen_{names} and rejected_{names} must hold the same number of pairs, "
+            f"chosen_{names} and rejected_{names} must have the same number of pairs, "
             f"got {chosen.sequences} and {rejected.sequences}"
         )
 
 
 def _check_constants(like: Tensor, constants: dict[str, Any]) -> None:
-    """Check what is constant here, before any work, as `pair_loss` would after it."""
+    """Check the constant arguments before any computation. `pair_loss` would check them after."""
     for name, value in constants.items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
-                f"{name} must not require a gradient: one pass computes none for it. Detach it, or "
-                "use linear_logps and pair_loss"
+                f"{name} must not require a gradient, because the fused loss computes none for it. "
+                "Detach it, or use linear_logps and pair_loss"
             )
     references = (constants["reference_chosen_logps"], constants["reference_rejected_logps"])
     log_ratio_margin(like, like, *references)

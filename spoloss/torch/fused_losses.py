@@ -45,10 +45,10 @@ def linear_spo_loss(
         h = log[pi(y_w|x) / pi_ref(y_w|x)] - log[pi(y_l|x) / pi_ref(y_l|x)]
 
     Equation 6 of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
-    Alignment", 2025. Each pair's loss is smallest, -1/e, at h = reward_gap / beta.
+    Alignment", 2025. Each pair's loss has its minimum, -1/e, at h = reward_gap / beta.
 
-    The four log-probabilities come from the hidden states without ever holding the logits; memory
-    and cost are those of `linear_pair_loss`.
+    The policy's log-probabilities are computed from the hidden states without ever holding the
+    logits. `linear_pair_loss` documents memory and cost.
 
     Args:
       chosen_hidden: last hidden states of the chosen sequences, [P, T, D], real floating.
@@ -63,20 +63,20 @@ def linear_spo_loss(
       reward_gap: known reward difference r_w - r_l > 0: a number or [P]. None means 1.
       linear_below: x0 < 1; below it the loss continues along its tangent. None is equation 6.
       bias: the head's bias, [V].
-      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, whatever it
-        holds. "mean" still divides by P.
+      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, even if it
+        contains nan. "mean" still divides by P.
       nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
       reduction: "mean", "sum" or "none" (the loss of each pair).
       ignore_index: the label that does not count (prompt, padding).
       shift: True if position t predicts label t + 1; False if you have shifted already.
-      average: use log-probabilities per token instead of sums; the reference's too.
+      average: use log-probabilities per token instead of sums, also for the reference.
       softcap: the model's final logit soft-capping, > 0; None for none.
       logit_scale: factor of the logits, not 0.
       temperature: divisor of the logits, > 0.
       chunk_size: tokens of a tile; None for a size that fits the device.
       chosen_cu_seqlens: offsets [P + 1] of chosen sequences packed in one row, without padding.
       rejected_cu_seqlens: offsets [P + 1] of the rejected sequences; both or neither.
-      vocab_parallel_group: the ranks that hold a head split over the vocabulary; `weight` and
+      vocab_parallel_group: the ranks that share a head split over the vocabulary; `weight` and
         `bias` are then this rank's rows.
 
     Returns:
@@ -157,8 +157,8 @@ def linear_dpo_loss(
 
     Equation 7 of Rafailov et al., arXiv:2305.18290; e > 0 is conservative DPO.
 
-    The four log-probabilities come from the hidden states without ever holding the logits; memory
-    and cost are those of `linear_pair_loss`.
+    The policy's log-probabilities are computed from the hidden states without ever holding the
+    logits. `linear_pair_loss` documents memory and cost.
 
     Args:
       chosen_hidden: last hidden states of the chosen sequences, [P, T, D], real floating.
@@ -170,22 +170,22 @@ def linear_dpo_loss(
       reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
       reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
       beta: strength of the pull to the reference, 1 / nats, > 0: a number or [P].
-      label_smoothing: e in [0, 0.5), the share of labels assumed to be flipped.
+      label_smoothing: e in [0, 0.5), the assumed fraction of flipped labels.
       bias: the head's bias, [V].
-      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, whatever it
-        holds. "mean" still divides by P.
+      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, even if it
+        contains nan. "mean" still divides by P.
       nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
       reduction: "mean", "sum" or "none" (the loss of each pair).
       ignore_index: the label that does not count (prompt, padding).
       shift: True if position t predicts label t + 1; False if you have shifted already.
-      average: use log-probabilities per token instead of sums; the reference's too.
+      average: use log-probabilities per token instead of sums, also for the reference.
       softcap: the model's final logit soft-capping, > 0; None for none.
       logit_scale: factor of the logits, not 0.
       temperature: divisor of the logits, > 0.
       chunk_size: tokens of a tile; None for a size that fits the device.
       chosen_cu_seqlens: offsets [P + 1] of chosen sequences packed in one row, without padding.
       rejected_cu_seqlens: offsets [P + 1] of the rejected sequences; both or neither.
-      vocab_parallel_group: the ranks that hold a head split over the vocabulary; `weight` and
+      vocab_parallel_group: the ranks that share a head split over the vocabulary; `weight` and
         `bias` are then this rank's rows.
 
     Returns:
@@ -256,11 +256,11 @@ def linear_squared_loss(
         l = (h - reward_gap / beta)^2, in nats^2,
         h = log[pi(y_w|x) / pi_ref(y_w|x)] - log[pi(y_l|x) / pi_ref(y_l|x)]
 
-    The candidate of section 2.2 of Y. Tan, "A Stable and Principled Loss Function for Direct
-    Language Model Alignment", 2025.
+    Section 2.2 of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
+    Alignment", 2025.
 
-    The four log-probabilities come from the hidden states without ever holding the logits; memory
-    and cost are those of `linear_pair_loss`.
+    The policy's log-probabilities are computed from the hidden states without ever holding the
+    logits. `linear_pair_loss` documents memory and cost.
 
     Args:
       chosen_hidden: last hidden states of the chosen sequences, [P, T, D], real floating.
@@ -274,20 +274,20 @@ def linear_squared_loss(
       beta: inverse of the target margin, 1 / nats, > 0: a number or [P].
       reward_gap: known reward difference r_w - r_l > 0: a number or [P]. None means 1.
       bias: the head's bias, [V].
-      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, whatever it
-        holds. "mean" still divides by P.
+      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, even if it
+        contains nan. "mean" still divides by P.
       nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
       reduction: "mean", "sum" or "none" (the loss of each pair).
       ignore_index: the label that does not count (prompt, padding).
       shift: True if position t predicts label t + 1; False if you have shifted already.
-      average: use log-probabilities per token instead of sums; the reference's too.
+      average: use log-probabilities per token instead of sums, also for the reference.
       softcap: the model's final logit soft-capping, > 0; None for none.
       logit_scale: factor of the logits, not 0.
       temperature: divisor of the logits, > 0.
       chunk_size: tokens of a tile; None for a size that fits the device.
       chosen_cu_seqlens: offsets [P + 1] of chosen sequences packed in one row, without padding.
       rejected_cu_seqlens: offsets [P + 1] of the rejected sequences; both or neither.
-      vocab_parallel_group: the ranks that hold a head split over the vocabulary; `weight` and
+      vocab_parallel_group: the ranks that share a head split over the vocabulary; `weight` and
         `bias` are then this rank's rows.
 
     Returns:
@@ -368,8 +368,8 @@ def linear_ipo_loss(
     Equation 17 of Azar et al., arXiv:2310.12036, on summed log-probabilities; `average=True` gives
     the averages over tokens that some trainers use.
 
-    The four log-probabilities come from the hidden states without ever holding the logits; memory
-    and cost are those of `linear_pair_loss`.
+    The policy's log-probabilities are computed from the hidden states without ever holding the
+    logits. `linear_pair_loss` documents memory and cost.
 
     Args:
       chosen_hidden: last hidden states of the chosen sequences, [P, T, D], real floating.
@@ -382,20 +382,20 @@ def linear_ipo_loss(
       reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
       beta: strength of the pull to the reference, 1 / nats, > 0: a number or [P].
       bias: the head's bias, [V].
-      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, whatever it
-        holds. "mean" still divides by P.
+      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, even if it
+        contains nan. "mean" still divides by P.
       nll_weight: factor of the chosen sequences' negative log-likelihood per token, >= 0.
       reduction: "mean", "sum" or "none" (the loss of each pair).
       ignore_index: the label that does not count (prompt, padding).
       shift: True if position t predicts label t + 1; False if you have shifted already.
-      average: use log-probabilities per token instead of sums; the reference's too.
+      average: use log-probabilities per token instead of sums, also for the reference.
       softcap: the model's final logit soft-capping, > 0; None for none.
       logit_scale: factor of the logits, not 0.
       temperature: divisor of the logits, > 0.
       chunk_size: tokens of a tile; None for a size that fits the device.
       chosen_cu_seqlens: offsets [P + 1] of chosen sequences packed in one row, without padding.
       rejected_cu_seqlens: offsets [P + 1] of the rejected sequences; both or neither.
-      vocab_parallel_group: the ranks that hold a head split over the vocabulary; `weight` and
+      vocab_parallel_group: the ranks that share a head split over the vocabulary; `weight` and
         `bias` are then this rank's rows.
 
     Returns:

@@ -23,7 +23,7 @@ from spoloss.torch._recompute import token_logps
 from spoloss.torch._tokens import Sequences
 
 TILE_BYTES = 64 * 2**20
-"""Memory of one tile of float32 (or float64) log-probabilities; a tile holds whole rows of V."""
+"""Memory of one tile of float32 (or float64) log-probabilities. A tile has whole rows of V."""
 
 
 def sequence_logps(
@@ -37,29 +37,29 @@ def sequence_logps(
 ) -> Tensor:
     """The log-probability of each sequence: the sum over its tokens of log softmax(logits)[label].
 
-    Half-precision logits are summed in float32 without a float32 copy of [B, T, V]: the rows pass
-    through a tile of at most 64 MiB in the forward, and again in the backward. Reverse mode can
-    be repeated any number of times; forward mode is not supported.
+    Half-precision logits are summed in float32 without a float32 copy of [B, T, V]. The forward
+    converts the rows in tiles of at most 64 MiB, and the backward does so again. You can
+    differentiate in reverse mode any number of times. Forward mode is not supported.
 
     Args:
       logits: the model's output, shape [B, T, V], real floating.
       labels: token ids, shape [B, T], integer. Labels equal to `ignore_index` (prompt, padding) do
-        not count. Other labels outside [0, V) are an indexing error.
+        not count. Other labels outside [0, V) raise an indexing error.
       ignore_index: the label that does not count.
       shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
         you have shifted already, so position t predicts label t.
       average: divide each sum by the number of labels that count.
-      cu_seqlens: offsets of S sequences that lie one after another, without padding, in one row
-        (B = 1), shape [S + 1], int32 or int64, rising from 0 to T. This is the format of
-        FlashAttention's variable-length functions. No token predicts the next sequence's first.
+      cu_seqlens: offsets of S sequences that are packed into one row (B = 1) without padding, shape
+        [S + 1], int32 or int64, rising from 0 to T. This is the format of FlashAttention's
+        variable-length functions. The last token of a sequence does not predict the next sequence.
 
     Returns:
       Log-probabilities in nats, shape [B], or [S] with `cu_seqlens`; float32, or float64 if the
-      logits are. A sequence without a label that counts has log-probability 0 and gradient 0. On a
-      GPU, where a check would wait for the device, `cu_seqlens` out of order give nan.
+      logits are float64. A sequence without a label that counts has log-probability 0 and gradient
+      0. On a GPU, `cu_seqlens` out of order give nan, because a check would synchronise.
 
     Raises:
-      TypeError: `logits` are not real floating, or `labels` or `cu_seqlens` not integer.
+      TypeError: `logits` are not real floating, or `labels` or `cu_seqlens` are not integer.
       ValueError: a shape or a device does not fit, or, on the CPU, `cu_seqlens` are out of order.
     """
     if not logits.is_floating_point():
@@ -100,20 +100,20 @@ def linear_logps(
         logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature
 
     The computation runs over tiles of `chunk_size` tokens, one block of the vocabulary at a time,
-    in the forward and again in the backward. Tokens whose label is ignored cost nothing. Under
-    `torch.no_grad` this is the cheap way to a reference's log-probabilities. With gradients it
-    serves any loss; for a loss of the margin, `linear_pair_loss` does the same in one pass.
+    in the forward and again in the backward. Tokens with ignored labels cost nothing. Use it under
+    `torch.no_grad` for a reference's log-probabilities. With gradients, it works for any loss. For
+    a loss of the margin, `linear_pair_loss` does the same in one pass.
 
-    On CUDA, where Triton is installed, torch.compile fuses the softmax of a block at the first
-    call, which needs a C compiler. TORCH_COMPILE_DISABLE=1 disables compilation (slower). GPUs
-    before Ampere compile nothing and widen half precision to float32 before its sums. Under
-    torch.compile the function is one operator in the graph, for batches of any length.
+    On CUDA with Triton installed, torch.compile fuses the softmax of a block at the first call,
+    which needs a C compiler. TORCH_COMPILE_DISABLE=1 disables compilation (slower). On GPUs before
+    Ampere, nothing is compiled, and half precision is converted to float32 before it is summed.
+    Under torch.compile the function is one operator in the graph, for batches of any length.
 
     Args:
       hidden: last hidden states, shape [B, T, D], real floating.
       weight: the head's weight, shape [V, D], in the dtype of `hidden`. Under DDP, FSDP and
-        DeepSpeed, read it inside the forward of the wrapped module: outside, its gradient is not
-        synchronised, and no error is raised. A LoRA adapter on the head is not in it.
+        DeepSpeed, read it inside the forward of the wrapped module. Outside, its gradient is not
+        synchronised, and no error is raised. It does not include a LoRA adapter on the head.
       labels: token ids, shape [B, T], integer. Labels equal to `ignore_index` (prompt, padding) do
         not count. Others must lie in [0, V).
       bias: the head's bias, shape [V].
@@ -124,32 +124,33 @@ def linear_logps(
       softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
       logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
-      chunk_size: tokens of a tile; None for 1,024, on CUDA 4,096. A block of a tile's logits takes
-        16 MiB (on CUDA 512 MiB) and at least 1,024 words; with `softcap`, twice that.
+      chunk_size: tokens per tile; None for 1,024, on CUDA 4,096. A block of a tile's logits takes
+        16 MiB (on CUDA 512 MiB) but has at least 1,024 words. With `softcap` it takes twice that.
       per_token: return the log-probability of every token instead of their sums.
-      cu_seqlens: offsets of S sequences that lie one after another, without padding, in one row
-        (B = 1), shape [S + 1], int32 or int64, rising from 0 to T. No token predicts the first of
+      cu_seqlens: offsets of S sequences that are packed into one row (B = 1) without padding, shape
+        [S + 1], int32 or int64, rising from 0 to T. The last token of a sequence does not predict
         the next sequence.
-      vocab_parallel_group: the ranks that hold a head split over the vocabulary. `weight` and
-        `bias` are then this rank's rows (of a DTensor: `to_local()`), in the order of the ranks, in
-        shards of any size. Hidden states, labels and the upstream gradient must be equal on all
-        ranks. So are the result and the gradient by `hidden`, which is summed over the ranks.
+      vocab_parallel_group: the ranks that share a head split over the vocabulary. `weight` and
+        `bias` are then this rank's rows (for a DTensor: `to_local()`), in the order of the ranks,
+        in shards of any size. Hidden states, labels and the upstream gradient must be equal on all
+        ranks. The result is then equal too, and so is the gradient by `hidden`, which is summed
+        over the ranks.
 
     Returns:
       Log-probabilities in nats, shape [B], or [S] with `cu_seqlens`, at least float32. A sequence
-      without a label that counts is 0. With `per_token` the shape is [B, T]; position t holds the
-      log-probability of the label that it predicts, and 0 where that label is ignored.
-      Differentiable once.
+      without a label that counts is 0. With `per_token` the shape is [B, T]. Position t has the
+      log-probability of the label that it predicts, or 0 if that label is ignored. Differentiable
+      once.
 
     Raises:
       TypeError: a dtype does not fit, an option is not a number, or `weight` is a sharded DTensor.
       ValueError: a shape, device or number does not fit, a label is outside [0, V), `cu_seqlens`
         are out of order, `average` and `per_token` are both given, ZeRO-3 has partitioned `weight`,
-        or the ranks of `vocab_parallel_group` do not agree or lack rows for the labels.
+        or the ranks of `vocab_parallel_group` do not agree or have too few rows for the labels.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
     if average and per_token:
-        raise ValueError("average divides a sequence's sum, so it does not go with per_token")
+        raise ValueError("average and per_token exclude each other: average divides a sum")
     options = head_options(
         [Side("", hidden, labels, cu_seqlens)],
         weight,
@@ -171,10 +172,10 @@ def linear_logps(
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[target] of each row of [N, V], 0 where it does not count.
+    """log softmax(logits)[target] of each row of [N, V], 0 for rows that do not count.
 
-    A function of its own because autograd would keep the float32 softmax of every tile until the
-    backward. This one keeps the logits and computes the softmax again.
+    Plain autograd would keep the float32 softmax of every tile until the backward. This function
+    keeps the logits and recomputes the softmax.
     """
 
     generate_vmap_rule = True
@@ -194,17 +195,17 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, counts = ctx.saved_tensors
-        # A compiler cannot trace the question. If the logits are batched, vmap maps over all of it.
+        # A compiler cannot trace this check. If the logits are batched, vmap handles everything.
         if not torch.compiler.is_compiling() and not is_batched(logits):
             refuse_batched(grad_logps)
         grad_logits = torch.empty_like(logits)
         for rows, tile in _tiles(logits):
             upstream = grad_logps[rows, None]
-            # d logp / d logits = onehot(target) - softmax, in the tile's dtype until complete:
+            # d logp / d logits = onehot(target) - softmax, subtracted in the tile's dtype, because
             # in bfloat16 a target of probability 0.999 would cancel to 0.
             product = tile.softmax(dim=1) * -upstream
             product.scatter_add_(1, targets[rows, None], upstream)
-            # A row that does not count may hold nan (padding), and 0 * nan is not 0.
+            # A row that does not count may be nan (padding), and 0 * nan is nan.
             grad_logits[rows] = torch.where(counts[rows, None], product, 0.0).to(logits.dtype)
         return grad_logits, None, None
 
@@ -214,7 +215,7 @@ def _tiles(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     n, v = logits.shape
     if torch.compiler.is_compiling():
-        # A compiler fuses the conversion, and a loop would give it one graph for each length.
+        # The compiler fuses the conversion, and a loop would need one graph for each length.
         yield slice(None), logits.to(dtype)
         return
     height = max(1, TILE_BYTES // (v * dtype.itemsize))

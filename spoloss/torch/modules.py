@@ -1,4 +1,4 @@
-"""The losses as modules, which return the triple that most preference trainers unpack."""
+"""The losses as modules that return the triple that most preference trainers unpack."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class SPOLoss(_PairModule):
 
         l = -x * e^(-x),   x = beta * h
 
-    h is the margin of a pair (paper eq. 4), in nats. The loss is smallest, -1/e, at h = 1 / beta.
+    h is the margin of a pair (paper eq. 4), in nats. The loss has its minimum, -1/e, at h = 1 /
+    beta.
 
     Calling it returns PreferenceOutput(losses, chosen_rewards, rejected_rewards), the triple that
     most preference trainers unpack.
@@ -109,19 +110,20 @@ class SPOLoss(_PairModule):
             [B], or 0.0.
           reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
             reward_gap / beta. A number, or a tensor that is 0-d or of shape [B]. None means 1, the
-            paper's choice where the gap is unknown. The curvature at the target grows like 1 /
-            reward_gap^2: with small gaps, pass `weights=reward_gap**2`, and `linear_below` to the
+            paper's choice for an unknown gap. The curvature at the target grows like 1 /
+            reward_gap^2. With small gaps, pass `weights=reward_gap**2`, and `linear_below` to the
             module.
-          weights: Factor of each pair: a number, or a tensor that is 0-d or of shape [B]; it may be
-            negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
-            log-probabilities or reward gap hold (nan, inf, a gap of 0). The gradient by a
-            weight is the loss of its pair, at weight 0 too (0 where that loss is not finite). None
+          weights: Factor of each pair: a number, or a tensor that is 0-d or of shape [B]. It may be
+            negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
+            log-probabilities or reward gap are nan or inf, or the gap is 0. The gradient by a
+            weight is the loss of its pair, even at weight 0 (0 if that loss is not finite). None
             means 1.
 
         Returns:
-          PreferenceOutput(losses, chosen_rewards, rejected_rewards): the losses, of shape [B] or
-          0-d by the module's reduction, and beta * log(pi / pi_ref) of both sides, shape [B] each,
-          detached. float64 if any of the four log-probabilities is, else float32.
+          PreferenceOutput(losses, chosen_rewards, rejected_rewards) with the losses, of shape [B]
+          or 0-d, depending on the module's reduction, and beta * log(pi / pi_ref) of both sides,
+          shape [B] each, detached. float64 if any of the four log-probabilities is float64, else
+          float32.
 
         Raises:
           TypeError: A tensor is not real floating point, or an argument is not a tensor.
@@ -148,7 +150,7 @@ class DPOLoss(_PairModule):
 
     Args:
       beta: Strength of the pull to the reference, in 1 / nats: a number > 0.
-      label_smoothing: e in [0, 0.5), the assumed share of pairs whose labels are swapped
+      label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels
         (conservative DPO).
       reduction: "none" (the default), "mean", which divides by B, or "sum".
 
@@ -187,15 +189,16 @@ class DPOLoss(_PairModule):
             the number 0.0 to train without a reference.
           reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape
             [B], or 0.0.
-          weights: Factor of each pair: a number, or a tensor that is 0-d or of shape [B]; it may be
-            negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
-            log-probabilities hold (nan, inf). The gradient by a weight is the loss of its pair, at
-            weight 0 too (0 where that loss is not finite). None means 1.
+          weights: Factor of each pair: a number, or a tensor that is 0-d or of shape [B]. It may be
+            negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
+            log-probabilities are nan or inf. The gradient by a weight is the loss of its pair, even
+            at weight 0 (0 if that loss is not finite). None means 1.
 
         Returns:
-          PreferenceOutput(losses, chosen_rewards, rejected_rewards): the losses, of shape [B] or
-          0-d by the module's reduction, and beta * log(pi / pi_ref) of both sides, shape [B] each,
-          detached. float64 if any of the four log-probabilities is, else float32.
+          PreferenceOutput(losses, chosen_rewards, rejected_rewards) with the losses, of shape [B]
+          or 0-d, depending on the module's reduction, and beta * log(pi / pi_ref) of both sides,
+          shape [B] each, detached. float64 if any of the four log-probabilities is float64, else
+          float32.
 
         Raises:
           TypeError: A tensor is not real floating point, or an argument is not a tensor.
@@ -215,8 +218,8 @@ class SquaredLoss(_PairModule):
 
         l = (h - 1 / beta)^2, in nats^2
 
-    h is the margin of a pair (paper eq. 4), in nats. With twice the beta it is Identity Preference
-    Optimization (IPO).
+    h is the margin of a pair (paper eq. 4), in nats. With twice the beta, the loss is Identity
+    Preference Optimization (IPO).
 
     Calling it returns PreferenceOutput(losses, chosen_rewards, rejected_rewards), the triple that
     most preference trainers unpack.
@@ -264,17 +267,18 @@ class SquaredLoss(_PairModule):
             [B], or 0.0.
           reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
             reward_gap / beta. A number, or a tensor that is 0-d or of shape [B]. None means 1, the
-            paper's choice where the gap is unknown.
-          weights: Factor of each pair: a number, or a tensor that is 0-d or of shape [B]; it may be
-            negative. A pair of weight 0 adds nothing to the loss or to any gradient, whatever its
-            log-probabilities or reward gap hold (nan, inf, a gap of 0). The gradient by a
-            weight is the loss of its pair, at weight 0 too (0 where that loss is not finite). None
+            paper's choice for an unknown gap.
+          weights: Factor of each pair: a number, or a tensor that is 0-d or of shape [B]. It may be
+            negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
+            log-probabilities or reward gap are nan or inf, or the gap is 0. The gradient by a
+            weight is the loss of its pair, even at weight 0 (0 if that loss is not finite). None
             means 1.
 
         Returns:
-          PreferenceOutput(losses, chosen_rewards, rejected_rewards): the losses, of shape [B] or
-          0-d by the module's reduction, and beta * log(pi / pi_ref) of both sides, shape [B] each,
-          detached. float64 if any of the four log-probabilities is, else float32.
+          PreferenceOutput(losses, chosen_rewards, rejected_rewards) with the losses, of shape [B]
+          or 0-d, depending on the module's reduction, and beta * log(pi / pi_ref) of both sides,
+          shape [B] each, detached. float64 if any of the four log-probabilities is float64, else
+          float32.
 
         Raises:
           TypeError: A tensor is not real floating point, or an argument is not a tensor.

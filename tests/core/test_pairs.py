@@ -298,13 +298,15 @@ def test_mixed_libraries(first: str, other: str) -> None:
     for position, name in enumerate(NAMES[1:], start=1):
         logps: list[Any] = list(BACKENDS[first].arrays(*four()))
         logps[position] = BACKENDS[other].array(np.zeros(5))
-        with pytest.raises(TypeError, match=f"{name} must be of the same library as policy_chosen"):
+        with pytest.raises(
+            TypeError, match=f"{name} must be from the same library as policy_chosen"
+        ):
             spoloss.spo_loss(*logps)
     logps = list(BACKENDS[first].arrays(*four()))
     stranger = BACKENDS[other].array(np.ones(5))
     for argument in ("beta", "weights", "reward_gap"):
         with pytest.raises(
-            TypeError, match=f"{argument} must be of the same library as the log-pr"
+            TypeError, match=f"{argument} must be from the same library as the log-pr"
         ):
             spoloss.spo_loss(*logps, **{argument: stranger})
 

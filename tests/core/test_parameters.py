@@ -210,7 +210,7 @@ def test_a_mixed_call_is_told_how_to_convert(first: str, converter: str) -> None
     policies = BACKENDS[first].arrays(*four()[:2])
     references = other.arrays(*four()[2:])
     with pytest.raises(
-        TypeError, match=f"^reference_chosen_logps .*: convert it with {converter}$"
+        TypeError, match=rf"^reference_chosen_logps .*\. Convert it with {converter}$"
     ):
         spoloss.spo_loss(*policies, *references)
     module, _, name = converter.rpartition(".")
@@ -221,7 +221,7 @@ def test_a_mixed_call_is_told_how_to_convert(first: str, converter: str) -> None
 
 def test_jax_by_way_of_numpy_under_jit() -> None:
     references = four()[2:]
-    with pytest.raises(TypeError, match=r"convert it with jax\.numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"Convert it with jax\.numpy\.asarray"):
         jax.jit(lambda *x: spoloss.spo_loss(*x, *references))(*four()[:2])
 
 

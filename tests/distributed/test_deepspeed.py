@@ -24,7 +24,7 @@ WRONG = {
     "ZeRO-2: mean of the micro-batches' means": 0.37,
     "ZeRO-3: mean of the micro-batches' means": 0.37,
     "ZeRO-2: DeepSpeed's default clipping": 0.04,
-    "ZeRO-3: past the engine": 0.84,
+    "ZeRO-3: bypassing the engine": 0.84,
     "ZeRO-3: .data of the gathered head": 0.61,
     "ZeRO-3: .data of the gathered head, tied": 0.64,
 }

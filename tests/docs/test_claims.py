@@ -1,7 +1,6 @@
-"""The paper's mathematical claims, each put to the package; docs/claims.md has the verdicts.
+"""The paper's mathematical claims, each checked on the package; docs/claims.md has the verdicts.
 
-Claims that other files of this folder test already are not repeated here: docs/claims.md links to
-them where they are.
+Other files test some of the claims. docs/claims.md links to those tests.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import pytest
 import torch
 
 import spoloss
-from helpers.pages import ROOT, measured, table_below
 from spoloss import DPO, SPO, Squared
 
 X = np.linspace(-20.0, 60.0, 8001)  # steps of 0.01, through 0, 1 and 2
@@ -93,7 +91,7 @@ def test_c5_past_the_target_the_loss_rises_to_where_it_began() -> None:
     right = X[X >= 1.0]
     assert np.all(np.diff(at(SPO(), *right)) > 0.0)
     assert np.all(at(SPO(), *right) < 0.0)
-    # Being "too confident" ends as dear as having learnt nothing, and 1/e dearer than the target.
+    # "Too confident" costs as much as no training at all, and 1/e more than the target.
     assert at(SPO(), np.inf)[0] == at(SPO(), 0.0)[0] == 0.0
 
 
@@ -242,138 +240,3 @@ def test_what_the_win_rates_need_to_be_beyond_chance(percent: float, needed: int
         return rate - 1.96 * math.sqrt(rate * (1.0 - rate) / comparisons)
 
     assert low(needed - 1) < 0.5 <= low(needed)
-
-
-# ----------------------------------------------------------------- what the page says was measured
-
-PAGE = (ROOT / "docs" / "claims.md").read_text()
-
-
-def percent(row: dict[str, str]) -> str:
-    return f"{100 * float(row['win_rate']):.1f} ± {100 * float(row['standard_error']):.1f}"
-
-
-def test_the_page_quotes_every_comparison() -> None:
-    columns, body = table_below(PAGE, "<!-- comparisons.csv -->")
-    quoted = {}
-    for title, cells in body.items():
-        factor, suffix = 4 if "4 beta" in title else 1, "@noisy" if "noisy" in title else ""
-        for column, cell in zip(columns, cells, strict=True):
-            beta = float(column.split()[-1])
-            if cell:
-                quoted[f"spo:{beta:g}{suffix}", f"dpo:{factor * beta:.12g}{suffix}"] = cell
-    rows = measured("alignment/full/comparisons.csv")
-    assert quoted == {(row["spo"], row["dpo"]): percent(row) for row in rows}
-    clear = {
-        (row["spo"], row["dpo"], row["verdict"]) for row in rows if "not" not in row["verdict"]
-    }
-    assert clear == {
-        ("spo:1", "dpo:1", "worse"),
-        ("spo:1", "dpo:4", "worse"),
-        ("spo:0.25@noisy", "dpo:0.25@noisy", "worse"),
-    }
-
-
-def mean(policy: str, column: str, stage: str = "preference") -> float:
-    """A figure of a policy, averaged over seeds."""
-    rows = measured("alignment/full/policies.csv")
-    found = [row for row in rows if (row["stage"], row["policy"]) == (stage, policy)]
-    return float(np.mean([float(row[column]) for row in found]))
-
-
-def missing(quotes: list[str]) -> list[str]:
-    return [quote for quote in quotes if quote not in PAGE]
-
-
-def test_the_page_quotes_win_rates() -> None:
-    wins = {
-        (row["row"], row["column"]): percent(row)
-        for row in measured("alignment/full/win_rates.csv")
-    }
-    quotes = [
-        f"SPO(0.1) wins {wins['spo:0.1', 'dpo:0.1']} % against DPO(0.1)",
-        f"{wins['spo:0.1', 'dpo:0.4']} % against DPO(0.4)",
-        f"SPO(1) {wins['spo:1', 'dpo:1']} % against DPO(1)",
-        f"DPO(0.1) wins {wins['dpo:0.1', 'sft']} %, SPO(0.1) {wins['spo:0.1', 'sft']} %",
-        f"DPO(0.4) {wins['dpo:0.4', 'sft']} % against SFT",
-    ]
-    assert missing(quotes) == []
-
-
-def test_the_page_quotes_what_became_of_both_log_probabilities() -> None:
-    quotes = []
-    for policy, name in (
-        ("dpo:0.1", "DPO(0.1)"),
-        ("spo:0.1", "SPO(0.1)"),
-        ("dpo:0.4", "DPO(0.4)"),
-        ("spo:0.025", "SPO(0.025)"),
-    ):
-        sides = (mean(policy, f"train_dlogp_{side}") for side in ("chosen", "rejected"))
-        quotes.append(f"{name} {' and '.join(f'{side:.1f}' for side in sides)}")
-    assert missing(quotes) == []
-
-
-def test_the_page_quotes_margins_and_what_they_cost() -> None:
-    reward, kl, malformed = (
-        [mean(policy, column) for policy in ("spo:0.1", "dpo:0.4")]
-        for column in ("reward", "kl", "malformed")
-    )
-    ruined, ruin = (
-        {policy: mean(policy, column, "memorised") for policy in ("spo:0.1", "dpo:0.1")}
-        for column in ("malformed", "kl")
-    )
-
-    def x(pairs: str, stage: str) -> str:
-        about, spread = (mean("spo:0.1", f"{pairs}_x_{of}", stage) for of in ("mean", "sd"))
-        return f"{about:.2f} ({spread:.2f})"
-
-    quotes = [
-        f"({reward[0]:.2f} and {reward[1]:.2f})",
-        f"({kl[0]:.2f} and {kl[1]:.2f} nats)",
-        f"({100 * malformed[0]:.0f} and {100 * malformed[1]:.0f} %)",
-        f"SPO(0.025) has {100 * mean('spo:0.025', 'malformed'):.0f} % malformed",
-        f"{100 * mean('spo:0.1', 'train_x_near_1', 'memorised'):.0f} % of memorised margins",
-        f"writes {100 * ruined['spo:0.1']:.0f} % malformed answers at KL {ruin['spo:0.1']:.0f}",
-        f"DPO(0.1) {100 * ruined['dpo:0.1']:.0f} % at KL {ruin['dpo:0.1']:.0f}",
-        f"SPO(0.1) has x = {x('train', 'memorised')}",
-        f"DPO(0.1) {mean('dpo:0.1', 'train_x_mean', 'memorised'):.1f} and growing",
-        f"held-out pairs SPO has {x('held_out', 'memorised')}",
-        f"SPO(0.1) has x = {x('train', 'preference')}",
-    ]
-    assert missing(quotes) == []
-
-
-def test_the_page_quotes_which_runs_were_stopped() -> None:
-    rows = measured("alignment/stability/stability.csv")
-
-    def stopped(form: str, *betas: str) -> str:
-        found = [row for row in rows if row["form"] == form and row["beta"] in betas]
-        return f"{sum(row['stopped_at'] != '' for row in found)} of {len(found)}"
-
-    every = ("0.1", "1", "5")
-    assert (stopped("spo", *every), stopped("dpo", *every)) == ("11 of 36", "0 of 36")
-    assert {stopped(f"spo-below{x0}", *every) for x0 in ("0", "-1", "-2")} == {"0 of 36"}
-    one, five, tenth = (stopped("spo", beta) for beta in ("1", "5", "0.1"))
-    quotes = [
-        "Of 36 runs",
-        "in 11 with SPO and in 0 with DPO",
-        f"SPO {one} at beta = 1, {five} at beta = 5, {tenth} at beta = 0.1",
-        "0, -1 or -2: 0 of 108",
-    ]
-    assert missing(quotes) == []
-
-
-def test_the_page_quotes_the_real_pairs() -> None:
-    quoted = {}
-    for name, cells in table_below(PAGE, "<!-- real_pairs.csv -->")[1].items():
-        for seed in (0, 1):
-            quoted[name, seed] = cells[seed::2]
-    want = {}
-    for row in measured("real_pairs.csv"):
-        value = {name: float(row[name]) for name in row if name not in ("arm", "settings")}
-        want[row["arm"], int(row["seed"])] = [
-            f"{value['accuracy']:.3f} ± {value['accuracy_error']:.3f}",
-            f"{value['h']:.2f}",
-            f"{value['chosen_change']:.2f} / {value['rejected_change']:.2f}",
-        ]
-    assert {key: cells for key, cells in quoted.items() if any(cells)} == want

@@ -1,10 +1,8 @@
-"""docs/real_model.md and the pages that cite it say what the committed runs hold, and no more."""
+"""docs/real_model.md describes the task that runs and what the committed runs show."""
 
 from __future__ import annotations
 
 import re
-
-import pytest
 
 from benchmarks.alignment.sentiment.parts import PARTS, STAGE, full_protocol, quick_protocol
 from benchmarks.alignment.sentiment.task import LEAST_GAP, OPENINGS, THINGS
@@ -43,18 +41,17 @@ def test_what_has_been_run_is_what_is_committed() -> None:
         assert "None of the comparisons (a) to (d) has been run" in TEXT
 
 
-def test_figures_in_the_text() -> None:
-    policies = "### Policies, clean labels"
+def test_what_the_page_concludes_from_the_quick_run() -> None:
     arms = ("DPO(0.1)", "DPO(0.4)", "SPO(0.1)")
-    kl = [float(quick(policies, arm, "KL (nats)")) for arm in arms]
-    found = re.search(r"at ([\d.]+) to ([\d.]+) nats", TEXT)
-    assert [float(each) for each in found.groups()] == pytest.approx([min(kl), max(kl)], abs=0.06)
-    nll = [quick(policies, arm, "NLL under the reference (nats/token)") for arm in arms]
-    assert f"between {min(nll)} and {max(nll)} nats per token" in TEXT
-    own = quick(policies, "reference", "NLL under the reference (nats/token)")
-    assert f"where its own has {own}" in TEXT
-    wins = quick("### All win rates", "SPO(0.1)", "DPO(0.4)")
-    assert f"{wins} % by win rate" in TEXT
+    policies = "### Policies, clean labels"
+
+    def figures(column: str) -> list[float]:
+        return [float(quick(policies, row, column)) for row in ("reference", *arms)]
+
+    reward, nll = figures("reward"), figures("NLL under the reference (nats/token)")
+    assert min(reward[1:]) > reward[0]
+    assert max(abs(each - nll[0]) for each in nll[1:]) < 0.2
+    assert abs(float(quick("### All win rates", "SPO(0.1)", "DPO(0.4)")) - 50.0) < 1.0
     assert re.search(r"^196 training pairs", QUICK, re.MULTILINE)
     assert "(2.6 passes at most)" in QUICK
     assert all(quick("### Pairs, clean labels", arm, "x < 0 (%)") == "0" for arm in arms)
@@ -64,13 +61,3 @@ def test_figures_in_the_text() -> None:
         for row in measured("sentiment/quick/policies.csv")[1:]
     ]
     assert max(map(abs, held_out)) < 0.05
-
-
-@pytest.mark.parametrize("page", ["choosing.md", "claims.md"])
-def test_what_other_pages_cite(page: str) -> None:
-    text = " ".join((ROOT / "docs" / page).read_text().split())
-    wins = quick("### All win rates", "SPO(0.1)", "DPO(0.4)")
-    other = {"choosing.md": "reference", "claims.md": "DPO(0.1)"}[page]
-    second = quick("### All win rates", "SPO(0.1)", other)
-    named = "the reference" if other == "reference" else other
-    assert f"wins {wins} % against DPO(0.4) and {second} % against {named}" in text

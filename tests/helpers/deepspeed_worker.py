@@ -226,7 +226,7 @@ def mean_of_means(engine: Any, setting: Setting) -> None:
     train(engine, setting.micro_batches, lambda labels: 2 / len(labels))
 
 
-@case("ZeRO-3: past the engine", steps=1)
+@case("ZeRO-3: bypassing the engine", steps=1)
 def past_the_engine(engine: Any, setting: Setting) -> None:
     for batch in setting.micro_batches:
         engine.backward(engine.module(*batch) * right(batch[2]))

@@ -158,7 +158,7 @@ def ddp_micro_means(setting: Setting) -> Step:
     return step
 
 
-@case("DDP: past the wrapper")
+@case("DDP: bypassing the wrapper")
 def ddp_past(setting: Setting) -> Step:
     wrapped = DDP(ddp.FusedSPO(setting.policy))
     return lambda: (wrapped.module(*setting.mine) * WORLD / len(PAIRS)).backward()
@@ -300,7 +300,7 @@ def fsdp_bfloat16(setting: Setting) -> Step:
     return lambda: fsdp2.backward(sharded, [setting.mine])
 
 
-@case("FSDP2: bfloat16, inputs cast too", dtype=torch.float32)
+@case("FSDP2: bfloat16, inputs cast as well", dtype=torch.float32)
 def fsdp_bfloat16_cast(setting: Setting) -> Step:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     sharded = fsdp2.shard(setting.policy, mp_policy=policy)
@@ -431,7 +431,7 @@ def sequence_by_hand(setting: Setting, wrapped: nn.Module, total: Callable[..., 
     spo_loss(*logps.chunk(2), *ref.chunk(2), beta=BETA).backward()
 
 
-@case("sequence parallel: the gradient as it comes, an engine that sums")
+@case("sequence parallel: backward returns the gradient unchanged, an engine that sums")
 def sequence_plain_summed(setting: Setting) -> Step:
     module = sequence_parallel.SliceLogps(setting.policy)
     return lambda: (
@@ -440,7 +440,7 @@ def sequence_plain_summed(setting: Setting) -> Step:
     )
 
 
-@case("sequence parallel: the gradient as it comes")
+@case("sequence parallel: backward returns the gradient unchanged")
 def sequence_plain(setting: Setting) -> Step:
     wrapped = DDP(sequence_parallel.SliceLogps(setting.policy))
     return lambda: sequence_by_hand(setting, wrapped, PlainSum.apply)
@@ -458,13 +458,13 @@ def sequence_in_place(setting: Setting) -> Step:
     return lambda: sequence_by_hand(setting, wrapped, total)
 
 
-@case("sequence parallel: each slice a margin")
+@case("sequence parallel: one margin per slice")
 def sequence_unsummed(setting: Setting) -> Step:
     wrapped = DDP(sequence_parallel.SliceLogps(setting.policy))
     return lambda: sequence_by_hand(setting, wrapped, lambda part: part)
 
 
-@case("sequence parallel: labels shifted after the cut")
+@case("sequence parallel: labels shifted after the split")
 def sequence_shifted_late(setting: Setting) -> Step:
     class ShiftsLate(sequence_parallel.SliceLogps):
         def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:

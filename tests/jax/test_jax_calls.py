@@ -89,7 +89,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight": np.zeros((V, D))}, TypeError, "weight must be a JAX array, got ndarray"),
     ({"weight": jnp.zeros((V, D), int)}, TypeError, "weight must be real floating, got int64"),
     ({"weight": jnp.zeros(V)}, ValueError, "weight must have shape [V, D], got (21,)"),
-    ({"weight": WEIGHT.T}, ValueError, "Of a Flax kernel [D, V] pass kernel.T"),
+    ({"weight": WEIGHT.T}, ValueError, "For a Flax kernel [D, V], pass kernel.T"),
     ({"weight": jnp.zeros((V, D), "float32")}, TypeError, "chosen_hidden must have the weight's"),
     ({"bias": jnp.zeros(3)}, ValueError, "bias must have shape [V] = (21,), got (3,)"),
     ({"chosen_labels": jnp.zeros((P, T))}, TypeError, "chosen_labels must be integer, got float64"),
@@ -118,10 +118,10 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"chosen_hidden": HIDDEN[:2], "chosen_labels": jnp.zeros((2, T), int)},
         ValueError,
-        "must hold the same number of pairs, got 2 and 5",
+        "must have the same number of pairs, got 2 and 5",
     ),
-    ({"batch_axis": "data"}, ValueError, "name axes of a mesh: pass mesh, too"),
-    ({"mesh": MESH}, ValueError, "mesh needs batch_axis, vocab_axis or both"),
+    ({"batch_axis": "data"}, ValueError, "name axes of a mesh: pass mesh as well"),
+    ({"mesh": MESH}, ValueError, "with mesh, pass batch_axis, vocab_axis or both"),
     ({"mesh": "cpu", "batch_axis": "data"}, TypeError, "mesh must be a jax.sharding.Mesh, got str"),
     ({"mesh": MESH, "batch_axis": "x"}, ValueError, "must name axes of ('data', 'model'), got 'x'"),
     ({"mesh": MESH, "batch_axis": 0}, TypeError, "batch_axis must be an axis name or a tuple"),
@@ -137,9 +137,9 @@ def test_refused(changes: dict[str, Any], error: type[Exception], message: str) 
 
 def test_a_mesh_that_does_not_divide() -> None:
     mesh = AbstractMesh((4, 4), ("data", "model"))
-    with pytest.raises(ValueError, match="4 parts, which do not divide the 5 sequences"):
+    with pytest.raises(ValueError, match="4 parts, but 5 sequences are not divisible"):
         pair_call(mesh=mesh, batch_axis="data")
-    with pytest.raises(ValueError, match="8 parts, which do not divide the 21 rows of weight"):
+    with pytest.raises(ValueError, match="8 parts, but 21 rows of weight are not divisible"):
         pair_call(mesh=AbstractMesh((4, 2), ("data", "model")), vocab_axis=("data", "model"))
 
 
@@ -168,7 +168,7 @@ def test_the_rest() -> None:
         sequence_logps(WEIGHT, labels)
     with pytest.raises(TypeError, match="logits must be real floating, got int64"):
         sequence_logps(jnp.zeros((P, T, V), int), labels)
-    with pytest.raises(ValueError, match="it does not go with per_token"):
+    with pytest.raises(ValueError, match="average and per_token exclude each other"):
         linear_logps(HIDDEN, WEIGHT, labels, average=True, per_token=True)
     cu = jnp.array([0.0, 1.0])
     with pytest.raises(TypeError, match="cu_seqlens must be integer, got float64"):

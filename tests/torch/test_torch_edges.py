@@ -242,7 +242,7 @@ def test_a_head_that_zero_3_has_partitioned() -> None:
         lambda: linear_logps(case.tensors["chosen_hidden"], weight, case.labels[0]),
         lambda: linear_spo_loss(*inputs(case)[:2], weight, *inputs(case)[3:]),
     ):
-        with pytest.raises(ValueError, match=r"ZeRO-3 has partitioned it: compute the loss inside"):
+        with pytest.raises(ValueError, match="Compute the loss inside the forward"):
             call()
 
 
@@ -336,7 +336,7 @@ def test_packed_rows_that_do_not_fit() -> None:
     call |= {"reference_rejected_logps": 0.0}
     with pytest.raises(ValueError, match="both be given or neither, got chosen_cu_seqlens alone"):
         linear_spo_loss(**call, chosen_cu_seqlens=chosen)
-    with pytest.raises(ValueError, match="chosen_cu_seqlens and rejected_cu_seqlens must hold the"):
+    with pytest.raises(ValueError, match="chosen_cu_seqlens and rejected_cu_seqlens must have the"):
         linear_spo_loss(
             **call, chosen_cu_seqlens=chosen, rejected_cu_seqlens=rejected[[0, 2, 3, 4, 5]]
         )

@@ -61,6 +61,7 @@ ROWS = pairwise(
     }
 )
 ROWS.append({**ROWS[0], "need": (False, False, False), "bias": "trained"})
+ROWS.append({**ROWS[0], "softcap": None, "logit_scale": 2.0, "temperature": 1.0})
 
 
 def check_row(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,12 +534,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"chosen_labels": torch.full((P, T), V)},
         ValueError,
-        r"chosen_labels must be in \[0, V = 13\) or ignore_index = -100",
+        r"chosen_labels must be in \[0, V = 13\) or equal to ignore_index = -100",
     ),
     (
         {"rejected_labels": torch.full((P, OTHER_T), -1)},
         ValueError,
-        r"rejected_labels must be in \[0, V = 13\) or ignore_index = -100",
+        r"rejected_labels must be in \[0, V = 13\) or equal to ignore_index = -100",
     ),
     ({"loss": "spo"}, TypeError, "loss must be an object with value and slope"),
 ]
@@ -563,7 +564,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 
 
 def test_numbers_of_pairs_that_differ() -> None:
-    with pytest.raises(ValueError, match="must hold the same number of pairs, got 5 and 4"):
+    with pytest.raises(ValueError, match="must have the same number of pairs, got 5 and 4"):
         linear_spo_loss(
             torch.zeros(P, T, D),
             torch.zeros(P - 1, T, D),
@@ -583,12 +584,12 @@ def test_a_sharded_weight_is_refused() -> None:
             raise AssertionError("gathered without being asked")
 
     weight = torch.zeros(V, D).as_subclass(Sharded)
-    with pytest.raises(TypeError, match="call this inside the forward of the FSDP module"):
+    with pytest.raises(TypeError, match="Call this inside the forward of the FSDP module"):
         linear_logps(torch.zeros(P, T, D), weight, torch.zeros(P, T).long())
 
 
 def test_average_and_per_token_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="does not go with per_token"):
+    with pytest.raises(ValueError, match="average and per_token exclude each other"):
         linear_logps(
             torch.zeros(P, T, D),
             torch.zeros(V, D),
