@@ -21,7 +21,7 @@ from spoloss.jax._mesh import Split
 from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._one_pass import Made, one_pass
 from spoloss.jax._recompute import TokenCall, scaled, token_logps
-from spoloss.jax._residuals import or_empty, or_none
+from spoloss.jax._residuals import or_empty, or_none, or_zero
 from spoloss.jax._softmax import Head, HeadOptions, HeadSums, Wanted
 from spoloss.jax._tokens import table_of_pairs, table_of_tokens
 
@@ -104,12 +104,12 @@ def _forward(call: PairCall, *primals: Any) -> tuple[Output, Any]:
     return output, (kept, lengths, inputs, labels)
 
 
-def _backward(call: PairCall, residual: Any, upstream: Output) -> tuple[Inputs | None, None]:
+def _backward(call: PairCall, residual: Any, upstream: Output) -> tuple[Inputs, None]:
     """The gradients of the pass times the upstream gradient of the loss, 0-d."""
     (sums, directions, by_head), lengths, inputs, labels = residual
     up, constants, objective = upstream.loss, inputs.constants, call.objective
     if isinstance(up, SymbolicZero):
-        return None, None
+        return jax.tree.map(functools.partial(or_zero, None), inputs), None
     scale = reduction_scale(constants.reference_chosen, objective.reduction)
     slopes = up * objective.token_slopes(sums, lengths, constants, scale)
     by_hidden = (
@@ -119,12 +119,10 @@ def _backward(call: PairCall, residual: Any, upstream: Output) -> tuple[Inputs |
     totals = (or_none(total) for total in by_head)
     scaled_head = HeadSums(*(None if total is None else up * total for total in totals))
     _, back = jax.vjp(lambda constants: objective.value(sums, lengths, constants), constants)
-    gradients: tuple[Any, ...] = (
-        *by_hidden,
-        *scaled_head.like(inputs.weight, inputs.bias),
-        *back(up),
+    gradients = map(
+        or_zero, (*by_hidden, *scaled_head.like(inputs.weight, inputs.bias)), inputs[:4]
     )
-    return Inputs(*gradients), None
+    return Inputs(*gradients, *back(up)), None
 
 
 _fused.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from spoloss.jax._labels import Labels, Reading
 from spoloss.jax._mesh import Split
-from spoloss.jax._residuals import marks_of, or_empty, or_none, wanted_of
+from spoloss.jax._residuals import marks_of, or_empty, or_none, or_zero, wanted_of
 from spoloss.jax._softmax import Head, HeadOptions, HeadSums, Wanted
 from spoloss.jax._tokens import Table, Tile, table_of_tokens
 
@@ -113,12 +113,14 @@ def _forward(call: TokenCall, *primals: Any) -> tuple[Array, Any]:
 def _backward(call: TokenCall, residual: Any, upstream: Array | SymbolicZero) -> tuple[Any, ...]:
     marks, directions, inputs = residual
     wanted = wanted_of(marks)
-    if isinstance(upstream, SymbolicZero):
-        return None, None, None, None
-    if not wanted.head:
-        return scaled(or_none(directions), upstream), None, None, None
-    by_hidden, by_head = _look_again(call, wanted, inputs, upstream)
-    return by_hidden, *by_head, None
+    gradients: tuple[Array | None, ...] = (None, None, None)
+    if not isinstance(upstream, SymbolicZero):
+        if wanted.head:
+            by_hidden, by_head = _look_again(call, wanted, inputs, upstream)
+            gradients = (by_hidden, *by_head)
+        else:
+            gradients = (scaled(or_none(directions), upstream), None, None)
+    return *map(or_zero, gradients, inputs[:3]), None
 
 
 def scaled(directions: Array | None, factor: Array) -> Array | None:

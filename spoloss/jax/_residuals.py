@@ -1,14 +1,19 @@
-"""Residuals: what a forward rule passes to its backward rule.
+"""Residuals: what a forward rule passes to its backward rule, and what that returns.
 
 With `symbolic_zeros`, JAX traces a forward rule once for each set of differentiated arguments, but
 uses the residual tree of the last trace for all of them. So the tree must not depend on which
-arguments are differentiated. Shapes may depend on it: a missing result is an empty array.
+arguments are differentiated. Shapes may depend on it: a missing result is an empty array. JAX
+before 0.7 also requires one tree of gradients: a missing gradient is a symbolic zero.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from spoloss.jax._softmax import Wanted
@@ -33,3 +38,10 @@ def or_empty(array: Array | None, dtype: DTypeLike) -> Array:
 def or_none(array: Array) -> Array | None:
     """An array, or None for an empty array."""
     return array if array.size else None
+
+
+def or_zero(gradient: Array | None, primal: Array | None) -> Any:
+    """A gradient, or a zero that takes no memory in its place; None where there is no primal."""
+    if gradient is None and primal is not None:
+        return SymbolicZero(jax.typeof(primal))
+    return gradient

@@ -36,6 +36,7 @@ def findings(library: str, seeds: range) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "count"), [("numpy", 400), ("torch", 300), ("mlx", 150), ("jax", 40)]
 )

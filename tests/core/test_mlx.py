@@ -11,6 +11,7 @@ from helpers.pairs import FUNCTIONS
 from spoloss import DPO
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_graph_of_any_shape_has_no_batch_size_in_it(name: str) -> None:
     """mx.compile(shapeless=True) traces once; the mean over 3 pairs must not divide by 7."""

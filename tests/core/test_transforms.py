@@ -55,6 +55,7 @@ def test_torch_gradcheck_twice(name: str) -> None:
     assert torch.autograd.gradgradcheck(function, (*logps, beta))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("torch_backend", ["aot_eager", "inductor"])
 def test_torch_compile_without_a_break_or_a_warning(name: str, torch_backend: str) -> None:

@@ -85,6 +85,7 @@ def test_a_loss_of_ones_own() -> None:
     check_fused(Cubed(), make_inputs(), INPUTS, chunk_size=13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("name", sorted(INCONSISTENT.keys() - {"slope cut"}))  # PyTorch's
 def test_the_check_sees_a_wrong_loss(name: str, chunk_size: int | None) -> None:
@@ -127,6 +128,7 @@ class Named(SPO):
     name: str = ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", *WRONG])
 def test_the_check_sees_a_wrong_fusion(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check = functools.partial(
@@ -156,6 +158,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings(name: str) -> None:
     """Each name is its loss, gradients by beta and reward gap included."""
@@ -200,6 +203,7 @@ def test_log_probabilities_are_returned_as_constants() -> None:
         np.testing.assert_allclose(logps, want, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("wanted", [INPUTS[:4], HIDDEN])
 def test_nan_in_ignored_rows_and_in_pairs_of_weight_0(
@@ -240,6 +244,7 @@ def test_a_reward_gap_of_0_in_a_pair_of_weight_0() -> None:
     assert np.isfinite(grad).all()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_looked_at_makes_nan() -> None:
     """A label outside of the vocabulary, offsets out of order: no wrong number, and no error."""
     inputs, labels = make_inputs(), make_labels()
@@ -276,6 +281,7 @@ def test_what_cannot_be_looked_at_makes_nan() -> None:
         assert np.isnan(out.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", [1, 7])
 def test_any_number_of_pairs(pairs: int) -> None:
     """Also a prime, whose last group of pairs is smaller."""
@@ -306,6 +312,7 @@ def three_ways(dtype: Any) -> tuple[Any, Any, Any]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype: Any) -> None:
     """Sums in at least float32: as near to float64 as the rounding of the results allows."""
@@ -319,6 +326,7 @@ def test_half_precision(dtype: Any) -> None:
         assert error(grad, exact[name]) <= max(1.1 * error(plain_grads[name], exact[name]), eps)
 
 
+@pytest.mark.slow
 def test_small_slopes_in_float16() -> None:
     """A slope of 1e-7 is below float16's smallest number, and its loss scale brings it back."""
     inputs = make_inputs(jnp.float16)
@@ -333,6 +341,7 @@ def test_small_slopes_in_float16() -> None:
     assert jnp.linalg.norm(got - want) <= 2e-3 * jnp.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_float32_sums_of_long_sequences() -> None:
     random = np.random.default_rng(4)
     hidden = random.normal(size=(1, 4096, 8))

@@ -26,6 +26,7 @@ def inputs(dtype: Any = jnp.float64) -> dict[str, Array]:
     return {name: found[name] for name in ("chosen_hidden", "weight", "bias")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
@@ -68,6 +69,7 @@ def test_sequence_logps_of_nan_that_does_not_count() -> None:
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [("hidden",), ("weight", "bias"), ("hidden", "bias")])
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("packed", [True, False])
@@ -110,6 +112,7 @@ def test_linear_logps_per_token_and_average() -> None:
     assert average[2] == 0.0  # no token counts
 
 
+@pytest.mark.slow
 def test_padding_of_the_vocabulary() -> None:
     """Rows that are no words take a bias of -inf, and are as if they were not there."""
     arrays = inputs()

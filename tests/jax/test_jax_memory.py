@@ -33,6 +33,7 @@ def temporaries(pairs: int, tokens: int, wanted: tuple[int, ...], chunk_size: in
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pairs", "tokens", "wanted", "bound"),
     [
@@ -50,11 +51,13 @@ def test_temporaries(pairs: int, tokens: int, wanted: tuple[int, ...], bound: fl
     assert found < 4 * 2 * pairs * tokens * V / 3  # of all logits
 
 
+@pytest.mark.slow
 def test_the_bound_sees_all_logits() -> None:
     """A tile as high as the batch is what a loss by all logits would need."""
     assert temporaries(16, 64, (0, 1), 16 * 64 * 2) > 1.3 * TILE
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_a_frozen_head() -> None:
     hidden, weight = jnp.zeros((8, 128, D)), jnp.zeros((V, D))
     labels = jnp.zeros((8, 128), jnp.int32)

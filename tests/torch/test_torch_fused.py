@@ -179,6 +179,7 @@ def test_linear_logps_block_by_block(chunk_size: int | None) -> None:
     check_linear_logps(chunk_size, {"softcap": 2.0, "logit_scale": 0.5})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
     """What CUDA runs as one fused pass, compiled for the CPU here, over two blocks of 300 words."""
@@ -346,6 +347,7 @@ def test_torch_func_grad(upstream: Upstream, chunk_size: int | None) -> None:
     torch.testing.assert_close(got, torch.func.grad(upstream.plain, argnums=(0, 1))(first, weight))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(("chunk_size", "backend"), [(3, "aot_eager"), (None, "inductor")])
 def test_compiles_into_one_graph(upstream: Upstream, chunk_size: int | None, backend: str) -> None:
