@@ -112,7 +112,8 @@ class Objective:
         slopes = self.slopes(sums, lengths, constants, scale)[:, None] * self.shares(lengths)
         if self.nll_weight == 0.0:
             return slopes
-        return slopes.at[:, 0].add(self.nll_slopes(lengths, constants, scale))
+        of_nll = self.nll_slopes(lengths, constants, scale)
+        return jnp.stack([slopes[:, 0] + of_nll, slopes[:, 1]], axis=1)
 
 
 def _at_least_1(lengths: Array) -> Array:

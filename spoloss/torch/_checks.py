@@ -32,10 +32,10 @@ class Side(NamedTuple):
     labels: Tensor
     cu_seqlens: Tensor | None
 
-    @property
-    def sequences(self) -> int:
-        """The number of sequences."""
-        return len(self.labels) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+def sequences_of(side: Side) -> int:
+    """The number of sequences. No property, because PyTorch 2.8 does not compile one here."""
+    return len(side.labels) if side.cu_seqlens is None else len(side.cu_seqlens) - 1
 
 
 def head_options(
@@ -120,7 +120,9 @@ def _join(
     tensors: dict[str, Tensor | None] = {f"{side.prefix}hidden": side.hidden for side in sides}
     tensors |= {"weight": weight, "bias": bias}
     facts = {f"the number of tokens of {side.prefix}labels": side.labels.numel() for side in sides}
-    facts |= {f"the number of sequences of {side.prefix}labels": side.sequences for side in sides}
+    facts |= {
+        f"the number of sequences of {side.prefix}labels": sequences_of(side) for side in sides
+    }
     facts |= {
         f"whether {name} requires a gradient": int(tensor is not None and tensor.requires_grad)
         for name, tensor in tensors.items()

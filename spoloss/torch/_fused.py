@@ -73,11 +73,15 @@ def _two_passes(
     inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
 ) -> LinearPairLoss:
     """The same loss from token log-probabilities, with logits recomputed in the backward."""
+    hidden_states = (
+        inputs.chosen,
+        inputs.rejected,
+    )  # PyTorch 2.8 compiles no slice
     sums = [
         sum_sequences(
             token_logps(hidden, inputs.weight, inputs.bias, side, options), side.cu_seqlens
         )
-        for hidden, side in zip(inputs[:2], sides, strict=True)
+        for hidden, side in zip(hidden_states, sides, strict=True)
     ]
     logps = objective.logps(torch.stack(sums))
     return LinearPairLoss(objective.value(logps), *logps.detach())

@@ -15,7 +15,7 @@ from spoloss._arrays import check_reduction, per_pair
 from spoloss._options import check_nll_weight
 from spoloss.losses import MarginLoss
 from spoloss.pairs import check_loss, log_ratio_margin
-from spoloss.torch._checks import Side, head_options
+from spoloss.torch._checks import Side, head_options, sequences_of
 from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
 from spoloss.torch._labels import IGNORED, sum_sequences, targets_of
 from spoloss.torch._objective import Objective, zero_weights
@@ -139,7 +139,7 @@ def linear_pair_loss(
         "weights": weights,
     }
     like = like_margins(
-        chosen_hidden, sides[0].sequences, reference_chosen_logps, reference_rejected_logps
+        chosen_hidden, sequences_of(sides[0]), reference_chosen_logps, reference_rejected_logps
     )
     _check_constants(like, constants)
     sequences = [
@@ -185,11 +185,11 @@ def _check_sides(chosen: Side, rejected: Side) -> None:
             f"chosen_cu_seqlens and rejected_cu_seqlens must both be given or neither, "
             f"got {given}cu_seqlens alone"
         )
-    if chosen.sequences != rejected.sequences:
+    if sequences_of(chosen) != sequences_of(rejected):
         names = "hidden" if chosen.cu_seqlens is None else "cu_seqlens"
         raise ValueError(
             f"chosen_{names} and rejected_{names} must have the same number of pairs, "
-            f"got {chosen.sequences} and {rejected.sequences}"
+            f"got {sequences_of(chosen)} and {sequences_of(rejected)}"
         )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from helpers.jax_fused import QUICK, quick_jit
 from spoloss import SPO
 from spoloss.jax import linear_logps, linear_pair_loss
 
@@ -100,13 +101,13 @@ def compare(
         return function({**rest, **by}, chunk_size=rows, **where)
 
     by = {name: arrays[name] for name in wanted}
-    want = jax.value_and_grad(loss)(by, arrays)
+    want = quick_jit(jax.value_and_grad(loss))(by, arrays)
     there = place(arrays, mesh, axes.get("batch_axis"), axes.get("vocab_axis"))
     by = {name: there[name] for name in wanted}
     # JAX 0.7 has renamed it.
     with (jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh)(mesh):
         on_mesh = jax.jit(jax.value_and_grad(lambda by, rest: loss(by, rest, mesh=mesh, **axes)))
-        program = on_mesh.lower(by, there).compile()
+        program = on_mesh.lower(by, there).compile(QUICK)
         got = program(by, there)
     errors = jax.tree.map(
         lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), got, want

@@ -24,6 +24,7 @@ from helpers.jax_fused import (
     fused,
     make_inputs,
     make_labels,
+    quick_jit,
     unfused,
     value_and_grads,
 )
@@ -181,7 +182,9 @@ def test_spellings(name: str) -> None:
         )
         return function(*logps, *references, **arrays, **numbers)
 
-    got, want = (jax.value_and_grad(f, (0, 1))(inputs["weight"], arrays) for f in (one_pass, two))
+    got, want = (
+        quick_jit(jax.value_and_grad(f, (0, 1)))(inputs["weight"], arrays) for f in (one_pass, two)
+    )
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-12), got, want)
 
 
@@ -239,7 +242,7 @@ def test_a_reward_gap_of_0_in_a_pair_of_weight_0() -> None:
             weights=inputs["weights"],
         ).loss
 
-    value, grad = jax.value_and_grad(loss)(jnp.where(inputs["weights"] == 0.0, 0.0, 1.0))
+    value, grad = quick_jit(jax.value_and_grad(loss))(jnp.where(inputs["weights"] == 0.0, 0.0, 1.0))
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
 
@@ -248,23 +251,18 @@ def test_a_reward_gap_of_0_in_a_pair_of_weight_0() -> None:
 def test_what_cannot_be_looked_at_makes_nan() -> None:
     """A label outside of the vocabulary, offsets out of order: no wrong number, and no error."""
     inputs, labels = make_inputs(), make_labels()
+    by_head, by_logits = map(quick_jit, (spoloss.jax.linear_logps, spoloss.jax.sequence_logps))
     for wrong in (V, -1):
         outside = labels[0].at[1, 2].set(wrong)
-        logps = spoloss.jax.linear_logps(inputs["chosen_hidden"], inputs["weight"], outside)
-        by_logits = spoloss.jax.sequence_logps(
-            inputs["chosen_hidden"] @ inputs["weight"].T, outside
-        )
-        for each in (logps, by_logits):
+        logps = by_head(inputs["chosen_hidden"], inputs["weight"], outside)
+        others = by_logits(inputs["chosen_hidden"] @ inputs["weight"].T, outside)
+        for each in (logps, others):
             assert np.isnan(each).tolist() == [False, True, False, False, False]
     hidden, ids = inputs["chosen_hidden"].reshape(1, P * T, -1), labels[0].reshape(1, P * T)
     for offsets in ([0, 9, 7, P * T], [1, 9, P * T], [0, 9, P * T - 1]):
         cu = jnp.array(offsets)
-        assert np.isnan(
-            spoloss.jax.linear_logps(hidden, inputs["weight"], ids, cu_seqlens=cu)
-        ).all()
-        assert np.isnan(
-            spoloss.jax.sequence_logps(hidden @ inputs["weight"].T, ids, cu_seqlens=cu)
-        ).all()
+        assert np.isnan(by_head(hidden, inputs["weight"], ids, cu_seqlens=cu)).all()
+        assert np.isnan(by_logits(hidden @ inputs["weight"].T, ids, cu_seqlens=cu)).all()
         out = linear_pair_loss(
             SPO(),
             hidden,
@@ -295,8 +293,10 @@ def test_any_number_of_pairs(pairs: int) -> None:
             DPO(), *hidden, weight, *labels, 0.0, 0.0, beta=0.1, chunk_size=chunk_size
         ).loss
 
-    want = jax.grad(loss)(weight, 1000)
-    np.testing.assert_allclose(jax.grad(loss)(weight, 14), want, rtol=1e-12)
+    want, got = (
+        quick_jit(jax.grad(functools.partial(loss, chunk_size=rows)))(weight) for rows in (1000, 14)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 def three_ways(dtype: Any) -> tuple[Any, Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from helpers.jax_fused import IGNORED, make_inputs, make_labels, pack, plain_logps
+from helpers.jax_fused import IGNORED, make_inputs, make_labels, pack, plain_logps, quick_jit
 from spoloss.jax import linear_logps, sequence_logps
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -44,9 +45,16 @@ def test_sequence_logps(*, shift: bool, average: bool, packed: bool) -> None:
         logps, lengths = plain_logps(logits, CHOSEN, identity, shift=shift)
         return logps / jnp.maximum(lengths, 1) if average else logps
 
-    np.testing.assert_allclose(got(logits), want(logits), rtol=1e-12)
-    grads = (jax.grad(lambda logits, f=f: f(logits) @ UPSTREAM)(logits) for f in (got, want))
-    np.testing.assert_allclose(*grads, rtol=1e-10, atol=1e-14)
+    def with_grad(function: Callable[[Array], Array]) -> Any:
+        def run(logits: Array) -> tuple[Array, Array]:
+            logps, back = jax.vjp(function, logits)
+            return logps, *back(UPSTREAM)
+
+        return quick_jit(run)(logits)
+
+    (logps, grad), (want_logps, want_grad) = map(with_grad, (got, want))
+    np.testing.assert_allclose(logps, want_logps, rtol=1e-12)
+    np.testing.assert_allclose(grad, want_grad, rtol=1e-10, atol=1e-14)
 
 
 def test_sequence_logps_in_half_precision() -> None:
@@ -94,8 +102,8 @@ def test_linear_logps(*, wanted: tuple[str, ...], chunk_size: int | None, packed
     by = {name: arrays[name] for name in wanted}
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12),
-        jax.value_and_grad(got)(by),
-        jax.value_and_grad(want)(by),
+        quick_jit(jax.value_and_grad(got))(by),
+        quick_jit(jax.value_and_grad(want))(by),
     )
 
 
@@ -122,10 +130,9 @@ def test_padding_of_the_vocabulary() -> None:
     def loss(weight: Array, bias: Array) -> Array:
         return linear_logps(arrays["chosen_hidden"], weight, CHOSEN, bias=bias).sum()
 
-    value, (by_weight, by_bias) = jax.value_and_grad(loss, (0, 1))(wide, bias)
-    want, (want_weight, want_bias) = jax.value_and_grad(loss, (0, 1))(
-        arrays["weight"], arrays["bias"]
-    )
+    value_and_grads = quick_jit(jax.value_and_grad(loss, (0, 1)))
+    value, (by_weight, by_bias) = value_and_grads(wide, bias)
+    want, (want_weight, want_bias) = value_and_grads(arrays["weight"], arrays["bias"])
     np.testing.assert_allclose(value, want, rtol=1e-12)
     np.testing.assert_allclose(by_weight, np.pad(want_weight, ((0, 11), (0, 0))), rtol=1e-10)
     np.testing.assert_allclose(by_bias, np.pad(want_bias, (0, 11)), rtol=1e-10)

@@ -15,6 +15,7 @@ from spoloss.jax._plan import evenly, tile_rows
 D, V = 64, 8192
 ROWS = 128
 TILE, HEAD = 4 * ROWS * V, 4 * V * D
+HELD = TILE if jax.__version_info__ >= (0, 7) else 2 * TILE  # XLA of JAX 0.6 copies a tile
 
 
 def temporaries(pairs: int, tokens: int, wanted: tuple[int, ...], chunk_size: int | None) -> int:
@@ -37,11 +38,11 @@ def temporaries(pairs: int, tokens: int, wanted: tuple[int, ...], chunk_size: in
 @pytest.mark.parametrize(
     ("pairs", "tokens", "wanted", "bound"),
     [
-        (16, 64, (), 1.2 * TILE),
-        (16, 64, (0, 1), 1.2 * TILE),
-        (16, 64, (0, 1, 2), 1.2 * TILE + 0.25 * HEAD),
-        (3, 512, (0, 1, 2), 1.2 * TILE + 1.25 * HEAD),
-        (3, 512, (0, 1), 1.3 * TILE),
+        (16, 64, (), 1.2 * HELD),
+        (16, 64, (0, 1), 1.2 * HELD),
+        (16, 64, (0, 1, 2), 1.2 * HELD + 0.25 * HEAD),
+        (3, 512, (0, 1, 2), 1.2 * HELD + 1.25 * HEAD),
+        (3, 512, (0, 1), 1.3 * HELD),
     ],
 )
 def test_temporaries(pairs: int, tokens: int, wanted: tuple[int, ...], bound: float) -> None:
@@ -54,7 +55,7 @@ def test_temporaries(pairs: int, tokens: int, wanted: tuple[int, ...], bound: fl
 @pytest.mark.slow
 def test_the_bound_sees_all_logits() -> None:
     """A tile as high as the batch is what a loss by all logits would need."""
-    assert temporaries(16, 64, (0, 1), 16 * 64 * 2) > 1.3 * TILE
+    assert temporaries(16, 64, (0, 1), 16 * 64 * 2) > 1.3 * HELD
 
 
 @pytest.mark.slow
@@ -63,7 +64,7 @@ def test_log_probabilities_of_a_frozen_head() -> None:
     labels = jnp.zeros((8, 128), jnp.int32)
     run = jax.jit(lambda hidden: linear_logps(hidden, weight, labels, chunk_size=ROWS).sum())
     temporary = jax.jit(jax.grad(run)).lower(hidden).compile().memory_analysis()
-    assert temporary.temp_size_in_bytes < 2 * (1.5 * TILE + hidden.nbytes)
+    assert temporary.temp_size_in_bytes < 2 * (1.5 * HELD + hidden.nbytes)
 
 
 def test_rows_of_a_tile() -> None:

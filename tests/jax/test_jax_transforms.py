@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from helpers.jax_fused import D, P, T, V
+from helpers.jax_fused import D, P, T, V, quick_jit
 from helpers.pages import ROOT, table_below
 from spoloss.jax import linear_logps, linear_spo_loss, sequence_logps
 
@@ -104,8 +104,8 @@ def test_transforms(name: str, transform: str) -> None:
         return
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11),
-        apply(function),
-        apply(plain(function)),
+        quick_jit(lambda: apply(function))(),
+        quick_jit(lambda: apply(plain(function)))(),
     )
 
 
