@@ -73,10 +73,8 @@ def _two_passes(
     inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
 ) -> LinearPairLoss:
     """The same loss from token log-probabilities, with logits recomputed in the backward."""
-    hidden_states = (
-        inputs.chosen,
-        inputs.rejected,
-    )  # PyTorch 2.8 compiles no slice
+    # Named fields, because PyTorch 2.8 does not compile a slice of a named tuple.
+    hidden_states = (inputs.chosen, inputs.rejected)
     sums = [
         sum_sequences(
             token_logps(hidden, inputs.weight, inputs.bias, side, options), side.cu_seqlens
