@@ -1,12 +1,12 @@
-"""Mutation testing: how many small faults in `spoloss/` the fast tests of their area notice.
+"""Mutation testing: how many small faults in `spoloss/` the tests of their area notice.
 
     python -m benchmarks.mutants --sample 120 --seed 0
 
 Every constant, comparison, arithmetic or boolean operator, condition and returned value of the
 package is a place for a mutant. A seeded sample of places is drawn, each once. Each mutant runs the
-tests of its file (`TESTS`) until the first failure, then, if it has survived, those that compile or
-start processes (`WIDE`), in a fork of a process that has loaded the array libraries already, on a
-copy of the tree.
+fast tests of its file (`TESTS`) until the first failure. If they all pass, it runs every test of
+its area (`WIDE`). The tests run on a copy of the tree, in a fork of a process that has loaded the
+array libraries already.
 """
 
 from __future__ import annotations
@@ -168,8 +168,9 @@ _DROPPED = ("detach", "clone", "contiguous", "to", "float", "sum", "exp", "abs",
 
 
 def fast_tests(file: str) -> tuple[str, ...]:
-    """The fast tests of a file's area, the likeliest to notice first."""
-    return _paths(TESTS.get(file) or TESTS[file.split("/")[0]])
+    """Options of pytest that select the fast tests of a file, the likeliest to notice first."""
+    paths = _paths(TESTS.get(file) or TESTS[file.split("/")[0]])
+    return (*paths, "-m", "not slow", "-k", "not compil")
 
 
 def wide_tests(file: str) -> tuple[str, ...]:
@@ -181,17 +182,13 @@ def _paths(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"tests/{name}" for name in names if (ROOT / "tests" / name).exists())
 
 
-def _fast(mutant: Mutant) -> tuple[str, ...]:
-    return (*fast_tests(mutant.file), "-m", "not slow", "-k", "not compil")
-
-
 def outcome(mutant: Mutant, tree: Path) -> str:
     """killed, killed by the wide tests, survived, or timeout, in a copy of the tree."""
     path = tree / "spoloss" / mutant.file
     right = path.read_bytes()
     path.write_bytes(mutant.apply(right))
     try:
-        fast = _run_tests(tree, _fast(mutant))
+        fast = _run_tests(tree, fast_tests(mutant.file))
         if fast != "survived":
             return fast
         wide = _run_tests(tree, wide_tests(mutant.file))
@@ -276,7 +273,7 @@ def main() -> int:
         tree = Path(folder) / "tree"
         skip = shutil.ignore_patterns(".git", "__pycache__", "build", "*.pyc")
         shutil.copytree(ROOT, tree, ignore=skip)
-        for tests in {_fast(mutant) for mutant in drawn}:
+        for tests in {fast_tests(mutant.file) for mutant in drawn}:
             if _run_tests(tree, tests) != "survived":
                 raise SystemExit(f"these fail without a mutant: {tests}")
         for mutant in drawn:

@@ -119,16 +119,17 @@ def trainers(name: str) -> None:
 
 def compared(name: str) -> None:
     """A version over another one, in time and memory, by head and shape of the batch."""
-    header = ["P x T", "head", "time", "quartiles", "memory"]
+    header = ["P x T", "head", "time", "quartiles", "rounds", "memory"]
     rows = (
         [
             f"{row['pairs']} x {row['tokens']}",
             "frozen" if row["frozen"] == "True" else "trained",
             f"{float(row['time_ratio']):.3f}",
             f"{float(row['time_ratio_low']):.3f} to {float(row['time_ratio_high']):.3f}",
+            row["rounds"],
             f"{float(row['memory_ratio']):.3f}",
         ]
-        for row in measured(name)
+        for row in sorted(measured(name), key=lambda row: int(row["tokens"]))
     )
     write(header, rows)
 

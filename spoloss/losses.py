@@ -95,11 +95,10 @@ class SPO:
         """l(h) = -x * e^(-x), elementwise. It is linear in h for x < linear_below."""
         xp = namespace(margin, "margin")
         z = at_least(xp, margin * -beta, _VANISHED)  # z = -x, so that l = z * e^z
-        if self.linear_below is None:
-            return z * xp.exp(z)
         z0 = self._greatest_z
-        if z0 * math.exp(z0) > float(xp.finfo(margin.dtype).max):
-            return z * xp.exp(z)  # every value that the tangent would replace is inf anyway
+        # Where the curve is inf before the tangent begins, the tangent changes nothing.
+        if self.linear_below is None or z0 * math.exp(z0) > float(xp.finfo(margin.dtype).max):
+            return z * xp.exp(z)
         below = z > z0
         # The branch that is not taken must be finite, because 0 * inf in its gradient is nan.
         curve, rise = xp.where(below, z0, z), xp.where(below, z - z0, 0.0)

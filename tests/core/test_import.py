@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import spoloss
+from helpers.interpreter import run_python
 
 PACKAGE = Path(spoloss.__file__).parent
 ROOT = Path(__file__).parents[2]
@@ -52,18 +51,9 @@ print(found)
 
 
 def touched(code: str, framework: str = "numpy") -> list[tuple[str, str]]:
-    """The audit events of `code` beyond reading the package's own files.
-
-    The working directory is the package's parent, so that the imported package is this one.
-    """
+    """The audit events of `code` beyond reading the package's own files."""
     program = WATCH.format(package=str(PACKAGE), framework=framework, code=code)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        cwd=PACKAGE.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-W", "error", "-c", program)
     assert done.returncode == 0, done.stderr
     return ast.literal_eval(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+from helpers.interpreter import run_python
 from helpers.pages import ROOT
 
 SCRIPT = ROOT / "docs" / "tables.py"
 
 
-def run(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(script), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_every_table_is_up_to_date() -> None:
-    result = run(SCRIPT, "--check")
+    result = run_python(SCRIPT, "--check")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -32,6 +26,6 @@ def test_a_changed_cell_is_found(tmp_path: Path) -> None:
     changed, count = re.subn(r"1\.0e\+44", "1.1e+44", page.read_text())
     assert count > 0
     (tmp_path / "docs" / "gradients.md").write_text(changed)
-    result = run(tmp_path / "docs" / "tables.py", "--check")
+    result = run_python(tmp_path / "docs" / "tables.py", "--check")
     assert result.returncode != 0
     assert "1.1e+44" in result.stdout

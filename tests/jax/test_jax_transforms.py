@@ -104,7 +104,7 @@ def test_transforms(name: str, transform: str) -> None:
         return
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11),
-        quick_jit(lambda: apply(function))(),
+        apply(function),
         quick_jit(lambda: apply(plain(function)))(),
     )
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ import train
 from arguments import parse_options
 from errors import InputError
 from helpers.example import EXAMPLES, json_lines, pair
+from helpers.interpreter import run_python
 from models import load_model
 from objective import margin_loss, targets
 from pairs import Pair, Split, read_pairs, split_pairs
@@ -233,7 +232,14 @@ def test_files_without_enough_pairs_are_refused(refused, tmp_path, content, word
     assert words in message
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(json_lines(pair()))[:-9], None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"not gzip", id="not gzip"),
+        pytest.param(gzip.compress(json_lines(pair()))[:-9], id="cut short"),
+        pytest.param(None, id="missing"),
+    ],
+)
 def test_unreadable_files_are_refused(refused, tmp_path, content) -> None:
     path = tmp_path / "pairs.jsonl.gz"
     if content is not None:
@@ -265,8 +271,7 @@ sys.argv[1:] = {argv!r}
 sys.stdout = sys.stderr = Watched()
 runpy.run_path({str(EXAMPLES / "train.py")!r}, run_name="__main__")
 """
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True).stdout.splitlines()
+    return run_python("-c", code, cwd=cwd).stdout.splitlines()
 
 
 def test_bad_file_is_refused_before_the_heavy_imports(tmp_path) -> None:
