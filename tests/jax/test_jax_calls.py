@@ -118,7 +118,19 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"chosen_hidden": HIDDEN[:2], "chosen_labels": jnp.zeros((2, T), int)},
         ValueError,
-        "must have the same number of pairs, got 2 and 5",
+        "chosen_hidden and rejected_hidden must have the same number of pairs, got 2 and 5",
+    ),
+    (
+        {
+            "chosen_hidden": HIDDEN.reshape(1, -1, D),
+            "rejected_hidden": HIDDEN.reshape(1, -1, D),
+            "chosen_labels": jnp.zeros((1, P * T), int),
+            "rejected_labels": jnp.zeros((1, P * T), int),
+            "chosen_cu_seqlens": OFFSETS,
+            "rejected_cu_seqlens": jnp.array([0, T, P * T]),
+        },
+        ValueError,
+        "chosen_cu_seqlens and rejected_cu_seqlens must have the same number of pairs, got 1 and 2",
     ),
     ({"batch_axis": "data"}, ValueError, "name axes of a mesh: pass mesh as well"),
     ({"mesh": MESH}, ValueError, "with mesh, pass batch_axis, vocab_axis or both"),

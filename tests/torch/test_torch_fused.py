@@ -564,7 +564,8 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 
 
 def test_numbers_of_pairs_that_differ() -> None:
-    with pytest.raises(ValueError, match="must have the same number of pairs, got 5 and 4"):
+    message = "chosen_hidden and rejected_hidden must have the same number of pairs, got 5 and 4"
+    with pytest.raises(ValueError, match=message):
         linear_spo_loss(
             torch.zeros(P, T, D),
             torch.zeros(P - 1, T, D),
