@@ -9,6 +9,7 @@ slopes s (the derivatives of the loss by their log-probabilities) contributes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ class Gradients:
           slopes: [n] the derivative of the loss by each token's log-probability.
         """
         if self._wanted.head:
-            self.head.add(tile.states, softmax, slopes)
+            self.head.add(tile.states, softmax, softmax.blocks, slopes)
         if softmax.product is not None:
             self.write_hidden(tile.tokens, softmax, softmax.product, slopes)
 
@@ -129,20 +130,23 @@ class HeadGradient:
         """Drop all contributions."""
         self._filled = 0
 
-    def add(self, states: Tensor, softmax: Softmax, slopes: Tensor) -> None:
-        """Add the contribution of one tile from the blocks that its softmax kept.
+    def add(
+        self, states: Tensor, softmax: Softmax, blocks: Iterable[Block], slopes: Tensor
+    ) -> None:
+        """Add the contribution of one tile.
 
         Args:
           states: hidden states, [n, D].
-          softmax: the tile's softmax, with all blocks.
+          softmax: the tile's softmax.
+          blocks: the exponentials of all words, in order.
           slopes: [n] the derivative of the loss by each token's log-probability.
         """
-        for block in softmax.blocks:
-            self.add_block(states, softmax, block, slopes)
-        self.add_targets(states, softmax, slopes)
+        for block in blocks:
+            self._add_block(states, softmax, block, slopes)
+        self._add_targets(states, softmax, slopes)  # into rows that the blocks have overwritten
 
-    def add_block(self, states: Tensor, softmax: Softmax, block: Block, slopes: Tensor) -> None:
-        """Add the contribution of a block's words as non-targets. Add the blocks in order."""
+    def _add_block(self, states: Tensor, softmax: Softmax, block: Block, slopes: Tensor) -> None:
+        """The contribution of a block's words as non-targets."""
         columns, exps, shift = block
         empty = columns.start >= self._filled
         self._filled = max(self._filled, columns.stop)
@@ -155,8 +159,8 @@ class HeadGradient:
             rows = self._bias[columns, None]
             accumulate(rows, exps.t(), factor, self._model.device, empty=empty)
 
-    def add_targets(self, states: Tensor, softmax: Softmax, slopes: Tensor) -> None:
-        """Add the contribution of the targets. Call this after the blocks with their rows."""
+    def _add_targets(self, states: Tensor, softmax: Softmax, slopes: Tensor) -> None:
+        """The contribution of the targets."""
         factor = self._model.gain * slopes * softmax.complement
         if self._weight is not None:
             add_rows(self._weight, softmax.target, states * factor[:, None])

@@ -19,7 +19,7 @@ from spoloss.torch._autograd import refuse_batched, refuse_second_derivative, re
 from spoloss.torch._gradients import Gradients, Wanted
 from spoloss.torch._head import Head, HeadOptions
 from spoloss.torch._plan import tiles
-from spoloss.torch._softmax import Sums, Workspace, known_softmax, softmax_of, visit
+from spoloss.torch._softmax import Workspace, known_blocks, known_softmax, softmax_of
 from spoloss.torch._tokens import Batch, Sequences, TokenTable, make_table
 from spoloss.torch._vocab_parallel import refuse_compilation
 
@@ -135,14 +135,9 @@ def _backward(
             slopes = upstream.flatten()[place].to(head.dtype)
             softmax = known_softmax(head, tile, logps.flatten()[place], lse.flatten()[place])
             product = torch.zeros_like(tile.states, dtype=head.dtype) if wanted.hidden else None
-            last = known = Sums.known(softmax.lse)
-            for block, last in visit(head, tile, known, product, workspace):  # noqa: B007
-                if wanted.head:
-                    gradients.head.add_block(tile.states, softmax, block, slopes)
-            if wanted.head:
-                gradients.head.add_targets(tile.states, softmax, slopes)
+            blocks = known_blocks(head, tile, softmax, product, workspace)
+            gradients.head.add(tile.states, softmax, blocks, slopes)
             if product is not None:
-                product.mul_((last.shift - softmax.lse).exp()[:, None])
                 gradients.write_hidden(tile.tokens, softmax, product, slopes)
     return (
         None if gradients.hidden is None else gradients.hidden.view(hidden.shape),

@@ -133,7 +133,7 @@ def softmax_of(
     local, blocks = head.local(tile.tokens.target), []
     last = start = Sums.start(tile.states, head.dtype)
     total = torch.zeros_like(tile.states, dtype=head.dtype) if product else None
-    for block, last in visit(head, tile, start, total, workspace):  # noqa: B007
+    for block, last in _visit(head, tile, start, total, workspace):  # noqa: B007
         if keep:
             blocks.append(block)
     whole = last if head.options.shard is None else last.joined(head.options.shard)
@@ -158,7 +158,26 @@ def known_softmax(head: Head, tile: Tile, logps: Tensor, lse: Tensor) -> Softmax
     return Softmax(logps, lse, complement, _row(head, local))
 
 
-def visit(
+def known_blocks(
+    head: Head, tile: Tile, softmax: Softmax, product: Tensor | None, workspace: Workspace
+) -> Iterator[Block]:
+    """The blocks of a tile whose softmax is known, one at a time.
+
+    Args:
+      head: the head.
+      tile: n tokens.
+      softmax: the tile's softmax.
+      product: zeros [n, D], which the iteration turns into `Softmax.product`; or None.
+      workspace: memory for the logits. A block is valid until the next.
+    """
+    last = known = Sums.known(softmax.lse)
+    for block, last in _visit(head, tile, known, product, workspace):  # noqa: B007
+        yield block
+    if product is not None:
+        product.mul_((last.shift - softmax.lse).exp()[:, None])
+
+
+def _visit(
     head: Head, tile: Tile, sums: Sums, product: Tensor | None, workspace: Workspace
 ) -> Iterator[tuple[Block, Sums]]:
     """The blocks of a tile in turn, each with the sums that include it.
