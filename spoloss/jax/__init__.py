@@ -11,12 +11,9 @@ except ImportError as error:
 
 from spoloss.jax._call import LinearPairLoss
 from spoloss.jax.fused import linear_pair_loss
-from spoloss.jax.fused_losses import (
-    linear_dpo_loss,
-    linear_ipo_loss,
-    linear_spo_loss,
-    linear_squared_loss,
-)
+from spoloss.jax.fused_dpo import linear_dpo_loss
+from spoloss.jax.fused_spo import linear_spo_loss
+from spoloss.jax.fused_squared import linear_ipo_loss, linear_squared_loss
 from spoloss.jax.logps import linear_logps, sequence_logps
 
 __all__ = [

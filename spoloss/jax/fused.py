@@ -1,6 +1,6 @@
 """The loss from hidden states in one pass, without the logits: `linear_pair_loss`.
 
-`spoloss.jax.fused_losses` has the same for SPO, DPO, the squared loss and IPO by name.
+`fused_spo`, `fused_dpo` and `fused_squared` have the same for the losses by name.
 """
 
 from __future__ import annotations

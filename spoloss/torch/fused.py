@@ -1,6 +1,6 @@
 """The loss from hidden states in one pass, without the logits: `linear_pair_loss`.
 
-`spoloss.torch.fused_losses` has the same for SPO, DPO, the squared loss and IPO by name.
+`fused_spo`, `fused_dpo` and `fused_squared` have the same for the losses by name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from spoloss._arrays import check_reduction, per_pair
 from spoloss._options import check_nll_weight
 from spoloss.losses import MarginLoss
-from spoloss.pairs import check_loss, log_ratio_margin
+from spoloss.pairs import beta_for_gap, check_loss, log_ratio_margin
 from spoloss.torch._checks import Side, head_options, sequences_of
 from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
 from spoloss.torch._labels import IGNORED, sum_sequences, targets_of
@@ -138,7 +138,7 @@ def linear_pair_loss(
         "beta": beta,
         "weights": weights,
     }
-    like = like_margins(
+    like = _like_margins(
         chosen_hidden, sequences_of(sides[0]), reference_chosen_logps, reference_rejected_logps
     )
     _check_constants(like, constants)
@@ -168,7 +168,22 @@ def linear_pair_loss(
     return fused_loss(inputs, sequences, objective, options)
 
 
-def like_margins(hidden: Tensor, pairs: int, *references: Tensor | float) -> Tensor:
+def beta_for_margins(
+    beta: Tensor | float,
+    reward_gap: Tensor | float | None,
+    hidden: Tensor,
+    cu_seqlens: Tensor | None,
+    *references: Tensor | float,
+) -> Tensor | float:
+    """The beta whose target 1 / beta is reward_gap / beta, in the dtype of the margins."""
+    pairs = len(hidden) if cu_seqlens is None else len(cu_seqlens) - 1
+    result: Tensor | float = beta_for_gap(
+        beta, reward_gap, _like_margins(hidden, pairs, *references)
+    )
+    return result
+
+
+def _like_margins(hidden: Tensor, pairs: int, *references: Tensor | float) -> Tensor:
     """An array of the margins' shape [P], dtype and device, to check other arguments against."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     for reference in references:
