@@ -36,6 +36,7 @@ SECONDS = 3600.0
 
 _CORE = ("core/test_losses.py", "core/test_pairs.py", "core/test_gradients.py")
 _HEAD = (
+    "torch/test_sizes.py",
     "torch/test_torch_fused.py",
     "torch/test_torch_edges.py",
     "torch/test_packed.py",
@@ -53,7 +54,12 @@ TESTS = {
     "torch/logps.py": ("torch/test_torch_logps.py", *_HEAD),
     "torch/_vocab_parallel.py": ("distributed/test_vocab_parallel.py",),
     "torch": _HEAD,
-    "jax": ("jax/test_jax_logps.py", "jax/test_jax_fused.py", "jax/test_jax_calls.py"),
+    "jax": (
+        "jax/test_jax_memory.py",
+        "jax/test_jax_calls.py",
+        "jax/test_jax_logps.py",
+        "jax/test_jax_fused.py",
+    ),
 }
 WIDE = {
     "core": ("core",),
