@@ -214,7 +214,7 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
             )
         place = host.counts.nonzero().squeeze(1)
         if host.offsets is None:
-            sequence = place // max(side.targets.shape[1], 1)
+            sequence = place // side.targets.shape[1]
         else:
             sequence = sequence_of(host.offsets, place)
         places.append(place + offset)

@@ -147,6 +147,12 @@ def test_refused(changes: dict[str, Any], error: type[Exception], message: str) 
         pair_call(**changes)
 
 
+@pytest.mark.parametrize("name", ["temperature", "logit_scale", "softcap", "chunk_size"])
+def test_log_probabilities_refuse_the_same_options(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got 0"):
+        linear_logps(HIDDEN, WEIGHT, make_labels()[0], **{name: 0})
+
+
 def test_a_mesh_that_does_not_divide() -> None:
     mesh = AbstractMesh((4, 4), ("data", "model"))
     with pytest.raises(ValueError, match="4 parts, but 5 sequences are not divisible"):

@@ -82,6 +82,27 @@ def test_fused_equals_unfused(row: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("options", [{"average": True}, {"nll_weight": 0.3}], ids=str)
+def test_a_mean_over_one_token(options: dict[str, Any]) -> None:
+    """An answer of one token is its own mean. Only the first position of each row is read."""
+    inputs, one = make_inputs(), jnp.full((P, 2), 3).at[:, 1].set(IGNORED)
+    sides = [inputs[name][:, :2] for name in HIDDEN]
+
+    def loss(weight: Array, options: dict[str, Any]) -> Array:
+        return linear_pair_loss(
+            SPO(), *sides, weight, one, one, 0.0, 0.0, beta=0.1, shift=False, **options
+        ).loss
+
+    def by_logits(weight: Array) -> Array:
+        chosen, rejected = (jax.nn.log_softmax(s[:, 0] @ weight.T)[:, 3] for s in sides)
+        value = spoloss.spo_loss(chosen, rejected, 0.0, 0.0, beta=0.1)
+        return value - options.get("nll_weight", 0.0) * chosen.mean()
+
+    got = jax.value_and_grad(loss)(inputs["weight"], options)
+    want = jax.value_and_grad(by_logits)(inputs["weight"])
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-13), got, want)
+
+
 def test_a_loss_of_ones_own() -> None:
     check_fused(Cubed(), make_inputs(), INPUTS, chunk_size=13)
 

@@ -11,6 +11,7 @@ import pytest
 from spoloss import DPO
 from spoloss.jax import linear_logps, linear_pair_loss
 from spoloss.jax._plan import evenly, tile_rows
+from spoloss.jax._softmax import Head, HeadOptions, Wanted
 
 D, V = 64, 8192
 ROWS = 128
@@ -78,3 +79,11 @@ def test_rows_of_a_tile() -> None:
     assert tile_rows((1024, 1024), 2, 10**6, None) == 256  # at least
     assert tile_rows((0, 0), 1, 32_000, None) >= 1
     assert [evenly(10, 4), evenly(8, 4), evenly(1, 4), evenly(0, 4)] == [4, 4, 1, 1]
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_loop_carries_no_gradient_that_nobody_wants(weight: bool, bias: bool) -> None:
+    head = Head.of(jnp.ones((V, D)), jnp.ones(V), HeadOptions(None, 1.0, 1.0, None, ()))
+    zeros = head.zeros(Wanted((True, True), weight, bias))
+    assert [total is not None for total in zeros] == [weight, bias]

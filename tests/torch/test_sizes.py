@@ -10,6 +10,7 @@ import torch
 from spoloss.torch._devices import CPU, CUDA, Device
 from spoloss.torch._head import Head, HeadOptions
 from spoloss.torch._plan import Budget
+from spoloss.torch._products import _narrowed
 from spoloss.torch.logps import _tiles
 
 MIB = 2**20
@@ -95,3 +96,16 @@ def test_tiles_of_logits_fill_their_memory() -> None:
     assert set(heights) == {64 * MIB // (4 * 32_000)}
     wide = torch.empty(3, 32 * MIB, device="meta")
     assert [rows for rows, _ in _tiles(wide)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+
+
+def test_only_float16_pays_for_a_scale() -> None:
+    """bfloat16 has the range of float32, so no pass looks for its largest number."""
+    wide = torch.tensor([1e-30, 3.0])
+    for dtype in (torch.bfloat16, torch.float32):
+        narrow, unit = _narrowed(wide, dtype)
+        assert (narrow.dtype, unit) == (dtype, None)
+    narrow, unit = _narrowed(wide, torch.float16)
+    assert narrow.dtype == torch.float16
+    assert unit == 3.0
+    half = torch.ones(2, dtype=torch.float16)
+    assert _narrowed(half, torch.float16)[1] is None
