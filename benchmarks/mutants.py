@@ -1,12 +1,16 @@
 """Mutation testing: how many small faults in `spoloss/` the tests of their area notice.
 
-    python -m benchmarks.mutants --sample 120 --seed 0
+    python -m benchmarks.mutants --sample 120 --seed 0 --save     results/mutants_0.csv
+    python -m benchmarks.mutants --again --seed 0 --save          only those that survived
 
 Every constant, comparison, arithmetic or boolean operator, condition and returned value of the
 package is a place for a mutant. A seeded sample of places is drawn, each once. Each mutant runs the
 fast tests of its file (`TESTS`) until the first failure. If they all pass, it runs every test of
 its area (`WIDE`). The tests run on a copy of the tree, in a fork of a process that has loaded the
 array libraries already.
+
+With `--again`, the mutants that survived in a saved sample run the fast tests of today. Where the
+expression has left the file, the mutant is gone.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ from pathlib import Path
 from benchmarks import machine
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "mutants.csv"
+RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ("file", "line", "was", "mutant", "outcome")
+Row = tuple[str, str, str, str, str]
 CPU_SECONDS = 600
 SECONDS = 3600.0
 
@@ -188,17 +193,17 @@ def _paths(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"tests/{name}" for name in names if (ROOT / "tests" / name).exists())
 
 
-def outcome(mutant: Mutant, tree: Path) -> str:
+def outcome(mutant: Mutant, tree: Path, *, wide: bool = True) -> str:
     """killed, killed by the wide tests, survived, or timeout, in a copy of the tree."""
     path = tree / "spoloss" / mutant.file
     right = path.read_bytes()
     path.write_bytes(mutant.apply(right))
     try:
         fast = _run_tests(tree, fast_tests(mutant.file))
-        if fast != "survived":
+        if fast != "survived" or not wide:
             return fast
-        wide = _run_tests(tree, wide_tests(mutant.file))
-        return "killed by the wide tests" if wide == "killed" else wide
+        all_tests = _run_tests(tree, wide_tests(mutant.file))
+        return "killed by the wide tests" if all_tests == "killed" else all_tests
     finally:
         path.write_bytes(right)
 
@@ -251,6 +256,24 @@ def sample(files: list[Path], size: int, seed: int) -> list[Mutant]:
     return random.Random(seed).sample(population, min(size, len(population)))
 
 
+def survivors(rows: list[Row], tree: Path) -> list[Row]:
+    """The rows of a sample, with today's outcome of those that survived."""
+    return [again(row, tree) if row[-1] == "survived" else row for row in rows]
+
+
+def again(row: Row, tree: Path) -> Row:
+    """A surviving mutant against the fast tests of today, at the closest line that still has it."""
+    file, line, was, now, _ = row
+    path = ROOT / "spoloss" / file
+    same = [m for m in mutants_of(path) if (m.was, m.now) == (was, now)] if path.exists() else []
+    if not same:
+        return (*row[:-1], "gone")
+    mutant = min(same, key=lambda m: abs(m.line - int(line)))
+    found = (file, str(mutant.line), was, now, outcome(mutant, tree, wide=False))
+    print(*found, sep=" | ", flush=True)
+    return found
+
+
 def load_libraries() -> None:
     """What every fork would load again; nothing of the package, which is mutated."""
     import array_api_strict  # noqa: F401
@@ -263,39 +286,60 @@ def load_libraries() -> None:
 
 
 def main() -> int:
-    """Run the sample; write the outcome of each mutant and print the score."""
+    """Run a sample or its survivors; print the outcome of each mutant and the score."""
     parser = argparse.ArgumentParser(prog="benchmarks.mutants", description=__doc__)
     parser.add_argument("--sample", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path contains this")
-    parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--again", action="store_true", help="only those that survived")
+    parser.add_argument("--save", action="store_true", help="write results/mutants_SEED.csv")
     options = parser.parse_args()
-    files = sorted((ROOT / "spoloss").rglob("*.py"))
-    files = [p for p in files if options.only in p.as_posix() and p.name != "__init__.py"]
-    drawn = sample(files, options.sample, options.seed)
+    result = RESULTS / f"mutants_{options.seed}.csv"
     load_libraries()
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         skip = shutil.ignore_patterns(".git", "__pycache__", "build", "*.pyc")
         shutil.copytree(ROOT, tree, ignore=skip)
-        for tests in {fast_tests(mutant.file) for mutant in drawn}:
-            if _run_tests(tree, tests) != "survived":
-                raise SystemExit(f"these fail without a mutant: {tests}")
-        for mutant in drawn:
-            rows.append((mutant.file, mutant.line, mutant.was, mutant.now, outcome(mutant, tree)))
-            print(*rows[-1], sep=" | ", flush=True)
-            if options.save:  # after each one: a run takes hours, and what has run is a sample
-                save(rows, options.seed)
-    noticed = sum(row[-1] != "survived" for row in rows)
-    print(f"{noticed} of {len(rows)} noticed")
+        if options.again:
+            rows = survivors(load(result), tree)
+        else:
+            files = sorted((ROOT / "spoloss").rglob("*.py"))
+            files = [p for p in files if options.only in p.as_posix() and p.name != "__init__.py"]
+            rows = []
+            for row in outcomes(sample(files, options.sample, options.seed), tree):
+                rows.append(row)
+                if options.save:  # after each one: a run takes hours, and what has run is a sample
+                    save(rows, result)
+    if options.save:
+        save(rows, result)
+    there = [row for row in rows if row[-1] != "gone"]
+    print(f"{sum(row[-1] != 'survived' for row in there)} of {len(there)} noticed")
     return 0
 
 
-def save(rows: list[tuple[object, ...]], seed: int) -> None:
+def outcomes(drawn: list[Mutant], tree: Path) -> Iterator[Row]:
+    """Run a sample. The tests must pass without a mutant."""
+    for tests in {fast_tests(mutant.file) for mutant in drawn}:
+        if _run_tests(tree, tests) != "survived":
+            raise SystemExit(f"these fail without a mutant: {tests}")
+    for mutant in drawn:
+        found = outcome(mutant, tree)
+        row = (mutant.file, str(mutant.line), mutant.was, mutant.now, found)
+        print(*row, sep=" | ", flush=True)
+        yield row
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a saved sample."""
+    with path.open(newline="") as file:
+        _, _, *rows = csv.reader(file)
+    return [(file, line, was, now, found) for file, line, was, now, found in rows]
+
+
+def save(rows: list[Row], path: Path) -> None:
     """The outcomes so far, with machine and versions."""
-    with RESULT.open("w", newline="") as file:
-        print(f"# {machine.describe('torch', 'jax', 'spoloss')}, seed {seed}", file=file)
+    with path.open("w", newline="") as file:
+        print(f"# {machine.describe('torch', 'jax', 'spoloss')}", file=file)
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 

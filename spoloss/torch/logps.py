@@ -206,7 +206,7 @@ class _TokenLogps(torch.autograd.Function):
             product = tile.softmax(dim=1) * -upstream
             product.scatter_add_(1, targets[rows, None], upstream)
             # A row that does not count may be nan (padding), and 0 * nan is nan.
-            grad_logits[rows] = torch.where(counts[rows, None], product, 0.0).to(logits.dtype)
+            grad_logits[rows] = torch.where(counts[rows, None], product, 0.0)
         return grad_logits, None, None
 
 

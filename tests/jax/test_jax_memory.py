@@ -10,8 +10,10 @@ import pytest
 
 from spoloss import DPO
 from spoloss.jax import linear_logps, linear_pair_loss
+from spoloss.jax._labels import Labels, Reading
 from spoloss.jax._plan import evenly, tile_rows
 from spoloss.jax._softmax import Head, HeadOptions, Wanted
+from spoloss.jax._tokens import table_of_pairs
 
 D, V = 64, 8192
 ROWS = 128
@@ -79,6 +81,15 @@ def test_rows_of_a_tile() -> None:
     assert tile_rows((1024, 1024), 2, 10**6, None) == 256  # at least
     assert tile_rows((0, 0), 1, 32_000, None) >= 1
     assert [evenly(10, 4), evenly(8, 4), evenly(1, 4), evenly(0, 4)] == [4, 4, 1, 1]
+
+
+def test_a_tile_of_a_packed_row_has_no_place_to_leave_empty() -> None:
+    """Whole pairs of full length fill a tile of a padded batch; a packed pair has any length."""
+    padded = (Labels(jnp.zeros((4, 48), int), None),) * 2
+    packed = (Labels(jnp.zeros((1, 4 * 48), int), jnp.arange(5) * 48),) * 2
+    reading = Reading(ignore_index=-100, shift=False)
+    assert table_of_pairs(padded, reading, V, 150).rows == 2 * 48
+    assert table_of_pairs(packed, reading, V, 150).rows == 4 * 96 // 3
 
 
 @pytest.mark.parametrize("weight", [True, False])
