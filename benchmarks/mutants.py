@@ -34,8 +34,9 @@ from benchmarks import machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-COLUMNS = ("file", "line", "was", "mutant", "outcome")
-Row = tuple[str, str, str, str, str]
+COLUMNS = ("file", "line", "code", "was", "mutant", "outcome")
+"""`code` is the line, without spaces at its ends."""
+Row = tuple[str, ...]
 CPU_SECONDS = 600
 SECONDS = 3600.0
 
@@ -100,6 +101,7 @@ class Mutant:
 
     file: str
     line: int
+    code: str
     was: str
     now: str
     start: int
@@ -108,6 +110,10 @@ class Mutant:
     def apply(self, source: bytes) -> bytes:
         """The file with the mutant in it."""
         return source[: self.start] + self.now.encode() + source[self.end :]
+
+    def row(self, outcome: str) -> Row:
+        """What a file has about it."""
+        return (self.file, str(self.line), self.code, self.was, self.now, outcome)
 
 
 def mutants_of(path: Path) -> Iterator[Mutant]:
@@ -122,7 +128,8 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
             end = lines[node.end_lineno - 1] + node.end_col_offset
             was = source[start:end].decode()
             if now != was:
-                yield Mutant(name, node.lineno, was, now, start, end)
+                code = source[lines[node.lineno - 1] :].splitlines()[0].decode().strip()
+                yield Mutant(name, node.lineno, code, was, now, start, end)
 
 
 def _ends(source: bytes) -> Iterator[int]:
@@ -142,6 +149,8 @@ def _code(tree: ast.AST) -> Iterator[tuple[ast.expr, list[str]]]:
                 continue
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 yield node.value, ["None"]
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                continue  # never runs
             if isinstance(node, ast.If):
                 yield node.test, ["True", "False"]
             if isinstance(node, ast.expr):
@@ -262,14 +271,15 @@ def survivors(rows: list[Row], tree: Path) -> list[Row]:
 
 
 def again(row: Row, tree: Path) -> Row:
-    """A surviving mutant against the fast tests of today, at the closest line that still has it."""
-    file, line, was, now, _ = row
+    """A surviving mutant against the fast tests of today, where the file still has that line."""
+    file, line, *expression, _ = row
     path = ROOT / "spoloss" / file
-    same = [m for m in mutants_of(path) if (m.was, m.now) == (was, now)] if path.exists() else []
+    mutants = mutants_of(path) if path.exists() else ()
+    same = [m for m in mutants if [m.code, m.was, m.now] == expression]
     if not same:
         return (*row[:-1], "gone")
     mutant = min(same, key=lambda m: abs(m.line - int(line)))
-    found = (file, str(mutant.line), was, now, outcome(mutant, tree, wide=False))
+    found = mutant.row(outcome(mutant, tree, wide=False))
     print(*found, sep=" | ", flush=True)
     return found
 
@@ -323,8 +333,7 @@ def outcomes(drawn: list[Mutant], tree: Path) -> Iterator[Row]:
         if _run_tests(tree, tests) != "survived":
             raise SystemExit(f"these fail without a mutant: {tests}")
     for mutant in drawn:
-        found = outcome(mutant, tree)
-        row = (mutant.file, str(mutant.line), mutant.was, mutant.now, found)
+        row = mutant.row(outcome(mutant, tree))
         print(*row, sep=" | ", flush=True)
         yield row
 
@@ -333,7 +342,7 @@ def load(path: Path) -> list[Row]:
     """The rows of a saved sample."""
     with path.open(newline="") as file:
         _, _, *rows = csv.reader(file)
-    return [(file, line, was, now, found) for file, line, was, now, found in rows]
+    return [tuple(row) for row in rows]
 
 
 def save(rows: list[Row], path: Path) -> None:

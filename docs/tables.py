@@ -85,6 +85,36 @@ def fused_jax(name: str, *, frozen: bool) -> None:
     _write_by_shape(rows, JAX_WAYS, "temp_mib", frozen=frozen)
 
 
+def mutants(*names: str) -> None:
+    """How many mutants of some samples the tests notice, and why the others are not noticed."""
+    rows = [row for name in names for row in measured(name) if row["outcome"] != "gone"]
+    survived = [row for row in rows if row["outcome"] == "survived"]
+    noticed = len(rows) - len(survived)
+    print(
+        f"Of {len(rows)} mutants, the tests notice {noticed} ({noticed / len(rows):.0%}). "
+        "No test on a CPU can notice the others:"
+    )
+    about = ("file", "code", "was", "mutant")
+    reasons = {
+        tuple(row[name] for name in about): row["reason"] for row in measured("mutant_reasons.csv")
+    }
+    cells = (
+        [
+            f"`{row['file']}`",
+            _code(row["code"]),
+            _code(f"{row['was']} -> {row['mutant']}"),
+            reasons[tuple(row[name] for name in about)],
+        ]
+        for row in sorted(survived, key=lambda row: (row["file"], int(row["line"])))
+    )
+    write(["file", "line", "mutant", "why no test notices it"], cells)
+
+
+def _code(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
+
+
 def _write_by_shape(
     rows: list[dict[str, str]], ways: dict[str, str], memory: str, *, frozen: bool
 ) -> None:

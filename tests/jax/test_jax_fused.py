@@ -284,20 +284,17 @@ def test_what_cannot_be_looked_at_makes_nan() -> None:
         cu = jnp.array(offsets)
         assert np.isnan(by_head(hidden, inputs["weight"], ids, cu_seqlens=cu)).all()
         assert np.isnan(by_logits(hidden @ inputs["weight"].T, ids, cu_seqlens=cu)).all()
-        out = linear_pair_loss(
-            SPO(),
-            hidden,
-            hidden,
-            inputs["weight"],
-            ids,
-            ids,
-            0.0,
-            0.0,
-            beta=0.1,
-            chosen_cu_seqlens=cu,
-            rejected_cu_seqlens=cu,
-        )
-        assert np.isnan(out.loss)
+
+
+@pytest.mark.parametrize("wrong", ["chosen_cu_seqlens", "rejected_cu_seqlens"])
+def test_offsets_of_either_side_that_do_not_rise_make_nan(wrong: str) -> None:
+    inputs, labels = make_inputs(), make_labels()
+    hidden, ids = inputs["chosen_hidden"].reshape(1, P * T, -1), labels[0].reshape(1, P * T)
+    sides = (hidden, hidden, inputs["weight"], ids, ids, 0.0, 0.0)
+    rising = {f"{side}_cu_seqlens": jnp.array([0, 7, 9, P * T]) for side in ("chosen", "rejected")}
+    offsets = {**rising, wrong: jnp.array([0, 9, 7, P * T])}
+    assert np.isfinite(linear_pair_loss(SPO(), *sides, beta=0.1, **rising).loss)
+    assert np.isnan(linear_pair_loss(SPO(), *sides, beta=0.1, **offsets).loss)
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def test_rows_of_a_tile() -> None:
     assert tile_rows((300, 300), 2, 32_000, 512) == 300  # longer than a tile: by side
     assert tile_rows((1024, 1024), 2, 32_000, None) == 512  # 64 MiB
     assert tile_rows((1024, 1024), 2, 10**6, None) == 256  # at least
+    assert tile_rows((1, 0), 3, 32_000, 512) == 3  # pairs of one token
     assert tile_rows((0, 0), 1, 32_000, None) >= 1
     assert [evenly(10, 4), evenly(8, 4), evenly(1, 4), evenly(0, 4)] == [4, 4, 1, 1]
 
