@@ -67,6 +67,8 @@ TESTS = {
         "jax/test_jax_fused.py",
     ),
 }
+ALL_SLOW = {"torch/_vocab_parallel.py"}
+"""Files whose tests are all marked as slow."""
 WIDE = {
     "core": ("core",),
     "torch": ("torch", "distributed/test_vocab_parallel.py"),
@@ -190,7 +192,7 @@ _DROPPED = ("detach", "clone", "contiguous", "to", "float", "sum", "exp", "abs",
 def fast_tests(file: str) -> tuple[str, ...]:
     """Options of pytest that select the fast tests of a file, the likeliest to notice first."""
     paths = _paths(TESTS.get(file) or TESTS[file.split("/")[0]])
-    return (*paths, "-m", "not slow", "-k", "not compil")
+    return paths if file in ALL_SLOW else (*paths, "-m", "not slow", "-k", "not compil")
 
 
 def wide_tests(file: str) -> tuple[str, ...]:

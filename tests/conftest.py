@@ -30,6 +30,16 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+SLOW = ("distributed", "recipes", "test_explorer.py")
+"""Tests that start other processes, whole training frameworks, or a browser."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW or item.path.parent.name in SLOW:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For models so small that a second thread only waits."""

@@ -75,6 +75,7 @@ def _refuse() -> None:
     raise TypeError("something is wrong")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_campaign_finds_a_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*FAULTS[fault])

@@ -42,6 +42,7 @@ def margins(dtype: type) -> st.SearchStrategy[np.ndarray]:
     return lists.map(lambda values: np.resize(np.array(values, dtype=dtype), 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_range_on_a_grid(name: str, dtype: type, backend: Backend) -> None:

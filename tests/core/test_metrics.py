@@ -44,6 +44,7 @@ def test_metrics_are_constants_to_autograd() -> None:
     np.testing.assert_array_equal(jax.grad(total)(four_jax[0]), 0.0)
 
 
+@pytest.mark.slow
 def test_metrics_trace_and_never_ask_for_a_value() -> None:
     logps = [torch.tensor(array, device="meta") for array in four()]
     # Meta tensors hold no data: reading one, as .item() or an if does, raises.

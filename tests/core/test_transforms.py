@@ -82,6 +82,7 @@ def test_torch_compile_of_the_probability_gradients() -> None:
         torch.testing.assert_close(compiled(*logps), function(*logps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_jax(name: str) -> None:
     loss, grad, _ = FUNCTIONS[name]

@@ -202,6 +202,7 @@ JAX: dict[str, Callable[[Subject, str], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "column", "mark"), cells("JAX", set(SUBJECTS), set(JAX)))
 def test_jax(name: str, column: str, mark: str) -> None:
     assert mark in (("yes", "0") if name in CONSTANTS else ("yes",))
@@ -310,6 +311,7 @@ def test_the_checks_see_a_constant_that_is_none() -> None:
         TORCH["gradcheck"](leaks, "-")
 
 
+@pytest.mark.slow
 def test_the_checks_see_a_length_in_the_graph() -> None:
     def one_graph_per_length(*logps: Any, **options: Any) -> Any:
         return SUBJECTS["log_ratio_margin"](*logps, **options) + sum(range(len(logps[0])))

@@ -209,6 +209,7 @@ def test_spellings(name: str) -> None:
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-12), got, want)
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_returned_as_constants() -> None:
     inputs, (chosen, rejected) = make_inputs(), make_labels()
 

@@ -56,6 +56,7 @@ def real_head(tmp_path: Path) -> Path:
 # -------------------------------------------------------------------------- ways and their errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("way", [FULL, "spoloss", "spoloss_spo", "torch_linear_ce"])
 @pytest.mark.parametrize("ignored", [0.0, 0.6])

@@ -41,6 +41,7 @@ def encode_file(path: Path, trained: LanguageModel, count: int, *, with_gap: boo
 # --------------------------------------------------------------------------- what a run leaves
 
 
+@pytest.mark.slow
 def test_run_leaves_what_it_promises(finished) -> None:
     assert [path.name for path in finished.cwd.iterdir()] == ["runs"]
     names = {path.name for path in finished.output.iterdir()}

@@ -111,6 +111,7 @@ def growth(step: Callable[[int], Any], steps: int = 50) -> int:
     return live_bytes() - before
 
 
+@pytest.mark.slow
 def test_no_tensor_outlives_its_step() -> None:
     model, kept = Model(), []
 

@@ -94,6 +94,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("chunk_size", [3, 20, None])
 def test_half_precision_is_no_worse_than_the_naive_path(
@@ -118,6 +119,7 @@ def test_half_precision_where_a_total_is_as_wide_as_its_factors(
     check_half_precision(dtype, 3, place.device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [3, None])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("need", [ALL, (True, True, False, False), (False, False, True, True)])
@@ -128,6 +130,7 @@ def test_fused_is_unfused(
     check_fused(case, SPO(), case.fused, chunk_size=chunk_size, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [3, None])
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str)
 def test_linear_logps(place: Place, options: dict[str, Any], chunk_size: int | None) -> None:
@@ -158,6 +161,7 @@ def test_a_tile_is_not_made_twice(place: Place, monkeypatch: pytest.MonkeyPatch)
     assert block < head < tile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES[:1], ids=str, indirect=True)
 @pytest.mark.parametrize("chunk_size", [3, 20, None])
 @pytest.mark.parametrize("need", [ALL, (True, True, False, False)])

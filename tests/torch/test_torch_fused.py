@@ -276,6 +276,7 @@ def test_a_loss_scale_keeps_small_gradients(chunk_size: int | None) -> None:
     check_half_precision(torch.float16, chunk_size, loss_scale=2.0**24)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("chunk_size", [3, None])
@@ -460,6 +461,7 @@ def test_interleaved_views() -> None:
     torch.testing.assert_close(torch.autograd.grad(out.loss, both), torch.autograd.grad(want, both))
 
 
+@pytest.mark.slow
 def test_no_tensor_grows_with_tokens_times_vocabulary() -> None:
     tile, head = 16 * 64 * 4, 64 * 8 * 4
     hidden = lambda pairs, tokens: 2 * pairs * tokens * 8 * 4  # noqa: E731
@@ -470,6 +472,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary() -> None:
         assert largest(pairs, tokens, frozen=True) == max(tile, hidden(pairs, tokens))
 
 
+@pytest.mark.slow
 def test_only_a_block_of_the_vocabulary_exists_where_no_tile_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_loop_over_tokens(shift: bool, average: bool) -> None:
     assert (got_grad[2] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tile_rows")
 def test_derivatives_and_transforms() -> None:
     logits, labels = case()
