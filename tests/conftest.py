@@ -30,8 +30,8 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-SLOW = ("distributed", "recipes", "test_explorer.py")
-"""Tests that start other processes, whole training frameworks, or a browser."""
+SLOW = ("distributed", "recipes", "study", "test_explorer.py")
+"""Tests that start other processes, whole training frameworks, models or a browser."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
