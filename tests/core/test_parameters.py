@@ -365,7 +365,8 @@ def test_every_public_signature_resolves() -> None:
         member = getattr(spoloss, name)
         functions = [member] if inspect.isfunction(member) else [member.__init__]
         if inspect.isclass(member):
-            functions += [v for v in vars(member).values() if inspect.isfunction(v)]
+            methods = {k: v for k, v in vars(member).items() if inspect.isfunction(v)}
+            functions += [v for k, v in methods.items() if not k.startswith("__")]
         for function in functions:
             hints = typing.get_type_hints(function)
             parameters = inspect.signature(function).parameters.values()
