@@ -87,18 +87,18 @@ def test_rows_of_a_tile() -> None:
 def test_a_tile_of_a_packed_row_has_no_place_to_leave_empty() -> None:
     """Whole pairs of full length fill a tile of a padded batch; a packed pair has any length."""
 
-    def rows(*sides: Labels) -> int:
+    def rows(*sides: Labels, budget: int) -> int:
         found = []
         reading = Reading(ignore_index=-100, shift=False)
-        jax.eval_shape(lambda: found.append(table_of_pairs(sides, reading, V, 150).rows))
+        jax.eval_shape(lambda: found.append(table_of_pairs(sides, reading, V, budget).rows))
         return found[0]
 
     padded, packed = (
         Labels(jnp.zeros((4, 48), int), None),
         Labels(jnp.zeros((1, 4 * 48), int), jnp.arange(5) * 48),
     )
-    assert rows(padded, padded) == 2 * 48
-    assert rows(packed, packed) == 4 * 96 // 3
+    assert rows(padded, padded, budget=200) == 2 * 96
+    assert rows(packed, packed, budget=150) == 4 * 96 // 3
 
 
 @pytest.mark.parametrize("weight", [True, False])
