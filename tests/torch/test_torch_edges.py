@@ -411,3 +411,21 @@ def test_the_head_is_called_by_keyword_too() -> None:
     for loss in (SPO(), DPO(), Squared()):
         assert linear_pair_loss(loss, **vars(call), beta=0.1).loss.isfinite()
     assert OTHER_T != T
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, for which autograd has no gradient at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # noqa: ARG004
+        return None
+
+
+def test_no_gradient_from_above_makes_none_below() -> None:
+    hidden, weight = torch.randn(1, 4, 3, requires_grad=True), torch.randn(5, 3)
+    logps = NoGradient.apply(linear_logps(hidden, weight, torch.ones(1, 4, dtype=torch.long)))
+    assert torch.autograd.grad(logps.sum(), hidden, allow_unused=True) == (None,)
