@@ -30,14 +30,27 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-SLOW = ("distributed", "recipes", "study", "test_explorer.py")
+SLOW = (
+    *("distributed", "recipes", "study"),
+    *("test_explorer.py", "test_more_losses.py", "test_real_model.py", "test_your_own_loss.py"),
+)
 """Tests that start other processes, whole training frameworks, models or a browser."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # Importing the frameworks takes as long as many tests.
+    return True if config.option.markexpr == "not slow" and is_slow(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.name in SLOW or item.path.parent.name in SLOW:
+        if is_slow(item.path):
             item.add_marker("slow")
+
+
+def is_slow(path: Path) -> bool:
+    """Whether all tests of a file are slow."""
+    return path.name in SLOW or path.parent.name in SLOW
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,7 @@ def test_range_on_a_grid(name: str, dtype: type, backend: Backend) -> None:
     checks.check_range(loss, oracle, backend, grid[::5], beta=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_range_anywhere(name: str, dtype: type) -> None:

@@ -75,6 +75,7 @@ def test_torch_compile_without_a_break_or_a_warning(name: str, torch_backend: st
     np.testing.assert_allclose(compiled_grad(*logps).policy_chosen, grad(*four()).policy_chosen)
 
 
+@pytest.mark.slow
 def test_torch_compile_of_the_probability_gradients() -> None:
     logps = [torch.tensor(array) for array in four()]
     for function in (spoloss.spo_prob_grad, spoloss.dpo_prob_grad):

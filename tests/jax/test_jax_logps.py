@@ -107,6 +107,7 @@ def test_linear_logps(*, wanted: tuple[str, ...], chunk_size: int | None, packed
     )
 
 
+@pytest.mark.slow
 def test_linear_logps_per_token_and_average() -> None:
     arrays = inputs()
     call = (arrays["chosen_hidden"], arrays["weight"], CHOSEN)

@@ -109,6 +109,7 @@ def test_transforms(name: str, transform: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["grad", "jit", "checkpoint", "scan"])
 def test_a_frozen_head_makes_no_gradient_of_its_size(context: str) -> None:
     """Whatever surrounds it: nothing of [V, D] is in the program but the weight itself."""

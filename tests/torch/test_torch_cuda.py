@@ -52,7 +52,10 @@ class Place:
     compiles: bool
 
 
-PLACES = [Place("cpu", compiles=False), Place("cpu", compiles=True)]
+PLACES = [
+    Place("cpu", compiles=False),
+    pytest.param(Place("cpu", compiles=True), marks=pytest.mark.slow),
+]
 if torch.cuda.is_available():
     PLACES += [Place("cuda", compiles=False), Place("cuda", compiles=True)]
 
@@ -241,6 +244,7 @@ def test_blocks_are_aligned_and_keep_to_their_memory(
     assert 4 * rows * max(widths) <= max(device.block_bytes, 4 * rows * 1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "known"),
     [(_exponentials._aligned_exponentials, True), (_exponentials.exponentials, False)],

@@ -172,6 +172,7 @@ def test_linear_logps(chunk_size: int | None, options: dict[str, Any]) -> None:
     check_linear_logps(chunk_size, options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("chunk_size", [1, 3, None])
 def test_linear_logps_block_by_block(chunk_size: int | None) -> None:

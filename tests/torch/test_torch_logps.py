@@ -123,6 +123,7 @@ def test_another_ignore_index_and_label_dtype() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_into_one_graph_with_the_loss() -> None:
     # The filter: Dynamo instantiates any autograd.Function and so warns of itself (torch 2.13).
