@@ -1,7 +1,7 @@
 """Draws a result file of bench_fused: every other way over spoloss, in time and in memory.
 
 python -m benchmarks.figure_fused                       # benchmarks/results/fused_cpu.csv
-python -m benchmarks.figure_fused benchmarks/results/fused_real_cpu.csv
+python -m benchmarks.figure_fused FILE                  # another file of whole answers
 """
 
 from __future__ import annotations

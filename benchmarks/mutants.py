@@ -151,9 +151,9 @@ def _code(tree: ast.AST) -> Iterator[tuple[ast.expr, list[str]]]:
                 continue
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 yield node.value, ["None"]
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                continue  # never runs
             if isinstance(node, ast.If):
+                if ast.unparse(node.test) == "TYPE_CHECKING":
+                    continue  # never runs
                 yield node.test, ["True", "False"]
             if isinstance(node, ast.expr):
                 yield node, list(_replacements(node))
@@ -267,11 +267,6 @@ def sample(files: list[Path], size: int, seed: int) -> list[Mutant]:
     return random.Random(seed).sample(population, min(size, len(population)))
 
 
-def survivors(rows: list[Row], tree: Path) -> list[Row]:
-    """The rows of a sample, with today's outcome of those that survived."""
-    return [again(row, tree) if row[-1] == "survived" else row for row in rows]
-
-
 def again(row: Row, tree: Path) -> Row:
     """A surviving mutant against the fast tests of today, where the file still has that line."""
     file, line, *expression, _ = row
@@ -300,10 +295,11 @@ def load_libraries() -> None:
 def main() -> int:
     """Run a sample or its survivors; print the outcome of each mutant and the score."""
     parser = argparse.ArgumentParser(prog="benchmarks.mutants", description=__doc__)
-    parser.add_argument("--sample", type=int, default=120)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sample", type=int, default=120)
+    which.add_argument("--again", action="store_true", help="only those that survived")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path contains this")
-    parser.add_argument("--again", action="store_true", help="only those that survived")
     parser.add_argument("--save", action="store_true", help="write results/mutants_SEED.csv")
     options = parser.parse_args()
     result = RESULTS / f"mutants_{options.seed}.csv"
@@ -313,7 +309,12 @@ def main() -> int:
         skip = shutil.ignore_patterns(".git", "__pycache__", "build", "*.pyc")
         shutil.copytree(ROOT, tree, ignore=skip)
         if options.again:
-            rows = survivors(load(result), tree)
+            rows = [
+                again(row, tree) if row[-1] == "survived" and options.only in row[0] else row
+                for row in load(result)
+            ]
+            if options.save:
+                save(rows, result)
         else:
             files = sorted((ROOT / "spoloss").rglob("*.py"))
             files = [p for p in files if options.only in p.as_posix() and p.name != "__init__.py"]
@@ -322,8 +323,6 @@ def main() -> int:
                 rows.append(row)
                 if options.save:  # after each one: a run takes hours, and what has run is a sample
                     save(rows, result)
-    if options.save:
-        save(rows, result)
     there = [row for row in rows if row[-1] != "gone"]
     print(f"{sum(row[-1] != 'survived' for row in there)} of {len(there)} noticed")
     return 0

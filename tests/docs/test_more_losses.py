@@ -109,7 +109,6 @@ def check_against_trl(loss: Any, theirs: list[Numbers]) -> None:
             torch.testing.assert_close(mine[1], trl.by_rejected, **close)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_trl_by_log_probabilities(name, numbers) -> None:
     check_against_trl(ENTRIES[name].loss, numbers(name))
@@ -226,7 +225,6 @@ def test_average_log_probabilities_give_two_more_of_trl(loss_type, loss, beta, t
 # ------------------------------------------------------------ the slope, by every array library
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_autograd_gives_the_slope(name) -> None:
     loss = ENTRIES[name].loss
@@ -239,7 +237,6 @@ def test_autograd_gives_the_slope(name) -> None:
         np.testing.assert_allclose(by_jax, slope, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_every_library_keeps_the_dtype_and_the_limits(name, backend: Backend) -> None:
     loss = ENTRIES[name].loss
@@ -269,7 +266,6 @@ def test_mlx(name) -> None:
         np.testing.assert_allclose(np.asarray(mine), numpy, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_compiled_and_jitted(name) -> None:
     loss = ENTRIES[name].loss

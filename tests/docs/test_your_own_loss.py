@@ -40,7 +40,6 @@ def test_the_page_runs(page) -> None:
         np.testing.assert_allclose(theirs, getattr(more.Hinge(), method)(margin, 0.5))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", RIGHT, ids=str)
 def test_the_check_passes_what_is_right_and_fails_what_disagrees(page, loss) -> None:
     page["check"](loss)

@@ -288,14 +288,16 @@ def test_what_cannot_be_looked_at_makes_nan() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["chosen_cu_seqlens", "rejected_cu_seqlens"])
-def test_offsets_of_either_side_that_do_not_rise_make_nan(wrong: str) -> None:
+@pytest.mark.parametrize("offsets", [[0, 9, 7, P * T], [1, 9, P * T], [0, 9, P * T - 1]], ids=str)
+def test_offsets_of_either_side_that_do_not_rise_make_nan(wrong: str, offsets: list[int]) -> None:
     inputs, labels = make_inputs(), make_labels()
     hidden, ids = inputs["chosen_hidden"].reshape(1, P * T, -1), labels[0].reshape(1, P * T)
     sides = (hidden, hidden, inputs["weight"], ids, ids, 0.0, 0.0)
-    rising = {f"{side}_cu_seqlens": jnp.array([0, 7, 9, P * T]) for side in ("chosen", "rejected")}
-    offsets = {**rising, wrong: jnp.array([0, 9, 7, P * T])}
+    in_order = jnp.array([*range(len(offsets) - 1), P * T])
+    rising = {f"{side}_cu_seqlens": in_order for side in ("chosen", "rejected")}
+    broken = {**rising, wrong: jnp.array(offsets)}
     assert np.isfinite(linear_pair_loss(SPO(), *sides, beta=0.1, **rising).loss)
-    assert np.isnan(linear_pair_loss(SPO(), *sides, beta=0.1, **offsets).loss)
+    assert np.isnan(linear_pair_loss(SPO(), *sides, beta=0.1, **broken).loss)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from helpers.recipes_oracle import MeanOfEmbeddings, exact_step, load, relative_
 FLOAT64 = 1e-12
 
 
-@pytest.mark.slow
 def test_jax_on_a_mesh() -> None:
     done = run_python("-m", "helpers.jax_recipe_worker")
     assert done.returncode == 0, done.stderr

@@ -87,7 +87,6 @@ def test_the_comparison_sees_swapped_pairs_and_another_beta() -> None:
         assert relative_error(grads, expected) > 0.5
 
 
-@pytest.mark.slow
 def test_the_compiled_step_sees_a_reference_that_changes() -> None:
     toy_mlx, recipe = load("toy_mlx"), load("mlx_nn")
     policy, reference = toy_mlx.models(mx.float64)

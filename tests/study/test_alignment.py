@@ -43,7 +43,6 @@ def test_win_rate_is_over_all_pairs_of_unequal_number() -> None:
     assert math.isnan(win_rate(ours, np.full((2, 3), np.nan)))
 
 
-@pytest.mark.slow
 def test_identical_policies_do_not_share_random_numbers() -> None:
     policy = policy_of("twins")
     prompts = all_prompts()[:32]

@@ -72,7 +72,6 @@ def run_in_process(before: str, folder: Path) -> subprocess.CompletedProcess[str
     return run_python("-c", code, *options)
 
 
-@pytest.mark.slow
 def test_a_run_leaves_its_tables_and_figures(finished: Finished) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     tables = {
@@ -100,7 +99,6 @@ def test_a_run_leaves_its_tables_and_figures(finished: Finished) -> None:
     assert "SPO(0.1) over DPO(0.4), clean labels" in finished.printed
 
 
-@pytest.mark.slow
 def test_figures_show_what_was_measured(finished: Finished) -> None:
     store = Store(finished.folder)
     preference, memorised = (Results(TINY.foundation, part, store) for part in TINY.parts)
@@ -121,7 +119,6 @@ def test_figures_show_what_was_measured(finished: Finished) -> None:
         assert len(medians) == 2
 
 
-@pytest.mark.slow
 def test_published_win_rates_are_those_of_the_kept_rewards(finished: Finished) -> None:
     rows = {(row["row"], row["column"]): row for row in rows_of(finished.folder / "win_rates.csv")}
     assert len(rows) == 5 * 4
@@ -144,7 +141,6 @@ def test_published_win_rates_are_those_of_the_kept_rewards(finished: Finished) -
     )
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run_in_process("command.QUICK = interrupted(TINY, after=3)", folder)
@@ -169,7 +165,6 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(finished: Finished, tmp_p
             assert norms[0] == pytest.approx(norms[1], rel=1e-3), path
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_only_reported_again(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,7 +56,6 @@ def real_head(tmp_path: Path) -> Path:
 # -------------------------------------------------------------------------- ways and their errors
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("way", [FULL, "spoloss", "spoloss_spo", "torch_linear_ce"])
 @pytest.mark.parametrize("ignored", [0.0, 0.6])
@@ -184,7 +183,6 @@ def test_a_file_grows_and_starts_anew_on_another_machine(tmp_path: Path) -> None
 # ------------------------------------------------------------------------- in processes of its own
 
 
-@pytest.mark.slow
 def test_a_run_writes_what_it_measured(tmp_path: Path, capsys) -> None:
     ways = ["matmul_floor", "spoloss", "cut_cross_entropy"]
     size = ["--quick", "--shapes", "2x8", "--heads", "trained"]
@@ -202,7 +200,6 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, capsys) -> None:
         assert "cannot run here" in rows["cut_cross_entropy"]["note"]
 
 
-@pytest.mark.slow
 def test_two_versions_are_told_apart(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(compare_versions, "MEMORY_PROCESSES", 1)
     other = tmp_path / "other"

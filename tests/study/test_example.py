@@ -41,7 +41,6 @@ def encode_file(path: Path, trained: LanguageModel, count: int, *, with_gap: boo
 # --------------------------------------------------------------------------- what a run leaves
 
 
-@pytest.mark.slow
 def test_run_leaves_what_it_promises(finished) -> None:
     assert [path.name for path in finished.cwd.iterdir()] == ["runs"]
     names = {path.name for path in finished.output.iterdir()}
@@ -204,7 +203,6 @@ def test_evaluations_are_spread_over_the_steps(trained, tmp_path, steps, evaluat
 # --------------------------------------------------------------------------- what it computes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "known_gap"),
     [("spo", False), ("spo", True), ("dpo", False), ("squared", False), ("squared", True)],

@@ -118,7 +118,6 @@ def test_log_probabilities_by_hand_up_to_the_first_end() -> None:
         torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_sampling_with_a_cache_follows_the_model() -> None:
     policy = policy_of("cache")
     ids = torch.tensor([encode((*FILM.tokens, "the", "plot", "was"))])

@@ -290,7 +290,6 @@ def tiny_protocol(folder: str) -> Protocol:
     return Protocol(tiny_foundation(folder), tuple(map(tiny, parts.PARTS.values())))
 
 
-@pytest.mark.slow
 def test_a_study_in_parts(folder: str, tmp_path: Path) -> None:
     protocol = tiny_protocol(folder)
     store = open_store(tmp_path / "study", protocol.settings())

@@ -50,7 +50,6 @@ def test_the_study_asks_for_what_it_says() -> None:
     assert (stage.steps, stage.lr_factor(149)) == (150, 1.0)
 
 
-@pytest.mark.slow
 def test_a_small_study(tmp_path: Path) -> None:
     study = replace(
         stability.STUDY,

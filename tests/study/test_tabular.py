@@ -265,7 +265,6 @@ def test_outcome_is_of_the_trained_policy(world) -> None:
     assert (still.kl, still.regret) == pytest.approx((distance(world.reference), lacks), rel=1e-6)
 
 
-@pytest.mark.slow
 def test_small_study_ranks_as_the_theory_says() -> None:
     rows = {
         (row.labels, row.method): row
@@ -286,7 +285,6 @@ def test_small_study_ranks_as_the_theory_says() -> None:
         assert row.regret >= 0.0
 
 
-@pytest.mark.slow
 def test_tables_and_files(tmp_path, monkeypatch, capsys) -> None:
     size = partial(Size, prompts=2, responses=5, pairs=30, steps=40)
     monkeypatch.setattr(tabular, "Size", size)
