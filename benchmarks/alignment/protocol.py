@@ -22,7 +22,8 @@ class Part:
       arms: each of them trained for every seed.
       stage: how.
       seeds: how often all of it is repeated, from the prompts' split to the order of pairs.
-      prefix: stands before an arm in the store; parts differ in it.
+      prefix: stands before an arm in the store; parts with the same stage can share it, and with
+        it the results of the same arms.
     """
 
     name: str

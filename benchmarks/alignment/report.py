@@ -13,7 +13,14 @@ from benchmarks.alignment.arms import Arm
 from benchmarks.alignment.figures import draw_figures, draw_margins, save
 from benchmarks.alignment.language_protocols import MEMORISED
 from benchmarks.alignment.protocol import Protocol
-from benchmarks.alignment.results import Comparison, Estimate, Policy, Results
+from benchmarks.alignment.results import (
+    Comparison,
+    Estimate,
+    Policy,
+    Results,
+    verdict,
+    win_interval,
+)
 from benchmarks.alignment.results import rewards_win_rate as win_rate
 from benchmarks.alignment.store import Store, write_atomically
 from benchmarks.machine import describe
@@ -207,9 +214,9 @@ def comparison_sentence(each: Comparison, number: int) -> str:
         return f"{start} ({reason}: no verdict)."
     alone, together = (
         f"{100 * low:.1f} to {100 * high:.1f}"
-        for low, high in (each.interval(1), each.interval(number))
+        for low, high in (win_interval(each.wins, 1), win_interval(each.wins, number))
     )
-    return f"{start}; {alone} alone, {together} with all: {each.verdict(number)}."
+    return f"{start}; {alone} alone, {together} with all: {verdict(each.wins, number)}."
 
 
 def best_sentence(results: Results, labels: str) -> list[str]:
@@ -238,7 +245,11 @@ def csv_tables(parts: dict[str, Results]) -> dict[str, list[Row]]:
     first = next(iter(parts.values()))
     return {
         "win_rates": win_rows(first),
-        "policies": [row for results in parts.values() for row in policy_rows(results)],
+        # The reference is the same in every part, so it is listed with the first.
+        "policies": [
+            *reference_rows(first),
+            *(row for results in parts.values() for row in arm_rows(results)),
+        ],
         "comparisons": comparison_rows(first),
         "margins": [row for results in parts.values() for row in margin_rows(results)],
         "limits": [
@@ -273,14 +284,17 @@ def win_rows(results: Results) -> list[Row]:
     ]
 
 
-def policy_rows(results: Results) -> list[Row]:
-    """Everything measured of every policy of a part, seed by seed."""
-    # The reference is the same in every part, so it is listed with the part that all arms are in.
-    policies: list[Policy] = [*([] if results.part.prefix else [None]), *results.arms]
+def reference_rows(results: Results) -> list[Row]:
+    """Everything measured of the reference, seed by seed."""
+    return [policy_row(results, None, seed, found) for seed, found in enumerate(results.references)]
+
+
+def arm_rows(results: Results) -> list[Row]:
+    """Everything measured of every arm of a part, seed by seed."""
     return [
-        policy_row(results, policy, seed, found)
-        for policy in policies
-        for seed, found in enumerate(results.of(policy))
+        policy_row(results, arm, seed, found)
+        for arm, seeds in results.arms.items()
+        for seed, found in enumerate(seeds)
     ]
 
 
@@ -305,9 +319,9 @@ def comparison_rows(results: Results) -> list[Row]:
         row: Row = {"spo": str(each.ours), "dpo": str(each.theirs)}
         row |= {"win_rate": each.wins.mean, "standard_error": each.wins.error}
         if not math.isnan(each.wins.error):
-            row |= dict(zip(("low_alone", "high_alone"), each.interval(1), strict=True))
-            row |= dict(zip(("low", "high"), each.interval(number), strict=True))
-            row["verdict"] = each.verdict(number)
+            row |= dict(zip(("low_alone", "high_alone"), win_interval(each.wins, 1), strict=True))
+            row |= dict(zip(("low", "high"), win_interval(each.wins, number), strict=True))
+            row["verdict"] = verdict(each.wins, number)
         rows.append(row)
     return rows
 

@@ -66,15 +66,17 @@ class Comparison:
     theirs: Arm
     wins: Estimate
 
-    def interval(self, comparisons: int) -> tuple[float, float]:
-        """That of the win rate, which cannot leave [0, 1]."""
-        low, high = self.wins.interval(comparisons)
-        return max(low, 0.0), min(high, 1.0)
 
-    def verdict(self, comparisons: int) -> str:
-        """What the corrected interval says."""
-        low, high = self.interval(comparisons)
-        return "better" if low > 0.5 else "worse" if high < 0.5 else "not distinguishable"
+def win_interval(wins: Estimate, comparisons: int) -> tuple[float, float]:
+    """The interval of a win rate, which cannot leave [0, 1]."""
+    low, high = wins.interval(comparisons)
+    return max(low, 0.0), min(high, 1.0)
+
+
+def verdict(wins: Estimate, comparisons: int) -> str:
+    """What the interval of a win rate says when all of so many comparisons are to hold at once."""
+    low, high = win_interval(wins, comparisons)
+    return "better" if low > 0.5 else "worse" if high < 0.5 else "not distinguishable"
 
 
 class Results:

@@ -91,11 +91,11 @@ def test_intervals_widen_with_the_number_of_comparisons() -> None:
     assert (low, high) == pytest.approx(
         (0.56 - 4.3027 * wins.error, 0.56 + 4.3027 * wins.error), rel=1e-4
     )
-    comparison = results.Comparison(Arm("spo", 0.1), Arm("dpo", 0.1), wins)
-    assert comparison.verdict(1) == "better"
-    assert comparison.verdict(100) == "not distinguishable"
+    assert results.verdict(wins, 1) == "better"
+    assert results.verdict(wins, 100) == "not distinguishable"
     mirrored = results.Estimate(tuple(1 - value for value in wins.values))
-    assert replace(comparison, wins=mirrored).verdict(1) == "worse"
+    assert results.verdict(mirrored, 1) == "worse"
+    assert results.win_interval(results.Estimate((0.2, 0.8)), 1) == (0.0, 1.0)
 
 
 # ----------------------------------------------------------------------------------- arms, stages

@@ -17,7 +17,13 @@ from benchmarks.alignment.protocol import Protocol
 from benchmarks.alignment.results import Estimate
 from benchmarks.alignment.sentiment import __main__ as command
 from benchmarks.alignment.sentiment import parts
-from benchmarks.alignment.sentiment.decided import Candidate, Decided, choose, decided_comparisons
+from benchmarks.alignment.sentiment.decided import (
+    Best,
+    Candidate,
+    Decided,
+    choose,
+    decided_comparisons,
+)
 from benchmarks.alignment.sentiment.model import IGNORED, TopBlocks, load_base, write_answers
 from benchmarks.alignment.sentiment.report import report
 from benchmarks.alignment.sentiment.task import (
@@ -247,16 +253,27 @@ def test_the_best_is_chosen_by_other_answers_than_it_is_compared_by() -> None:
     lucky = candidate("lucky", 9.0, 0.0, 9.0, 0.0)
     steady = candidate("steady", 1.0, 1.0, 1.0, 1.0)
     broken = candidate("broken", math.nan, math.nan, math.nan, math.nan)
-    assert choose([broken, steady, lucky]) is lucky
-    assert choose([broken, steady]) is steady
+    both = choose([broken, steady, lucky])
+    # Its even answers make `lucky` the choice for the odd ones, which count; and the reverse.
+    assert both == Best((lucky, steady))
+    assert both.title == "lucky or steady"
+    assert both.reward.mean == pytest.approx(0.505)
+    assert choose([broken, steady]) == Best((steady, steady))
+    assert choose([broken, steady]).title == "steady"
     assert choose([]) is None
-    assert lucky.reward.mean == pytest.approx(0.005)
-    assert lucky.wins_over(steady) == Estimate((0.0, 0.0))
-    sentence = Decided("which", steady, lucky).sentence(1)
-    assert "steady (reward 1.005 ± 0.005) wins 100.0 ± 0.0 % over lucky (0.005 ± 0.005)" in sentence
-    assert sentence.endswith("with all 1: better.")
-    assert Decided("which", lucky, steady).sentence(1).endswith("worse.")
-    assert Decided("which", None, steady).sentence(3) == "which: not run yet."
+    # On the even answers steady meets steady, and equal rewards share the win.
+    assert both.wins_over(Best((steady, steady))) == Estimate((0.25, 0.25))
+
+
+def test_a_decided_comparison_in_a_sentence() -> None:
+    high, low = (choose([candidate(str(reward), *[reward] * 4)]) for reward in (1.0, 0.5))
+    sentence = Decided("which", high, low).sentence(1)
+    assert "1.0 (reward 1.005 ± 0.005) wins 100.0 ± 0.0 % over 0.5 (0.505 ± 0.005)" in sentence
+    assert sentence.endswith("; 100.0 to 100.0 with all 1: better.")
+    assert Decided("which", low, high).sentence(1).endswith("worse.")
+    assert Decided("which", None, high).sentence(3) == "which: not run yet."
+    alone = Best((Candidate("a", high.chosen[0].rewards[:1]),) * 2)
+    assert Decided("which", alone, alone).sentence(1).endswith("; one seed, no verdict.")
 
 
 # ------------------------------------------------------------------------------------ whole runs
@@ -305,7 +322,7 @@ def test_a_study_in_parts(folder: str, tmp_path: Path) -> None:
     for name in ["seed-0/foundation", *(name for name in first if name.startswith("seed-0"))]:
         jobs[name].function(store, lambda: None)
     text = report(sweep, store)
-    assert "This part is not complete: 1 of 3 seeds are finished" in text
+    assert f"This part is not complete: 1 of {parts.SWEEP.seeds} seeds are finished" in text
     assert "squared against DPO, each at its best beta: not run yet." in text
 
     for name, job in jobs.items():
@@ -342,8 +359,12 @@ def test_the_command_line(
     assert folder not in settings
     assert load_base(folder).description in settings
     planned = command.plan(["--model", folder, "--parts", "gaps", "flips"])
-    prefixes = {job.name.partition("/")[2].partition("-")[0] for job in planned.jobs}
-    assert prefixes == {"foundation", "gaps", "flips"}
+    names = {job.name.partition("/")[2] for job in planned.jobs}
+    # An arm of the gaps that the sweep has is trained once, under the sweep's name.
+    gaps, flips = ({f"{part.prefix}{arm}" for arm in part.arms} for part in protocol.parts[:1:-1])
+    assert names == {"foundation"} | gaps | flips
+    assert len(planned.jobs) == len({job.name for job in planned.jobs})
+    assert "sweep-spo-gap:0.0125" in names
 
 
 @pytest.mark.parametrize(

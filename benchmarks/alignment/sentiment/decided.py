@@ -1,7 +1,8 @@
 """The comparisons that were decided before any run, each loss at its own best setting.
 
-What is best is chosen by the rewards of every second answer, and compared on the others: an arm
-that was lucky on the answers by which it was chosen has no luck left on those that count.
+What is best is chosen by the rewards of one half of the answers and compared on the other half: an
+arm that was lucky on the answers by which it was chosen has no luck left on those that count. Each
+half does both in turn, so that every answer counts once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.alignment.evaluation import win_rate
-from benchmarks.alignment.results import Estimate, Results
+from benchmarks.alignment.results import Estimate, Results, verdict, win_interval
+
+HALVES = (slice(0, None, 2), slice(1, None, 2))
+"""The answers to every prompt with an even and those with an odd number."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +32,49 @@ class Candidate:
     title: str
     rewards: tuple[np.ndarray, ...]
 
-    @property
-    def merit(self) -> float:
-        """The mean reward by which it is chosen; a broken policy's is the lowest."""
-        mean = float(np.mean([rewards[:, ::2].mean() for rewards in self.rewards]))
+    def merit(self, half: slice) -> float:
+        """The mean reward of one half of the answers; a broken policy's is the lowest."""
+        mean = float(np.mean([rewards[:, half].mean() for rewards in self.rewards]))
         return -math.inf if math.isnan(mean) else mean
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of a group, chosen by one half of the answers for the comparison on the other.
+
+    Attributes:
+      chosen: by the first half, and by the second.
+    """
+
+    chosen: tuple[Candidate, Candidate]
+
+    @property
+    def title(self) -> str:
+        """The policy's name; both names where the halves disagree."""
+        return " or ".join(dict.fromkeys(candidate.title for candidate in self.chosen))
+
+    @property
+    def counted(self) -> tuple[tuple[np.ndarray, ...], ...]:
+        """The rewards that count: for each half, those of the policy that the other one chose."""
+        by_first, by_second = self.chosen
+        return (
+            tuple(rewards[:, HALVES[0]] for rewards in by_second.rewards),
+            tuple(rewards[:, HALVES[1]] for rewards in by_first.rewards),
+        )
 
     @property
     def reward(self) -> Estimate:
-        """The mean reward of the answers by which it was not chosen."""
-        return Estimate(tuple(float(rewards[:, 1::2].mean()) for rewards in self.rewards))
+        """The mean reward."""
+        seeds = zip(*self.counted, strict=True)
+        return Estimate(tuple(float(np.mean([half.mean() for half in seed])) for seed in seeds))
 
-    def wins_over(self, other: Candidate) -> Estimate:
-        """Win rate on the answers by which neither was chosen, in [0, 1]."""
-        both = zip(self.rewards, other.rewards, strict=True)
-        return Estimate(tuple(win_rate(a[:, 1::2], b[:, 1::2]) for a, b in both))
+    def wins_over(self, other: Best) -> Estimate:
+        """Win rate, in [0, 1]."""
+        halves = [
+            [win_rate(a, b) for a, b in zip(ours, theirs, strict=True)]
+            for ours, theirs in zip(self.counted, other.counted, strict=True)
+        ]
+        return Estimate(tuple(float(np.mean(seed)) for seed in zip(*halves, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -56,8 +88,8 @@ class Decided:
     """
 
     question: str
-    ours: Candidate | None
-    theirs: Candidate | None
+    ours: Best | None
+    theirs: Best | None
 
     def sentence(self, comparisons: int) -> str:
         """What was found, with the verdict of an interval that holds for so many at once."""
@@ -70,9 +102,9 @@ class Decided:
         )
         if math.isnan(wins.error):
             return f"{text}; one seed, no verdict."
-        low, high = wins.interval(comparisons)
-        verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "not distinguishable"
-        return f"{text}; {100 * low:.1f} to {100 * high:.1f} with all {comparisons}: {verdict}."
+        low, high = (100.0 * bound for bound in win_interval(wins, comparisons))
+        found = verdict(wins, comparisons)
+        return f"{text}; {low:.1f} to {high:.1f} with all {comparisons}: {found}."
 
 
 def decided_comparisons(results: Results) -> list[Decided]:
@@ -80,7 +112,7 @@ def decided_comparisons(results: Results) -> list[Decided]:
     return list(DECIDED[results.part.name](results)) if results.part.name in DECIDED else []
 
 
-def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Candidate | None:
+def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Best | None:
     """The best arm of some forms after its last step."""
     return choose(
         candidate
@@ -90,9 +122,18 @@ def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Candid
     )
 
 
-def choose(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The one of the greatest merit; None where there is none."""
-    return max(candidates, key=lambda each: each.merit, default=None)
+def choose(candidates: Iterable[Candidate]) -> Best | None:
+    """The one of the greatest merit, by each half of the answers; None where there is none."""
+    found = list(candidates)
+    if not found:
+        return None
+    first, second = HALVES
+    return Best((best_by(found, first), best_by(found, second)))
+
+
+def best_by(candidates: Sequence[Candidate], half: slice) -> Candidate:
+    """The one of the greatest merit by one half of the answers."""
+    return max(candidates, key=lambda each: each.merit(half))
 
 
 def rewards_of(found: Sequence[dict[str, object]]) -> tuple[np.ndarray, ...]:

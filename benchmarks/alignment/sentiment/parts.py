@@ -31,7 +31,7 @@ SWEEP = Part(
         *arms("spo-below0", "0.0125", "0.025", "0.05", "0.1", "0.4"),
     ),
     stage=STAGE,
-    seeds=3,
+    seeds=5,
     prefix="sweep-",
 )
 OVERTRAINING = Part(
@@ -55,7 +55,7 @@ FLIPS = Part(
         for arm in arms(form, *(f"{beta}@{labels}" for beta in betas))
     ),
     stage=STAGE,
-    seeds=3,
+    seeds=5,
     prefix="flips-",
 )
 GAPS = Part(
@@ -70,8 +70,8 @@ GAPS = Part(
         *arms("squared-gap", "0.05", "0.1"),
     ),
     stage=STAGE,
-    seeds=3,
-    prefix="gaps-",
+    seeds=5,
+    prefix=SWEEP.prefix,  # trained as in the sweep, so the arms of both are trained once
 )
 FIRST_FORMS = ("dpo", "spo")
 PARTS = {part.name: part for part in (SWEEP, OVERTRAINING, FLIPS, GAPS)}
