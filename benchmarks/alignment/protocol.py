@@ -99,7 +99,7 @@ def foundation_job(foundation: Foundation[Any], seed: int) -> Job:
 def arm_job(name: str, arm: Arm, stage: Stage, foundation: Foundation[Any], seed: int) -> Job:
     """The job that trains and judges an arm."""
     function = partial(run_arm, name, arm, stage, foundation, seed)
-    return Job(name, stage.steps, function, needs=foundation_name(seed))
+    return Job(name, stage.steps, function, needs=(foundation_name(seed),))
 
 
 def arms(form: str, *betas: str) -> tuple[Arm, ...]:

@@ -30,13 +30,13 @@ class Job:
       name: under which its result will be found in the store.
       steps: of training, for the progress bar.
       function: called with the store and a hook for its steps; it writes the result.
-      needs: the name of the job that must be finished before.
+      needs: the names of the jobs that must be finished before.
     """
 
     name: str
     steps: int
     function: Callable[[Store, StepHook], None]
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 class StoppedError(Exception):
@@ -125,7 +125,7 @@ def _hand_out(
     seconds = 0.0
     running: dict[Future[float], str] = {}
     while waiting or running:
-        ready = [job for job in waiting if job.needs is None or job.needs in finished]
+        ready = [job for job in waiting if finished.issuperset(job.needs)]
         for job in ready[: workers - len(running)]:
             waiting.remove(job)
             running[pool.submit(Worker.run, job, store)] = job.name

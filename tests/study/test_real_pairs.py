@@ -1,86 +1,215 @@
-"""The benchmark built on the example: its arms, its rows, and how it goes on."""
+"""The study of real pairs: a tiny random Llama on a few pairs."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-import arguments
-from benchmarks import real_pairs
+from benchmarks.alignment.arms import Arm
+from benchmarks.alignment.pretrained import IGNORED
+from benchmarks.real_pairs import __main__ as command
+from benchmarks.real_pairs import task
+from benchmarks.real_pairs.material import FOLDS, Material
+from benchmarks.real_pairs.report import Finished, Share
+from helpers.alignment import rows_of
+from helpers.tiny_llama import write_tiny_llama
+from spoloss.torch import sequence_logps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-@pytest.mark.parametrize("arm", real_pairs.ARMS, ids=lambda arm: arm.name)
-def test_arms_are_command_lines_of_the_example(arm, tmp_path) -> None:
-    options = arguments.parse_options(arm.command(3, Path("pairs.jsonl"), tmp_path)[2:])
-    assert (options.loss, options.beta, options.seed) == (arm.loss, arm.beta, 3)
-    assert (options.max_length, options.sft_steps, options.steps) == (384, 150, 80)
-    assert f"{options.loss.upper()}({options.beta})" in arm.name
-    assert options.reward_gap == ("known gap" in arm.name)
-    assert (options.linear_below == 0.0) == ("linear below 0" in arm.name)
-
-
-def test_a_pretrained_model_is_trained_without_sft(tmp_path) -> None:
-    arm = replace(real_pairs.ARMS[0], model="owner/name")
-    options = arguments.parse_options(arm.command(0, Path("pairs.jsonl"), tmp_path)[2:])
-    assert (options.model, options.sft_steps, options.fused) == ("owner/name", 0, True)
-    # A row says which model it is of, and is not taken for another's; the place does not matter.
-    settings = {real_pairs.settings_of(each) for each in (arm, real_pairs.ARMS[0])}
-    assert len(settings) == 2
-    moved = replace(arm, model=str(tmp_path / "name"))
-    assert real_pairs.settings_of(moved) == real_pairs.settings_of(arm)
-    (tmp_path / "name").mkdir()
-    assert real_pairs.model_name(f"{tmp_path}/./name") == str(tmp_path / "name")
-    assert real_pairs.model_name("owner/name") == "owner/name"
+PROMPTS = 10
+WORDS = ("the sea is calm", "the hill is steep and high", "a road", "many small stones")
 
 
-def test_row_is_the_end_of_the_run(finished) -> None:
-    arm = real_pairs.ARMS[2]
-    row = real_pairs.summarise(arm, 7, finished.output, 40, 1.0, diverged=False)
-    last = {name: float(value) for name, value in finished.held_out[-1].items()}
-    accuracy = last["rewards/accuracies"]
-    assert (row.arm, row.seed, row.steps) == ("SPO(0.1)", 7, len(finished.held_out) - 1)
-    assert row.accuracy == pytest.approx(accuracy, abs=1e-4)
-    assert row.accuracy_error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 40), abs=1e-4)
-    assert row.h == pytest.approx(10.0 * last["rewards/margins"], abs=1e-3)
-    assert row.chosen_change == pytest.approx(10.0 * last["rewards/chosen"], abs=2e-3)
-    assert row.rejected_change == pytest.approx(10.0 * last["rewards/rejected"], abs=2e-3)
-    broken = real_pairs.summarise(arm, 7, finished.output, 40, 1.0, diverged=True)
-    assert broken.steps == row.steps
-    assert math.isnan(broken.accuracy)
+def lines() -> list[dict[str, object]]:
+    """Two pairs to each prompt, of unequal gaps."""
+    return [
+        {
+            "prompt": f"{WORDS[prompt % 4]} {WORDS[prompt // 4]} ?",
+            "chosen": f"{WORDS[each]} .",
+            "rejected": f"{WORDS[each + 2]} {WORDS[prompt % 4]} .",
+            "reward_gap": 0.5 + prompt + each,
+        }
+        for prompt in range(PROMPTS)
+        for each in (0, 1)
+    ]
 
 
-def test_finished_arms_are_not_run_again(tmp_path, monkeypatch, finished, capsys) -> None:
-    results = tmp_path / "results" / "real.csv"
-    names = [arm.name for arm in real_pairs.ARMS]
-
-    def ran_until(stop: int) -> tuple[int, list[tuple[str, int]]]:
-        ran = []
-
-        def run_arm(arm, seed, _pairs):
-            if len(ran) == stop:
-                raise real_pairs.ArmError("no more")
-            ran.append((arm.name, seed))
-            return real_pairs.summarise(arm, seed, finished.output, 40, 1.0, diverged=False)
-
-        monkeypatch.setattr(real_pairs, "run_arm", run_arm)
-        command = ["--pairs", "pairs.jsonl", "--seeds", "2", "--output", str(results)]
-        return real_pairs.main(command), ran
-
-    wanted = [(name, seed) for seed in (0, 1) for name in names]
-    assert ran_until(4) == (2, wanted[:4])
-    assert capsys.readouterr().err == "real_pairs: no more\n"
-    assert ran_until(99) == (0, wanted[4:])
-    assert ran_until(99) == (0, [])
-    kept = [(row.arm, row.seed) for row in real_pairs.finished(results)]
-    assert kept == [(name, seed) for name in names for seed in (0, 1)]
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    folder = tmp_path_factory.mktemp("real")
+    write_tiny_llama(folder / "model", list(WORDS))
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines()))
+    return Material(file, str(folder / "model"))
 
 
-def test_refusal_of_the_example_is_passed_on(tmp_path, capsys) -> None:
-    missing = tmp_path / "missing.jsonl"
-    command = ["--pairs", str(missing), "--output", str(tmp_path / "real.csv")]
-    assert real_pairs.main(command) == 2
-    assert f"{missing}: expected a readable file of pairs" in capsys.readouterr().err
-    assert not (tmp_path / "real.csv").exists()
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of training, in this process."""
+    stage = task.Stage(pairs=100, steps=2, batch=4, lr=1e-2)
+    monkeypatch.setattr(task, "STAGE", stage)
+
+    def run_jobs(jobs: list[task.Job], store: task.Store, _: int) -> float:
+        task.load.cache_clear()
+        for job in jobs:
+            if not store.has(job.name):
+                assert all(map(store.has, job.needs))
+                job.function(store, lambda: None)
+        return 0.0
+
+    monkeypatch.setattr("benchmarks.alignment.command.run_jobs", run_jobs)
+
+
+def test_the_reference_is_the_whole_model(material: Material) -> None:
+    answers = material.read_by_model(range(3, 5), lambda: None)
+    tokenizer = AutoTokenizer.from_pretrained(material.model)
+    model = LlamaForCausalLM.from_pretrained(material.model).eval()
+    sides = [
+        (line["prompt"], line[side]) for line in lines()[3:5] for side in ("chosen", "rejected")
+    ]
+    for row, (prompt, answer) in enumerate(sides):
+        start = tokenizer.encode(f"{prompt}\n")
+        ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+        labels = torch.tensor([[IGNORED] * len(start) + ids])
+        with torch.no_grad():
+            logits = model(torch.tensor([start + ids])).logits
+        assert answers.reference[row].item() == pytest.approx(
+            sequence_logps(logits, labels).item(), abs=1e-3
+        )
+    gaps = [line["reward_gap"] for line in lines()[3:5]]
+    assert answers.rewards.tolist() == [gaps[0], 0.0, gaps[1], 0.0]
+
+
+def test_a_prompt_is_in_one_fold(material: Material) -> None:
+    folds = material.fold_of_each
+    assert sorted(set(folds.tolist())) == list(range(FOLDS))
+    for pair, fold in zip(material.pairs, folds, strict=True):
+        same = [other.prompt == pair.prompt for other in material.pairs]
+        assert set(folds[same].tolist()) == {fold.item()}
+
+
+@pytest.mark.usefixtures("short")
+def test_a_run_goes_on_and_is_reported(
+    material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    given = ["--pairs", str(material.file), "--model", material.model, "--output", str(output)]
+    assert command.main([*given, "--report"]) == 0
+    assert capsys.readouterr().out == "No fold is finished.\n"
+    assert command.main([*given, "--folds", "1"]) == 0
+    (kept,) = output.glob("work/fold-0/dpo_0.1.json")
+    written = kept.stat().st_mtime_ns
+    assert command.main(given) == 0
+    assert kept.stat().st_mtime_ns == written
+
+    text = capsys.readouterr().out
+    assert "2 of 5 folds: 8 held-out pairs of 4 prompts" in text
+    assert (output / "tables.md").read_text() in text
+    rows = {row["arm"]: row for row in rows_of(output / "arms.csv")}
+    assert list(rows) == [str(arm) for arm in task.ARMS]
+    store = task.Store(output)
+    for arm in task.ARMS:
+        margins = np.concatenate(
+            [store.read(task.result_name(arm, fold))["margins"] for fold in (0, 1)]
+        )
+        assert np.abs(margins).min() > 0.0
+        assert float(rows[str(arm)]["accuracy"]) == pytest.approx((margins > 0).mean(), abs=1e-5)
+    assert float(rows["dpo:0.4"]["lead"]) == 0.0
+    # Arms of one fold see the same batches, but no two of them are the same loss.
+    assert len({row["held_out_x_mean"] for row in rows.values()}) == len(rows)
+
+
+@pytest.mark.usefixtures("short")
+def test_an_arm_never_sees_its_own_fold(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    train_on_pairs = task.train_on_pairs
+
+    def noting(reference, pairs, *rest):
+        seen.append(pairs.chosen // 2)
+        return train_on_pairs(reference, pairs, *rest)
+
+    monkeypatch.setattr(task, "train_on_pairs", noting)
+    store = task.Store(tmp_path)
+    task.load.cache_clear()
+    for job in task.jobs_of(material, 1)[: task.SLICES + 1]:
+        job.function(store, lambda: None)
+    assert seen[0].tolist() == (material.fold_of_each != 0).nonzero()[:, 0].tolist()
+    assert task.load(store).gap.tolist() == [line["reward_gap"] for line in lines()]
+
+
+def test_the_error_counts_prompts() -> None:
+    values = np.array([1.0, 1.0, 0.0, 0.0])
+    apart = Share.of(values, ["a", "b", "c", "d"])
+    together = Share.of(values, ["a", "a", "b", "b"])
+    assert apart.mean == together.mean == 0.5
+    assert apart.error == pytest.approx(0.25)  # sqrt(p (1 - p) / 4)
+    assert together.error == pytest.approx(math.sqrt(0.25 / 2))  # two draws, not four
+    assert together.text("+") == "+50.0 ± 35.4"
+
+
+def test_a_lead_is_counted_pair_by_pair(material: Material) -> None:
+    ours, theirs = task.ARMS[:2]
+    margins = {arm: {"margins": [1.0, 1.0, -1.0, -1.0]} for arm in task.ARMS}
+    margins[theirs] = {"margins": [1.0, -1.0, 1.0, -1.0]}
+    finished = Finished(material, [margins])
+    lead = finished.lead(ours, theirs)
+    assert lead.mean == 0.0
+    assert lead.error > 0.0
+    assert finished.lead(ours, task.ARMS[2]) == Share(0.0, 0.0)
+    assert Arm("dpo", 0.4) == theirs
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--pairs": "missing.jsonl"}, "missing.jsonl: expected a readable file of pairs"),
+        ({"--model": "no such model!"}, "expected a folder or a name on the Hugging Face Hub"),
+        ({"--folds": "6"}, "--folds: expected 1 to 5, got 6"),
+        ({"--workers": "0"}, "--workers: expected at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    material: Material,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    words: str,
+) -> None:
+    output = tmp_path / "out"
+    given = {"--pairs": str(material.file), "--model": material.model, "--output": str(output)}
+    assert command.main([part for option in (given | changes).items() for part in option]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m benchmarks.real_pairs: error: ")
+    assert words in error
+    assert error.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"reward_gap": -1.0}, "a number above 0"),
+        ({"reward_gap": None}, "a number above 0"),
+        ({"prompt": "the sea is calm?"}, "expected pairs of at least 5 prompts, got 1"),
+    ],
+)
+def test_pairs_without_gaps_or_prompts_are_refused(
+    material: Material,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    line: dict[str, object],
+    words: str,
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(lines()[0] | line) + "\n")
+    assert command.main(["--pairs", str(file), "--model", material.model]) == 2
+    assert words in capsys.readouterr().err

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks import smollm2
 from benchmarks.alignment.arms import FORMS, Arm, Logps, parse_arm
+from benchmarks.alignment.pretrained import IGNORED, TopBlocks, load_base, write_answers
 from benchmarks.alignment.protocol import Protocol
 from benchmarks.alignment.results import Estimate
 from benchmarks.alignment.sentiment import __main__ as command
@@ -24,7 +25,6 @@ from benchmarks.alignment.sentiment.decided import (
     choose,
     decided_comparisons,
 )
-from benchmarks.alignment.sentiment.model import IGNORED, TopBlocks, load_base, write_answers
 from benchmarks.alignment.sentiment.report import report
 from benchmarks.alignment.sentiment.task import (
     SentimentFoundation,

@@ -27,7 +27,7 @@ from benchmarks.alignment.experiment import (
     load_kept,
     save_ground,
 )
-from benchmarks.alignment.sentiment.model import (
+from benchmarks.alignment.pretrained import (
     IGNORED,
     TopBlocks,
     Written,

@@ -1,0 +1,1 @@
+"""SPO and DPO on preference pairs of your own, with a pretrained language model."""

@@ -1,0 +1,65 @@
+"""SPO and DPO on preference pairs of your own, with a pretrained language model.
+
+    python -m benchmarks.smollm2 FOLDER                               the model, once
+    python -m benchmarks.real_pairs --pairs FILE --model FOLDER       two of the five folds
+    python -m benchmarks.real_pairs --pairs FILE --model FOLDER --folds 5
+    python -m benchmarks.real_pairs --pairs FILE --model FOLDER --report
+
+The pairs file is that of docs/examples/train.py, with `reward_gap` or `p_chosen` on every line. The
+last two blocks of the model are trained, all else is frozen. Each fold holds out a fifth of the
+prompts. All arms are trained on the others, and then tell which answers of the held-out pairs are
+the better ones. The same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks.alignment.command import Plan, at_least_one, carry_out, command_line
+from benchmarks.alignment.errors import InputError
+from benchmarks.real_pairs.material import Material
+from benchmarks.real_pairs.report import report
+from benchmarks.real_pairs.task import FOLDS, jobs_of, settings_of
+
+PROGRAM = "python -m benchmarks.real_pairs"
+OUTPUT = Path("runs/real-pairs")
+
+
+def plan(argv: Sequence[str] | None) -> Plan:
+    """Reads the command line and the pairs.
+
+    Raises:
+      InputError: it asks for what there is not, or the pairs cannot be read.
+    """
+    parser = command_line(PROGRAM, __doc__, str(OUTPUT))
+    parser.add_argument("--pairs", type=Path, required=True, help="JSON lines, plain or .gz")
+    parser.add_argument(
+        "--model", required=True, help="a Transformers folder, or a name on the Hugging Face Hub"
+    )
+    parser.add_argument(
+        "--folds", type=int, default=2, help=f"that are held out in turn, of {FOLDS}; default: 2"
+    )
+    parser.add_argument("--report", action="store_true", help="of what is finished; trains nothing")
+    options = parser.parse_args(argv)
+    if options.folds not in range(1, FOLDS + 1):
+        raise InputError(f"--folds: expected 1 to {FOLDS}, got {options.folds}")
+    material = Material(options.pairs, options.model)
+    return Plan(
+        settings_of(material),
+        [] if options.report else jobs_of(material, options.folds),
+        partial(report, material),
+        options.output or OUTPUT,
+        at_least_one("--workers", options.workers),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what is missing and returns the exit code."""
+    return carry_out(PROGRAM, partial(plan, argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

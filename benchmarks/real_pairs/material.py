@@ -1,0 +1,137 @@
+"""The pairs of a file as a pretrained model reads them, and the folds that they are cut into."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from benchmarks.alignment import seeds
+from benchmarks.alignment.errors import InputError
+from benchmarks.alignment.pretrained import IGNORED, Base, TopBlocks, load_base
+from benchmarks.alignment.training import Answers, StepHook, score
+
+if TYPE_CHECKING:
+    from pairs import Pair
+    from tokens import Text
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples"
+sys.path.append(str(EXAMPLE))  # its files are a folder of scripts, not a package
+
+LENGTH = 160
+"""Tokens of a text: a prompt with an answer, which is cut off there."""
+FOLDS = 5
+ROWS = 16
+"""Texts that the frozen blocks read side by side."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """A file of preference pairs, and the model that is trained on them.
+
+    Attributes:
+      file: JSON lines as docs/examples/train.py reads them, plain or .gz.
+      model: a Transformers folder, or a name on the Hugging Face Hub.
+    """
+
+    file: Path
+    model: str
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """All pairs of the file, each with its reward gap.
+
+        Raises:
+          InputError: the file cannot be read, a line is not a pair with a gap, or the prompts are
+            too few for the folds.
+        """
+        return read_once(self.file)
+
+    @property
+    def description(self) -> str:
+        """The pairs in one line: how many there are, and a fingerprint."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            fields = (pair.prompt, pair.chosen, pair.rejected, pair.reward_gap)
+            digest.update(repr(fields).encode())
+        return f"{len(self.pairs)} pairs, {digest.hexdigest()[:12]}"
+
+    @property
+    def fold_of_each(self) -> Tensor:
+        """The number of the fold that each pair is in, [N]; pairs of one prompt share it."""
+        prompts = sorted({pair.prompt for pair in self.pairs})
+        seeds.rng("folds").shuffle(prompts)
+        fold = {prompt: number % FOLDS for number, prompt in enumerate(prompts)}
+        return torch.tensor([fold[pair.prompt] for pair in self.pairs])
+
+    @property
+    def base(self) -> Base:
+        """The model in its two parts."""
+        return load_base(self.model)
+
+    @property
+    def reference(self) -> TopBlocks:
+        """The model as a policy."""
+        return TopBlocks(self.base, self.base.top)
+
+    def read_by_model(self, span: range, hook: StepHook) -> Answers:
+        """The answers of some of the pairs, as the frozen blocks leave them.
+
+        Args:
+          span: the rows of the pairs.
+          hook: called once for every `ROWS` texts.
+
+        Returns:
+          The chosen answer of the first pair, its rejected answer, those of the second, ...
+        """
+        from tokens import encode_pair
+
+        pairs = self.pairs[span.start : span.stop]
+        encoded = [encode_pair(pair, self.base.tokenizer, LENGTH) for pair in pairs]
+        texts = [text for pair in encoded for text in (pair.chosen, pair.rejected)]
+        states, labels = [], []
+        for row in range(0, len(texts), ROWS):
+            made = frozen_states(self.base, texts[row : row + ROWS])
+            states.append(made[0])
+            labels.append(made[1])
+            hook()
+        inputs = {"states": torch.cat(states), "labels": torch.cat(labels)}
+        # Only the difference of two rewards is ever used, and that is the known gap.
+        rewards = torch.tensor([reward for pair in pairs for reward in (pair.reward_gap, 0.0)])
+        return Answers(inputs, rewards, score(self.reference, inputs))
+
+
+@cache
+def read_once(file: Path) -> list[Pair]:
+    """The pairs of a file."""
+    from errors import InputError as UnreadableError
+    from pairs import read_pairs
+
+    try:
+        found = read_pairs(file, with_gap=True)
+    except UnreadableError as error:
+        raise InputError(str(error)) from error
+    prompts = len({pair.prompt for pair in found})
+    if prompts < FOLDS:
+        raise InputError(f"{file}: expected pairs of at least {FOLDS} prompts, got {prompts}")
+    return found
+
+
+@torch.no_grad()
+def frozen_states(base: Base, texts: list[Text]) -> tuple[Tensor, Tensor]:
+    """What a policy reads texts from: states [M, LENGTH - 1, D] and labels [M, LENGTH - 1]."""
+    ids = torch.zeros(len(texts), LENGTH, dtype=torch.long)
+    labels = torch.full((len(texts), LENGTH), IGNORED)
+    for row, text in enumerate(texts):
+        ids[row, : len(text.ids)] = torch.tensor(text.ids)
+        labels[row, : len(text.labels)] = torch.tensor(text.labels)
+    # The padding is behind the text, where a causal model cannot see it.
+    embedded = base.lower.embed_tokens(ids[:, :-1])
+    states = base.lower(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    return states, labels[:, 1:]
