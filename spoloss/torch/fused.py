@@ -14,7 +14,7 @@ from torch import Tensor
 from spoloss._arrays import check_reduction, per_pair
 from spoloss._options import check_nll_weight
 from spoloss.losses import MarginLoss
-from spoloss.pairs import beta_for_gap, log_ratio_margin
+from spoloss.pairs import beta_for_gap, check_loss, log_ratio_margin
 from spoloss.torch._checks import Side, head_options, sequences_of
 from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
 from spoloss.torch._labels import IGNORED, sum_sequences, targets_of
@@ -113,6 +113,7 @@ def linear_pair_loss(
         too few rows for the labels.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
+    check_loss(loss)
     check_reduction(reduction)
     check_nll_weight(nll_weight)
     sides = [

@@ -567,6 +567,16 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         linear_pair_loss(**{**call, **change})
 
 
+def test_a_wrong_loss_is_refused_before_any_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiplied(*_: object) -> None:
+        raise AssertionError("the head was multiplied")
+
+    monkeypatch.setattr("spoloss.torch.fused.fused_loss", multiplied)
+    hidden, labels = torch.zeros(P, T, D), torch.zeros(P, T).long()
+    with pytest.raises(TypeError, match="loss must be an object with value and slope"):
+        linear_pair_loss(SPO, hidden, hidden, torch.zeros(V, D), labels, labels, 0.0, 0.0, beta=0.1)
+
+
 def test_numbers_of_pairs_that_differ() -> None:
     message = "chosen_hidden and rejected_hidden must have the same number of pairs, got 5 and 4"
     with pytest.raises(ValueError, match=message):
