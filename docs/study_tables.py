@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 from tables import measured, write
 
@@ -26,10 +27,9 @@ def best_against_best() -> None:
         for row in measured("alignment/full/win_rates.csv")
         if (row["row"], row["column"]) == (spo, dpo)
     )
-    names = [f"{name.upper().replace(':', '(')})" for name in (spo, dpo)]
     print(
-        f"Each at its best beta, {names[0]} wins **{_percent(row)} %** of the comparisons with"
-        f" {names[1]}."
+        f"Each at its best beta, {_title(spo)} wins **{_percent(row)} %** of the comparisons with"
+        f" {_title(dpo)}."
     )
 
 
@@ -42,22 +42,45 @@ def _best(loss: str) -> str:
     return max(rewards, key=lambda policy: fmean(rewards[policy]))
 
 
-def matched_betas() -> None:
+def matched_betas(run: str) -> None:
     """Win rates of SPO over DPO at the same beta and at four times that, in %."""
-    cells = {
-        (row["spo"], row["dpo"]): _percent(row) + (" (worse)" if row["verdict"] == "worse" else "")
-        for row in measured("alignment/full/comparisons.csv")
-    }
+    rows = measured(f"{run}/comparisons.csv")
+    marks = {"better": " (better)", "worse": " (worse)", "not distinguishable": ""}
+    cells = {(row["spo"], row["dpo"]): _percent(row) + marks[row["verdict"]] for row in rows}
     betas = sorted({float(spo.split(":")[1].split("@")[0]) for spo, _ in cells})
 
-    def row(factor: int, labels: str) -> list[str]:
+    def line(factor: int, labels: str) -> list[str]:
         suffix = "" if labels == "clean" else f"@{labels}"
         pairs = [(f"spo:{b:g}{suffix}", f"dpo:{factor * b:.12g}{suffix}") for b in betas]
         name = "DPO(beta)" if factor == 1 else f"DPO({factor} beta)"
         return [f"{name}, {labels} labels", *(cells.get(pair, "-") for pair in pairs)]
 
+    found = dict.fromkeys(spo.partition("@")[2] or "clean" for spo, _ in cells)
     header = ["SPO(beta) over", *(f"beta = {beta:g}" for beta in betas)]
-    write(header, [row(factor, labels) for labels in ("clean", "noisy") for factor in (1, 4)])
+    write(header, [line(factor, labels) for labels in found for factor in (1, 4)])
+
+
+def above_reference(run: str) -> None:
+    """How far the reward of DPO and SPO at their best beta is above the reference's."""
+    rewards: dict[str, list[float]] = {}
+    for row in measured(f"{run}/policies.csv"):
+        rewards.setdefault(row["policy"], []).append(float(row["reward"]))
+    sentences = []
+    for form in ("dpo", "spo"):
+        ours = max(
+            (p for p in rewards if p.startswith(f"{form}:")), key=lambda p: fmean(rewards[p])
+        )
+        gains = [a - b for a, b in zip(rewards[ours], rewards["reference"], strict=True)]
+        error = stdev(gains) / len(gains) ** 0.5
+        sentences.append(
+            f"{_title(ours)} gets {fmean(gains):.3f} ± {error:.3f} more reward than the reference: "
+            f"{fmean(gains) / error:.1f} standard errors."
+        )
+    print("", textwrap.fill(" ".join(sentences), 110), "", sep="\n")
+
+
+def _title(policy: str) -> str:
+    return f"{policy.upper().replace(':', '(')})"
 
 
 def stability() -> None:
