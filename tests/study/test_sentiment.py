@@ -270,6 +270,9 @@ def test_a_decided_comparison_in_a_sentence() -> None:
     sentence = Decided("which", high, low).sentence(1)
     assert "1.0 (reward 1.005 ± 0.005) wins 100.0 ± 0.0 % over 0.5 (0.505 ± 0.005)" in sentence
     assert sentence.endswith("; 100.0 to 100.0 with all 1: better.")
+    row = Decided("which", high, low).row(1)
+    assert (row["ours"], row["theirs"], row["verdict"]) == ("1.0", "0.5", "better")
+    assert (row["our_reward"], row["win_rate"], row["low"]) == pytest.approx((1.005, 1.0, 1.0))
     assert Decided("which", low, high).sentence(1).endswith("worse.")
     assert Decided("which", None, high).sentence(3) == "which: not run yet."
     alone = Best((Candidate("a", high.chosen[0].rewards[:1]),) * 2)
@@ -340,7 +343,11 @@ def test_a_study_in_parts(folder: str, tmp_path: Path) -> None:
         assert all(math.isfinite(float(row["kl"])) for row in rows)
         assert (published / "frontier.png").stat().st_size > 1000
         results = parts.finished_results(protocol.foundation, part, store)
-        assert len(decided_comparisons(results)) == {"flips": 4, "gaps": 4}.get(
+        decided = rows_of(published / "decided.csv")
+        assert [row["question"] for row in decided] == [
+            each.question for each in decided_comparisons(results)
+        ]
+        assert len(decided) == {"flips": 4, "gaps": 4}.get(
             part.name, 3 if part.name == "sweep" else 2
         )
     over = store.read("seed-0/overtraining-dpo:0.1")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.alignment.evaluation import win_rate
+from benchmarks.alignment.report import Row
 from benchmarks.alignment.results import Estimate, Results, verdict, win_interval
 
 HALVES = (slice(0, None, 2), slice(1, None, 2))
@@ -91,20 +92,41 @@ class Decided:
     ours: Best | None
     theirs: Best | None
 
-    def sentence(self, comparisons: int) -> str:
+    @property
+    def is_run(self) -> bool:
+        """Whether both groups have a policy."""
+        return self.ours is not None and self.theirs is not None
+
+    def row(self, comparisons: int) -> Row:
         """What was found, with the verdict of an interval that holds for so many at once."""
+        assert self.ours is not None
+        assert self.theirs is not None
+        wins = self.ours.wins_over(self.theirs)
+        row: Row = {"question": self.question, "ours": self.ours.title, "theirs": self.theirs.title}
+        for name, best in (("our", self.ours), ("their", self.theirs)):
+            row |= {f"{name}_reward": best.reward.mean, f"{name}_reward_error": best.reward.error}
+        row |= {"win_rate": wins.mean, "standard_error": wins.error}
+        if not math.isnan(wins.error):
+            low, high = win_interval(wins, comparisons)
+            row |= {"low": low, "high": high, "verdict": verdict(wins, comparisons)}
+        return row
+
+    def sentence(self, comparisons: int) -> str:
+        """The row in words."""
         if self.ours is None or self.theirs is None:
             return f"{self.question}: not run yet."
-        wins = self.ours.wins_over(self.theirs)
+        row = self.row(comparisons)
         text = (
             f"{self.question}: {self.ours.title} (reward {self.ours.reward.text(3)}) wins "
-            f"{wins.text(1, 100.0)} % over {self.theirs.title} ({self.theirs.reward.text(3)})"
+            f"{self.ours.wins_over(self.theirs).text(1, 100.0)} % over {self.theirs.title} "
+            f"({self.theirs.reward.text(3)})"
         )
-        if math.isnan(wins.error):
+        if "verdict" not in row:
             return f"{text}; one seed, no verdict."
-        low, high = (100.0 * bound for bound in win_interval(wins, comparisons))
-        found = verdict(wins, comparisons)
-        return f"{text}; {low:.1f} to {high:.1f} with all {comparisons}: {found}."
+        return (
+            f"{text}; {100 * row['low']:.1f} to {100 * row['high']:.1f} with all {comparisons}: "
+            f"{row['verdict']}."
+        )
 
 
 def decided_comparisons(results: Results) -> list[Decided]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.alignment.figures import draw_figures, draw_margins, save
 from benchmarks.alignment.protocol import Protocol
 from benchmarks.alignment.report import (
+    Row,
     csv_tables,
     header_of,
     memorised_section,
@@ -41,7 +42,7 @@ def report_part(results: Results, store: Store, model: str) -> str:
         sections += memorised_section(results)
         save(draw_margins(results), folder / "margins.png", header)
     text = "\n\n".join(sections)
-    publish(folder, text, csv_tables({part.name: results}), header)
+    publish(folder, text, csv_tables({part.name: results}) | decided_table(results), header)
     draw_figures(results, folder, header)
     return text
 
@@ -68,6 +69,12 @@ def stage_sentence(results: Results) -> str:
         f"at most), AdamW, learning rate {stage.lr:g} "
         f"{'constant' if stage.lr_end == 1.0 else 'falling to 0'}, clipped at {stage.clip:g}."
     )
+
+
+def decided_table(results: Results) -> dict[str, list[Row]]:
+    """The rows of decided.csv, of those comparisons that have been run."""
+    decided = decided_comparisons(results)
+    return {"decided": [each.row(len(decided)) for each in decided if each.is_run]}
 
 
 def decided_section(results: Results) -> list[str]:
