@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 from tables import measured, write
 
@@ -43,15 +43,21 @@ def _best(loss: str) -> str:
 
 
 def matched_betas(run: str) -> None:
-    """Win rates of SPO over DPO at the same beta and at four times that, in %."""
+    """Win rates of SPO over DPO at the same beta and at four times that, in %.
+
+    Args:
+      run: a folder of results. Its verdicts are those of intervals for all comparisons at once.
+    """
     rows = measured(f"{run}/comparisons.csv")
-    marks = {"better": " (better)", "worse": " (worse)", "not distinguishable": ""}
-    cells = {(row["spo"], row["dpo"]): _percent(row) + marks[row["verdict"]] for row in rows}
+    marks = {"better": " (better)", "worse": " (worse)"}
+    cells = {
+        (row["spo"], row["dpo"]): _percent(row) + marks.get(row["verdict"], "") for row in rows
+    }
     betas = sorted({float(spo.split(":")[1].split("@")[0]) for spo, _ in cells})
 
     def line(factor: int, labels: str) -> list[str]:
         suffix = "" if labels == "clean" else f"@{labels}"
-        pairs = [(f"spo:{b:g}{suffix}", f"dpo:{factor * b:.12g}{suffix}") for b in betas]
+        pairs = [(f"spo:{b:.12g}{suffix}", f"dpo:{factor * b:.12g}{suffix}") for b in betas]
         name = "DPO(beta)" if factor == 1 else f"DPO({factor} beta)"
         return [f"{name}, {labels} labels", *(cells.get(pair, "-") for pair in pairs)]
 
@@ -60,23 +66,51 @@ def matched_betas(run: str) -> None:
     write(header, [line(factor, labels) for labels in found for factor in (1, 4)])
 
 
-def above_reference(run: str) -> None:
-    """How far the reward of DPO and SPO at their best beta is above the reference's."""
-    rewards: dict[str, list[float]] = {}
-    for row in measured(f"{run}/policies.csv"):
-        rewards.setdefault(row["policy"], []).append(float(row["reward"]))
+def decided(part: str, question: str = "") -> None:
+    """The comparisons of a part of the real-model study that were fixed before its runs."""
+    rows = [row for row in measured(f"sentiment/{part}/decided.csv") if question in row["question"]]
+    header = ["comparison", "", "against", "win rate (%)", "95 % interval", "verdict"]
+    write(header, ([row["question"], *_decided_cells(row)] for row in rows))
+
+
+def _decided_cells(row: dict[str, str]) -> list[str]:
+    low, high = (f"{100 * float(row[bound]):.1f}" for bound in ("low", "high"))
+    policies = [_with_reward(row, "our"), _with_reward(row, "their")]
+    return [*policies, _percent(row), f"{low} to {high}", row["verdict"]]
+
+
+def _with_reward(row: dict[str, str], whose: str) -> str:
+    reward, error = (float(row[f"{whose}_{key}"]) for key in ("reward", "reward_error"))
+    return f"{row[f'{whose}s']}, reward {reward:.3f} ± {error:.3f}"
+
+
+def real_model_best() -> None:
+    """One sentence: SPO against DPO on the real model, each at its best beta."""
+    (row,) = (
+        row
+        for row in measured("sentiment/sweep/decided.csv")
+        if row["question"] == "(a) SPO against DPO, each at its best beta"
+    )
+    low, high = (f"{100 * float(row[bound]):.1f}" for bound in ("low", "high"))
+    print(
+        f"On SmolLM2-135M-Instruct, each at its best beta, {row['ours']} wins **{_percent(row)} %**"
+        f" of the comparisons with {row['theirs']} (95 % interval {low} to {high})."
+    )
+
+
+def above_reference() -> None:
+    """How much more reward than the reference DPO and SPO get on the real model."""
+    rows = {row["form"]: row for row in measured("sentiment/sweep/gains.csv")}
     sentences = []
     for form in ("dpo", "spo"):
-        ours = max(
-            (p for p in rewards if p.startswith(f"{form}:")), key=lambda p: fmean(rewards[p])
-        )
-        gains = [a - b for a, b in zip(rewards[ours], rewards["reference"], strict=True)]
-        error = stdev(gains) / len(gains) ** 0.5
+        row = rows[form]
+        gain, error = float(row["gain"]), float(row["standard_error"])
         sentences.append(
-            f"{_title(ours)} gets {fmean(gains):.3f} ± {error:.3f} more reward than the reference: "
-            f"{fmean(gains) / error:.1f} standard errors."
+            f"{row['best']} gets {gain:.3f} ± {error:.3f} more reward than the reference "
+            f"({gain / error:.1f} standard errors)."
         )
-    print("", textwrap.fill(" ".join(sentences), 110), "", sep="\n")
+    text = textwrap.fill(" ".join(sentences), 110, break_on_hyphens=False)
+    print("", text, "", sep="\n")
 
 
 def _title(policy: str) -> str:

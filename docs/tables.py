@@ -194,23 +194,16 @@ def quote(
     report: str, heading: str, columns: Sequence[str], rows: Sequence[str], *, first: str = ""
 ) -> None:
     """Some rows and columns of a table in a committed Markdown report; `first` heads the names."""
-    lines = _section(report, heading)
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    section = (RESULTS / report).read_text().partition(f"\n{heading}\n")[2].partition("\n#")[0]
+    if not section:
+        raise ValueError(f"{report}: expected the heading {heading!r}")
+    lines = section.splitlines()
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")
+    ]
     places = [table[0].index(column) for column in columns]
     found = {row[0]: row for row in table[2:]}
     write([first, *columns], ([name, *(found[name][place] for place in places)] for name in rows))
-
-
-def quote_list(report: str, heading: str) -> None:
-    """The list below a heading of a committed Markdown report, wrapped."""
-    items = (line for line in _section(report, heading) if line.startswith("- "))
-    print("", *(textwrap.fill(item, 110, subsequent_indent="  ") for item in items), "", sep="\n")
-
-
-def _section(report: str, heading: str) -> list[str]:
-    """The lines of a committed Markdown report between a heading and the next one."""
-    text = (RESULTS / report).read_text().partition(f"\n{heading}\n")[2]
-    return text.partition("\n#")[0].splitlines()
 
 
 def rejected_probability() -> None:

@@ -35,8 +35,8 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """The standard error of the mean; nan with one seed."""
-        if len(self.values) == 1:
+        """The standard error of the mean; nan with one seed, or where a value is nan."""
+        if len(self.values) == 1 or math.isnan(self.mean):
             return math.nan
         return statistics.stdev(self.values) / math.sqrt(len(self.values))
 

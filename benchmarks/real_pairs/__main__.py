@@ -20,9 +20,9 @@ from pathlib import Path
 
 from benchmarks.alignment.command import Plan, at_least_one, carry_out, command_line
 from benchmarks.alignment.errors import InputError
-from benchmarks.real_pairs.material import Material
+from benchmarks.real_pairs.material import FOLDS, Material
 from benchmarks.real_pairs.report import report
-from benchmarks.real_pairs.task import FOLDS, jobs_of, settings_of
+from benchmarks.real_pairs.task import jobs_of, settings_of
 
 PROGRAM = "python -m benchmarks.real_pairs"
 OUTPUT = Path("runs/real-pairs")
@@ -40,9 +40,9 @@ def plan(argv: Sequence[str] | None) -> Plan:
         "--model", required=True, help="a Transformers folder, or a name on the Hugging Face Hub"
     )
     parser.add_argument(
-        "--folds", type=int, default=2, help=f"that are held out in turn, of {FOLDS}; default: 2"
+        "--folds", type=int, default=2, help=f"to hold out in turn, of {FOLDS}; default: 2"
     )
-    parser.add_argument("--report", action="store_true", help="of what is finished; trains nothing")
+    parser.add_argument("--report", action="store_true", help="only report what is finished")
     options = parser.parse_args(argv)
     if options.folds not in range(1, FOLDS + 1):
         raise InputError(f"--folds: expected 1 to {FOLDS}, got {options.folds}")

@@ -19,14 +19,15 @@ from benchmarks.alignment.training import Answers, StepHook, score
 
 if TYPE_CHECKING:
     from pairs import Pair
-    from tokens import Text
+    from tokens import Text, TokenPair
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples"
 sys.path.append(str(EXAMPLE))  # its files are a folder of scripts, not a package
 
 LENGTH = 160
-"""Tokens of a text: a prompt with an answer, which is cut off there."""
+"""The most tokens of a prompt and its answer. Longer ones lose the end of the answer."""
 FOLDS = 5
+LEAST_PAIRS = 10
 ROWS = 16
 """Texts that the frozen blocks read side by side."""
 
@@ -36,7 +37,7 @@ class Material:
     """A file of preference pairs, and the model that is trained on them.
 
     Attributes:
-      file: JSON lines as docs/examples/train.py reads them, plain or .gz.
+      file: JSON lines as docs/examples/train.py reads them, plain or .gz; `split` is ignored.
       model: a Transformers folder, or a name on the Hugging Face Hub.
     """
 
@@ -80,28 +81,31 @@ class Material:
         """The model as a policy."""
         return TopBlocks(self.base, self.base.top)
 
-    def read_by_model(self, span: range, hook: StepHook) -> Answers:
-        """The answers of some of the pairs, as the frozen blocks leave them.
+    def tokens_of(self, rows: range) -> list[TokenPair]:
+        """Some of the pairs as token ids, cut at `LENGTH`."""
+        from tokens import encode_pair
+
+        pairs = self.pairs[rows.start : rows.stop]
+        return [encode_pair(pair, self.base.tokenizer, LENGTH) for pair in pairs]
+
+    def encode(self, rows: range, hook: StepHook) -> Answers:
+        """Runs the frozen blocks and the reference on the answers of some of the pairs.
 
         Args:
-          span: the rows of the pairs.
+          rows: the pairs.
           hook: called once for every `ROWS` texts.
 
         Returns:
           The chosen answer of the first pair, its rejected answer, those of the second, ...
         """
-        from tokens import encode_pair
-
-        pairs = self.pairs[span.start : span.stop]
-        encoded = [encode_pair(pair, self.base.tokenizer, LENGTH) for pair in pairs]
-        texts = [text for pair in encoded for text in (pair.chosen, pair.rejected)]
-        states, labels = [], []
-        for row in range(0, len(texts), ROWS):
-            made = frozen_states(self.base, texts[row : row + ROWS])
-            states.append(made[0])
-            labels.append(made[1])
+        pairs = self.tokens_of(rows)
+        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        made = []
+        for start in range(0, len(texts), ROWS):
+            made.append(frozen_states(self.base, texts[start : start + ROWS]))
             hook()
-        inputs = {"states": torch.cat(states), "labels": torch.cat(labels)}
+        states, labels = map(torch.cat, zip(*made, strict=True))
+        inputs = {"states": states, "labels": labels}
         # Only the difference of two rewards is ever used, and that is the known gap.
         rewards = torch.tensor([reward for pair in pairs for reward in (pair.reward_gap, 0.0)])
         return Answers(inputs, rewards, score(self.reference, inputs))
@@ -118,20 +122,28 @@ def read_once(file: Path) -> list[Pair]:
     except UnreadableError as error:
         raise InputError(str(error)) from error
     prompts = len({pair.prompt for pair in found})
-    if prompts < FOLDS:
-        raise InputError(f"{file}: expected pairs of at least {FOLDS} prompts, got {prompts}")
+    if prompts < FOLDS or len(found) < LEAST_PAIRS:
+        raise InputError(
+            f"{file}: expected at least {LEAST_PAIRS} pairs of at least {FOLDS} prompts, "
+            f"got {len(found)} of {prompts}"
+        )
     return found
 
 
 @torch.no_grad()
 def frozen_states(base: Base, texts: list[Text]) -> tuple[Tensor, Tensor]:
-    """What a policy reads texts from: states [M, LENGTH - 1, D] and labels [M, LENGTH - 1]."""
+    """Runs the frozen blocks on M texts.
+
+    Returns:
+      The states [M, LENGTH - 1, D], and for each state the label of the next token,
+      [M, LENGTH - 1].
+    """
     ids = torch.zeros(len(texts), LENGTH, dtype=torch.long)
     labels = torch.full((len(texts), LENGTH), IGNORED)
     for row, text in enumerate(texts):
         ids[row, : len(text.ids)] = torch.tensor(text.ids)
         labels[row, : len(text.labels)] = torch.tensor(text.labels)
-    # The padding is behind the text, where a causal model cannot see it.
+    # Padding on the right needs no mask: no earlier token attends to it, and it has no labels.
     embedded = base.lower.embed_tokens(ids[:, :-1])
     states = base.lower(inputs_embeds=embedded, use_cache=False).last_hidden_state
     return states, labels[:, 1:]

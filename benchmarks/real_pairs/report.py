@@ -1,4 +1,4 @@
-"""What the study says: how many held-out pairs each arm has in the right order, and how sure."""
+"""Reports the accuracy of each arm on held-out pairs, with standard errors."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alignment.arms import Arm
-from benchmarks.alignment.report import Row, header_of, markdown, publish
+from benchmarks.alignment.report import PACKAGES, Row, markdown, publish
 from benchmarks.alignment.store import Store
+from benchmarks.machine import describe
 from benchmarks.real_pairs.material import FOLDS, LENGTH, Material
-from benchmarks.real_pairs.task import ARMS, STAGE, result_name
+from benchmarks.real_pairs.task import ARMS, MEASURED_PAIRS, STAGE, result_name
 
-BASELINE = ARMS[1]
-"""DPO(0.4), to which all other arms are compared."""
+BASELINE = Arm("dpo", 0.4)
+"""The arm that all others are compared with."""
 
 
 @dataclass(frozen=True)
-class Share:
+class PairMean:
     """A mean over pairs, and its standard error.
 
     The answers to one prompt are alike, so the error is that of prompts drawn at random: a prompt
-    counts as a whole.
+    counts as a whole. It leaves out the variation from one training run to another.
     """
 
     mean: float
-    error: float
+    standard_error: float
 
     @classmethod
-    def of(cls, values: np.ndarray, prompts: Sequence[str]) -> Share:
+    def of(cls, values: np.ndarray, prompts: Sequence[str]) -> PairMean:
         """The mean of values [N] of pairs, whose prompts are given."""
         mean = float(values.mean())
         sums = dict.fromkeys(prompts, 0.0)
@@ -41,9 +42,9 @@ class Share:
         error = math.sqrt(sum(each * each for each in sums.values())) / len(values)
         return cls(mean, error)
 
-    def text(self, sign: str = "") -> str:
-        """In percent."""
-        return f"{100 * self.mean:{sign}.1f} ± {100 * self.error:.1f}"
+    def percent(self, sign: str = "") -> str:
+        """The mean ± its standard error, in percent."""
+        return f"{100 * self.mean:{sign}.1f} ± {100 * self.standard_error:.1f}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Finished:
 
     @classmethod
     def read(cls, material: Material, store: Store) -> Finished:
-        """What is in the store."""
+        """Reads the finished folds, up to the first unfinished one."""
         folds = []
         while len(folds) < FOLDS:
             names = {arm: result_name(arm, len(folds)) for arm in ARMS}
@@ -85,28 +86,42 @@ class Finished:
         return [self.material.pairs[row].prompt for row in self.held_out]
 
     def margins(self, arm: Arm) -> np.ndarray:
-        """H of the held-out pairs, nats."""
+        """The log-ratio margins h of the held-out pairs, nats."""
         return np.concatenate([fold[arm]["margins"] for fold in self.folds])
 
-    def accuracy(self, arm: Arm) -> Share:
-        """How many held-out pairs are in the right order."""
-        return Share.of(self.margins(arm) > 0.0, self.prompts)
+    def accuracy(self, arm: Arm) -> PairMean:
+        """The share of held-out pairs with h > 0."""
+        return PairMean.of(self.margins(arm) > 0.0, self.prompts)
 
-    def lead(self, arm: Arm, other: Arm) -> Share:
+    def lead(self, arm: Arm, other: Arm) -> PairMean:
         """By how much the accuracy is above another arm's, pair by pair."""
         right, theirs = ((self.margins(each) > 0.0).astype(float) for each in (arm, other))
-        return Share.of(right - theirs, self.prompts)
+        return PairMean.of(right - theirs, self.prompts)
 
-    def longer(self) -> Share:
-        """How often the chosen answer is the longer text."""
+    def longer(self) -> PairMean:
+        """How often the chosen answer is the longer text, before any is cut; a tie counts half."""
         pairs = [self.material.pairs[row] for row in self.held_out]
         lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
         chosen, rejected = lengths.T
-        return Share.of((chosen > rejected) + 0.5 * (chosen == rejected), self.prompts)
+        return PairMean.of((chosen > rejected) + 0.5 * (chosen == rejected), self.prompts)
+
+    def cut(self) -> float:
+        """The share of all pairs of which a text is cut."""
+        pairs = self.material.tokens_of(range(len(self.material.pairs)))
+        return float(np.mean([pair.truncated for pair in pairs]))
+
+    def largest_norm(self, arm: Arm) -> float:
+        """The largest gradient norm of any step, before clipping."""
+        return max(float(fold[arm]["grad_norm_max"]) for fold in self.folds)
+
+    def stopped(self, arm: Arm) -> int:
+        """The number of folds in which a loss or gradient that is not finite stopped training."""
+        return sum(fold[arm]["stopped_at"] is not None for fold in self.folds)
 
     def mean(self, arm: Arm, key: str, split: str = "held_out") -> float:
-        """The mean over folds of what was measured on the pairs of a split."""
-        return float(np.mean([fold[arm][split][key] for fold in self.folds]))
+        """The mean over the pairs of all folds of what was measured on a split."""
+        sizes = [len(fold[arm]["margins"]) for fold in self.folds]
+        return float(np.average([fold[arm][split][key] for fold in self.folds], weights=sizes))
 
 
 def report(material: Material, store: Store) -> str:
@@ -114,7 +129,7 @@ def report(material: Material, store: Store) -> str:
     finished = Finished.read(material, store)
     if not finished.folds:
         return "No fold is finished."
-    header = header_of(1, "transformers").rpartition(";")[0]
+    header = f"{describe(*PACKAGES, 'transformers')}; {material.base.description}"
     text = "\n\n".join([header, *sentences(finished), table(finished)])
     publish(store.folder, text, {"arms": rows(finished)}, header)
     return text
@@ -125,45 +140,51 @@ def sentences(finished: Finished) -> list[str]:
     material, pairs = finished.material, len(finished.held_out)
     passes = STAGE.steps * STAGE.batch / (len(material.pairs) * (1 - 1 / FOLDS))
     return [
-        f"{material.description}; {material.base.description}; texts of at most {LENGTH} tokens.",
+        f"{material.description}. Texts are cut at {LENGTH} tokens: a text of "
+        f"{100 * finished.cut():.0f} % of the pairs.",
         f"{len(finished.folds)} of {FOLDS} folds: {pairs} held-out pairs of "
         f"{len(set(finished.prompts))} prompts. {STAGE.steps} steps of {STAGE.batch} pairs "
         f"({passes:.1f} passes), AdamW, learning rate {STAGE.lr:g} falling to 0, clipped at "
-        f"{STAGE.clip:g}. Standard errors are over prompts.",
-        f"The chosen answer is the longer text in {finished.longer().text()} % of these pairs.",
+        f"{STAGE.clip:g}. Standard errors are over held-out prompts and leave out "
+        "the variation between training runs.",
+        f"The chosen answer is the longer text , before the cut, in "
+        f"{finished.longer().percent()} % of the held-out pairs.",
     ]
 
 
 def table(finished: Finished) -> str:
     """The arms, and how they end."""
-    columns = ["", "held-out accuracy (%)", f"above {BASELINE.title} (%)", "h (nats)", "x"]
-    columns += ["Δlogp chosen", "rejected", "trained: x mean", "gradient norm, max", "stopped"]
+    columns = ["", "held-out accuracy (%)", f"minus {BASELINE.title} (points)", "h (nats)", "x"]
+    columns += ["Δlogp chosen (nats)", "rejected", f"x, {MEASURED_PAIRS} trained pairs"]
+    columns += ["gradient norm, max", "stopped"]
     lines = []
     for arm in ARMS:
-        lead = "-" if arm == BASELINE else finished.lead(arm, BASELINE).text("+")
+        lead = "-" if arm == BASELINE else finished.lead(arm, BASELINE).percent("+")
+        h = finished.margins(arm).mean()
         means = [
-            f"{finished.margins(arm).mean():.2f}",
-            *(f"{finished.mean(arm, key):.2f}" for key in ("x_mean", "dlogp_chosen")),
+            f"{h:.2f}",
+            f"{arm.beta * h:.2f}",
+            f"{finished.mean(arm, 'dlogp_chosen'):.2f}",
             f"{finished.mean(arm, 'dlogp_rejected'):.2f}",
             f"{finished.mean(arm, 'x_mean', 'train'):.2f}",
         ]
-        norm = max(fold[arm]["grad_norm_max"] for fold in finished.folds)
-        stopped = sum(fold[arm]["stopped_at"] is not None for fold in finished.folds)
-        line = [arm.title, finished.accuracy(arm).text(), lead, *means, f"{norm:.2g}"]
-        lines.append([*line, str(stopped)])
+        line = [arm.title, finished.accuracy(arm).percent(), lead, *means]
+        lines.append([*line, f"{finished.largest_norm(arm):.2g}", str(finished.stopped(arm))])
     return markdown("Real pairs", columns, lines)
 
 
 def rows(finished: Finished) -> list[Row]:
-    """The rows of arms.csv."""
+    """Returns the rows of arms.csv."""
     found: list[Row] = []
     for arm in ARMS:
         accuracy, lead = finished.accuracy(arm), finished.lead(arm, BASELINE)
         row: Row = {"arm": str(arm), "folds": len(finished.folds), "pairs": len(finished.held_out)}
-        row |= {"accuracy": accuracy.mean, "accuracy_error": accuracy.error}
-        row |= {"lead": lead.mean, "lead_error": lead.error}
+        row |= {"accuracy": accuracy.mean, "accuracy_error": accuracy.standard_error}
+        row |= {"lead": lead.mean, "lead_error": lead.standard_error}
+        row |= {"h": float(finished.margins(arm).mean())}
+        row |= {"grad_norm_max": finished.largest_norm(arm), "stopped": finished.stopped(arm)}
         for split in ("train", "held_out"):
-            keys = finished.folds[0][arm][split]
+            keys = [key for key in finished.folds[0][arm][split] if key != "accuracy"]
             row |= {f"{split}_{key}": finished.mean(arm, key, split) for key in keys}
         found.append(row)
     return found

@@ -11,12 +11,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.alignment.arms import Arm
 from benchmarks.alignment.pretrained import IGNORED
 from benchmarks.real_pairs import __main__ as command
 from benchmarks.real_pairs import task
 from benchmarks.real_pairs.material import FOLDS, Material
-from benchmarks.real_pairs.report import Finished, Share
+from benchmarks.real_pairs.report import Finished, PairMean
 from helpers.alignment import rows_of
 from helpers.tiny_llama import write_tiny_llama
 from spoloss.torch import sequence_logps
@@ -57,7 +56,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task, "STAGE", stage)
 
     def run_jobs(jobs: list[task.Job], store: task.Store, _: int) -> float:
-        task.load.cache_clear()
+        task.load_pairs.cache_clear()
         for job in jobs:
             if not store.has(job.name):
                 assert all(map(store.has, job.needs))
@@ -68,7 +67,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_reference_is_the_whole_model(material: Material) -> None:
-    answers = material.read_by_model(range(3, 5), lambda: None)
+    answers = material.encode(range(3, 5), lambda: None)
     tokenizer = AutoTokenizer.from_pretrained(material.model)
     model = LlamaForCausalLM.from_pretrained(material.model).eval()
     sides = [
@@ -133,27 +132,27 @@ def test_an_arm_never_sees_its_own_fold(
     seen: list[torch.Tensor] = []
     train_on_pairs = task.train_on_pairs
 
-    def noting(reference, pairs, *rest):
+    def noting(reference, pairs, *rest, **named):
         seen.append(pairs.chosen // 2)
-        return train_on_pairs(reference, pairs, *rest)
+        return train_on_pairs(reference, pairs, *rest, **named)
 
     monkeypatch.setattr(task, "train_on_pairs", noting)
     store = task.Store(tmp_path)
-    task.load.cache_clear()
+    task.load_pairs.cache_clear()
     for job in task.jobs_of(material, 1)[: task.SLICES + 1]:
         job.function(store, lambda: None)
     assert seen[0].tolist() == (material.fold_of_each != 0).nonzero()[:, 0].tolist()
-    assert task.load(store).gap.tolist() == [line["reward_gap"] for line in lines()]
+    assert task.load_pairs(store).gap.tolist() == [line["reward_gap"] for line in lines()]
 
 
 def test_the_error_counts_prompts() -> None:
     values = np.array([1.0, 1.0, 0.0, 0.0])
-    apart = Share.of(values, ["a", "b", "c", "d"])
-    together = Share.of(values, ["a", "a", "b", "b"])
+    apart = PairMean.of(values, ["a", "b", "c", "d"])
+    together = PairMean.of(values, ["a", "a", "b", "b"])
     assert apart.mean == together.mean == 0.5
-    assert apart.error == pytest.approx(0.25)  # sqrt(p (1 - p) / 4)
-    assert together.error == pytest.approx(math.sqrt(0.25 / 2))  # two draws, not four
-    assert together.text("+") == "+50.0 ± 35.4"
+    assert apart.standard_error == pytest.approx(0.25)  # sqrt(p (1 - p) / 4)
+    assert together.standard_error == pytest.approx(math.sqrt(0.25 / 2))  # two draws, not four
+    assert together.percent("+") == "+50.0 ± 35.4"
 
 
 def test_a_lead_is_counted_pair_by_pair(material: Material) -> None:
@@ -163,9 +162,8 @@ def test_a_lead_is_counted_pair_by_pair(material: Material) -> None:
     finished = Finished(material, [margins])
     lead = finished.lead(ours, theirs)
     assert lead.mean == 0.0
-    assert lead.error > 0.0
-    assert finished.lead(ours, task.ARMS[2]) == Share(0.0, 0.0)
-    assert Arm("dpo", 0.4) == theirs
+    assert lead.standard_error > 0.0
+    assert finished.lead(ours, task.ARMS[2]) == PairMean(0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +197,10 @@ def test_bad_input_is_one_sentence(
     [
         ({"reward_gap": -1.0}, "a number above 0"),
         ({"reward_gap": None}, "a number above 0"),
-        ({"prompt": "the sea is calm?"}, "expected pairs of at least 5 prompts, got 1"),
+        (
+            {"prompt": "the sea is calm?"},
+            "expected at least 10 pairs of at least 5 prompts, got 1 of 1",
+        ),
     ],
 )
 def test_pairs_without_gaps_or_prompts_are_refused(

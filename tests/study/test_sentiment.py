@@ -244,39 +244,41 @@ def test_a_broken_policy_is_judged_without_a_crash(folder: str, tmp_path: Path) 
 # ------------------------------------------------------------------------- decided comparisons
 
 
-def candidate(title: str, *columns: float) -> Candidate:
-    """Two seeds of three prompts; the rewards of each answer are its column's."""
-    return Candidate(title, tuple(np.tile(columns, (3, 1)) + 0.01 * seed for seed in (0, 1)))
+def candidate(title: str, *seeds: float) -> Candidate:
+    """Three prompts with two answers each, all with the reward of their seed."""
+    return Candidate(title, tuple(np.full((3, 2), reward) for reward in seeds))
 
 
-def test_the_best_is_chosen_by_other_answers_than_it_is_compared_by() -> None:
-    lucky = candidate("lucky", 9.0, 0.0, 9.0, 0.0)
-    steady = candidate("steady", 1.0, 1.0, 1.0, 1.0)
-    broken = candidate("broken", math.nan, math.nan, math.nan, math.nan)
-    both = choose([broken, steady, lucky])
-    # Its even answers make `lucky` the choice for the odd ones, which count; and the reverse.
-    assert both == Best((lucky, steady))
-    assert both.title == "lucky or steady"
-    assert both.reward.mean == pytest.approx(0.505)
-    assert choose([broken, steady]) == Best((steady, steady))
-    assert choose([broken, steady]).title == "steady"
+def test_the_other_seeds_choose_the_best() -> None:
+    lucky = candidate("lucky", 9.0, 0.0, 0.0)
+    steady = candidate("steady", 1.0, 1.0, 1.0)
+    broken = candidate("broken", 9.0, 9.0, math.nan)
+    # In seed 0, where `lucky` has its luck, the other seeds choose `steady`; and the reverse.
+    best = choose([lucky, steady])
+    assert best == Best((steady, lucky, lucky))
+    assert best.title == "steady or lucky"
+    assert best.reward == Estimate((1.0, 0.0, 0.0))
+    assert best.wins_over(Best((steady,) * 3)) == Estimate((0.5, 0.0, 0.0))
+    assert choose([broken, steady]) == Best((steady, steady, broken))
     assert choose([]) is None
-    # On the even answers steady meets steady, and equal rewards share the win.
-    assert both.wins_over(Best((steady, steady))) == Estimate((0.25, 0.25))
 
 
 def test_a_decided_comparison_in_a_sentence() -> None:
-    high, low = (choose([candidate(str(reward), *[reward] * 4)]) for reward in (1.0, 0.5))
+    high, low = (choose([candidate(str(r), r, r + 0.02)]) for r in (1.0, 0.5))
     sentence = Decided("which", high, low).sentence(1)
-    assert "1.0 (reward 1.005 ± 0.005) wins 100.0 ± 0.0 % over 0.5 (0.505 ± 0.005)" in sentence
-    assert sentence.endswith("; 100.0 to 100.0 with all 1: better.")
+    assert "1.0 (reward 1.010 ± 0.010) wins 100.0 ± 0.0 % over 0.5 (0.510 ± 0.010)" in sentence
+    assert sentence.endswith("95 % interval for all 1 comparisons: 100.0 to 100.0 %: better.")
     row = Decided("which", high, low).row(1)
     assert (row["ours"], row["theirs"], row["verdict"]) == ("1.0", "0.5", "better")
-    assert (row["our_reward"], row["win_rate"], row["low"]) == pytest.approx((1.005, 1.0, 1.0))
+    assert (row["our_reward"], row["win_rate"], row["low"]) == pytest.approx((1.01, 1.0, 1.0))
     assert Decided("which", low, high).sentence(1).endswith("worse.")
     assert Decided("which", None, high).sentence(3) == "which: not run yet."
-    alone = Best((Candidate("a", high.chosen[0].rewards[:1]),) * 2)
-    assert Decided("which", alone, alone).sentence(1).endswith("; one seed, no verdict.")
+    alone = choose([candidate("alone", 1.0)])
+    assert Decided("which", alone, alone).sentence(1).endswith("; one seed: no verdict.")
+    broken = choose([candidate("broken", 1.0, math.nan)])
+    sentence = Decided("which", high, broken).sentence(1)
+    assert sentence.endswith("; a policy has broken down: no verdict.")
+    assert "verdict" not in Decided("which", high, broken).row(1)
 
 
 # ------------------------------------------------------------------------------------ whole runs
@@ -350,6 +352,11 @@ def test_a_study_in_parts(folder: str, tmp_path: Path) -> None:
         assert len(decided) == {"flips": 4, "gaps": 4}.get(
             part.name, 3 if part.name == "sweep" else 2
         )
+    gains = {row["form"]: float(row["gain"]) for row in rows_of(store.folder / "gaps/gains.csv")}
+    reward, reference = (
+        store.read(f"seed-0/{name}")["reward"] for name in ("sweep-squared:0.1", "foundation")
+    )
+    assert gains["squared"] == pytest.approx(reward - reference, abs=1e-5)
     over = store.read("seed-0/overtraining-dpo:0.1")
     assert [each["step"] for each in over["judgements"]] == [1, 2]
 

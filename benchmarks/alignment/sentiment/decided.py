@@ -1,8 +1,7 @@
 """The comparisons that were decided before any run, each loss at its own best setting.
 
-What is best is chosen by the rewards of one half of the answers and compared on the other half: an
-arm that was lucky on the answers by which it was chosen has no luck left on those that count. Each
-half does both in turn, so that every answer counts once.
+For each seed, the other seeds choose the best setting. So a setting that was lucky in a seed, in
+its training or in the answers that were drawn, has no advantage there.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ from benchmarks.alignment.evaluation import win_rate
 from benchmarks.alignment.report import Row
 from benchmarks.alignment.results import Estimate, Results, verdict, win_interval
 
-HALVES = (slice(0, None, 2), slice(1, None, 2))
-"""The answers to every prompt with an even and those with an odd number."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -33,49 +29,41 @@ class Candidate:
     title: str
     rewards: tuple[np.ndarray, ...]
 
-    def merit(self, half: slice) -> float:
-        """The mean reward of one half of the answers; a broken policy's is the lowest."""
-        mean = float(np.mean([rewards[:, half].mean() for rewards in self.rewards]))
+    def merit(self, seeds: Iterable[int]) -> float:
+        """The mean reward in some seeds; -inf if the policy is broken in one of them."""
+        mean = float(np.mean([self.rewards[seed].mean() for seed in seeds]))
         return -math.inf if math.isnan(mean) else mean
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best of a group, chosen by one half of the answers for the comparison on the other.
+    """The best of a group of policies.
 
     Attributes:
-      chosen: by the first half, and by the second.
+      chosen: for each seed, the candidate of the greatest mean reward in the other seeds.
     """
 
-    chosen: tuple[Candidate, Candidate]
+    chosen: tuple[Candidate, ...]
 
     @property
     def title(self) -> str:
-        """The policy's name; both names where the halves disagree."""
+        """The name of the policy; all names where the seeds disagree."""
         return " or ".join(dict.fromkeys(candidate.title for candidate in self.chosen))
 
     @property
-    def counted(self) -> tuple[tuple[np.ndarray, ...], ...]:
-        """The rewards that count: for each half, those of the policy that the other one chose."""
-        by_first, by_second = self.chosen
-        return (
-            tuple(rewards[:, HALVES[0]] for rewards in by_second.rewards),
-            tuple(rewards[:, HALVES[1]] for rewards in by_first.rewards),
-        )
+    def rewards(self) -> tuple[np.ndarray, ...]:
+        """The rewards in each seed of the candidate that was chosen for it."""
+        return tuple(candidate.rewards[seed] for seed, candidate in enumerate(self.chosen))
 
     @property
     def reward(self) -> Estimate:
         """The mean reward."""
-        seeds = zip(*self.counted, strict=True)
-        return Estimate(tuple(float(np.mean([half.mean() for half in seed])) for seed in seeds))
+        return Estimate(tuple(float(rewards.mean()) for rewards in self.rewards))
 
     def wins_over(self, other: Best) -> Estimate:
         """Win rate, in [0, 1]."""
-        halves = [
-            [win_rate(a, b) for a, b in zip(ours, theirs, strict=True)]
-            for ours, theirs in zip(self.counted, other.counted, strict=True)
-        ]
-        return Estimate(tuple(float(np.mean(seed)) for seed in zip(*halves, strict=True)))
+        both = zip(self.rewards, other.rewards, strict=True)
+        return Estimate(tuple(win_rate(ours, theirs) for ours, theirs in both))
 
 
 @dataclass(frozen=True)
@@ -122,40 +110,56 @@ class Decided:
             f"({self.theirs.reward.text(3)})"
         )
         if "verdict" not in row:
-            return f"{text}; one seed, no verdict."
+            reason = "one seed" if len(self.ours.chosen) == 1 else "a policy has broken down"
+            return f"{text}; {reason}: no verdict."
         return (
-            f"{text}; {100 * row['low']:.1f} to {100 * row['high']:.1f} with all {comparisons}: "
-            f"{row['verdict']}."
+            f"{text}; 95 % interval for all {comparisons} comparisons: {100 * row['low']:.1f} to "
+            f"{100 * row['high']:.1f} %: {row['verdict']}."
         )
 
 
+def gains(results: Results) -> list[Row]:
+    """How much more reward than the reference each loss gets on clean labels, at its best."""
+    reference = results.estimate(None, "reward").values
+    rows: list[Row] = []
+    for form in dict.fromkeys(arm.form for arm in results.arms):
+        best = best_of_forms(results, [form], "clean")
+        if best is not None:
+            both = zip(best.reward.values, reference, strict=True)
+            gain = Estimate(tuple(ours - theirs for ours, theirs in both))
+            rows.append(
+                {"form": form, "best": best.title, "gain": gain.mean, "standard_error": gain.error}
+            )
+    return rows
+
+
 def decided_comparisons(results: Results) -> list[Decided]:
-    """Those of a part of the study; the quick run has none."""
+    """The comparisons that were planned for a part; the quick run has none."""
     return list(DECIDED[results.part.name](results)) if results.part.name in DECIDED else []
 
 
 def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Best | None:
     """The best arm of some forms after its last step."""
     return choose(
-        candidate
+        Candidate(arm.title, rewards_of(results.of(arm)))
         for arm in results.arms
         if arm.form in forms and arm.labels == labels
-        for candidate in [Candidate(arm.title, rewards_of(results.of(arm)))]
     )
 
 
 def choose(candidates: Iterable[Candidate]) -> Best | None:
-    """The one of the greatest merit, by each half of the answers; None where there is none."""
+    """The best of the candidates; None where there is none."""
     found = list(candidates)
     if not found:
         return None
-    first, second = HALVES
-    return Best((best_by(found, first), best_by(found, second)))
+    seeds = range(len(found[0].rewards))
+    return Best(tuple(best_without(found, seed, seeds) for seed in seeds))
 
 
-def best_by(candidates: Sequence[Candidate], half: slice) -> Candidate:
-    """The one of the greatest merit by one half of the answers."""
-    return max(candidates, key=lambda each: each.merit(half))
+def best_without(candidates: Sequence[Candidate], seed: int, seeds: Sequence[int]) -> Candidate:
+    """The candidate of the greatest merit in all seeds but one, or in the only one."""
+    others = [other for other in seeds if other != seed] or list(seeds)
+    return max(candidates, key=lambda candidate: candidate.merit(others))
 
 
 def rewards_of(found: Sequence[dict[str, object]]) -> tuple[np.ndarray, ...]:
@@ -196,7 +200,11 @@ def decided_of_flips(results: Results) -> Iterator[Decided]:
     """(c): with 20 and 40 % of the labels exchanged."""
     for labels in results.labels:
         dpo = best_of_forms(results, ["dpo"], labels)
-        for name, forms in (("SPO", ["spo", "spo-below0"]), ("squared", ["squared"])):
+        groups = (
+            ("SPO, with or without linear_below=0,", ["spo", "spo-below0"]),
+            ("squared", ["squared"]),
+        )
+        for name, forms in groups:
             question = f"(c) {labels}: {name} against DPO, each at its best beta"
             yield Decided(question, best_of_forms(results, forms, labels), dpo)
 

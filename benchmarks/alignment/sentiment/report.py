@@ -14,7 +14,7 @@ from benchmarks.alignment.report import (
     publish,
 )
 from benchmarks.alignment.results import Results
-from benchmarks.alignment.sentiment.decided import decided_comparisons
+from benchmarks.alignment.sentiment.decided import decided_comparisons, gains
 from benchmarks.alignment.sentiment.parts import OVERTRAINING, PARTS, finished_results
 from benchmarks.alignment.store import Store
 
@@ -42,7 +42,7 @@ def report_part(results: Results, store: Store, model: str) -> str:
         sections += memorised_section(results)
         save(draw_margins(results), folder / "margins.png", header)
     text = "\n\n".join(sections)
-    publish(folder, text, csv_tables({part.name: results}) | decided_table(results), header)
+    publish(folder, text, csv_tables({part.name: results}) | decided_tables(results), header)
     draw_figures(results, folder, header)
     return text
 
@@ -71,10 +71,13 @@ def stage_sentence(results: Results) -> str:
     )
 
 
-def decided_table(results: Results) -> dict[str, list[Row]]:
-    """The rows of decided.csv, of those comparisons that have been run."""
+def decided_tables(results: Results) -> dict[str, list[Row]]:
+    """The rows of decided.csv, of those comparisons that have been run, and of gains.csv."""
     decided = decided_comparisons(results)
-    return {"decided": [each.row(len(decided)) for each in decided if each.is_run]}
+    return {
+        "decided": [each.row(len(decided)) for each in decided if each.is_run],
+        "gains": gains(results),
+    }
 
 
 def decided_section(results: Results) -> list[str]:
