@@ -116,13 +116,24 @@ class Head:
         """
         vocabulary = len(self.weight)
         aligned = vocabulary - vocabulary % ALIGNED
-        fitting = self.device.block_bytes // max(1, rows * self.dtype.itemsize)
-        widest = max(LEAST_COLUMNS, fitting) // ALIGNED * ALIGNED
+        widest = max(LEAST_COLUMNS, self._fitting // max(1, rows)) // ALIGNED * ALIGNED
         count = max(1, math.ceil(aligned / widest))
         even = ALIGNED * max(1, math.ceil(aligned / ALIGNED / count))
         edges = dict.fromkeys((*range(0, aligned, even), aligned, vocabulary))
         for start, stop in itertools.pairwise(edges):
             yield slice(start, stop)
+
+    def largest_block(self, rows: int) -> int:
+        """An upper bound of the logits of one block, for any tile of at most `rows` tokens.
+
+        A shorter tile has wider blocks, which may hold more logits than those of the tallest tile.
+        """
+        return min(rows * len(self.weight), max(self._fitting, rows * LEAST_COLUMNS))
+
+    @property
+    def _fitting(self) -> int:
+        """The logits that fit in `block_bytes`."""
+        return self.device.block_bytes // self.dtype.itemsize
 
     @property
     def rows(self) -> int:

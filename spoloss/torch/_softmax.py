@@ -104,10 +104,8 @@ class Workspace:
         # A half-precision product cannot be written to float32 memory.
         self._memory = None
         if head.weight.dtype == head.dtype:
-            widths = [columns.stop - columns.start for columns in head.blocks(rows)]
-            width = len(head.weight) if self._keep else max(widths, default=0)
-            self._memory = head.weight.new_empty(rows * width)
-            self._rows = rows
+            logits = rows * len(head.weight) if self._keep else head.largest_block(rows)
+            self._memory = head.weight.new_empty(logits)
 
     def block(self, n: int, columns: slice) -> Tensor | None:
         """Memory for one block [n, C], or None if the product allocates its own."""

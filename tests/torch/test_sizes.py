@@ -84,6 +84,18 @@ def test_blocks_are_as_wide_as_their_memory_allows(name: str, vocabulary: int) -
     assert len(set(aligned[:-1])) <= 1  # of one width, except that the last may be narrower
 
 
+@pytest.mark.parametrize("vocabulary", [100, 4_160, *VOCABULARIES, 128_256])
+@pytest.mark.parametrize("name", DEVICES)
+def test_the_blocks_of_shorter_tiles_fit_in_the_workspace(name: str, vocabulary: int) -> None:
+    made = head(vocabulary, DEVICES[name])
+    for rows in (1, 600, ROWS[name]):
+        memory = made.largest_block(rows)
+        assert 4 * memory <= max(BLOCK[name], 4 * 1024 * rows)
+        for shorter in range(1, rows + 1, 7):
+            widths = [block.stop - block.start for block in made.blocks(shorter)]
+            assert shorter * max(widths) <= memory
+
+
 def test_blocks_of_a_tall_tile_keep_a_least_width() -> None:
     widths = {block.stop - block.start for block in head(32_768, CPU).blocks(10**6)}
     assert widths == {1024}

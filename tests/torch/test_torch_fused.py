@@ -33,7 +33,7 @@ from helpers.fused import (
 )
 from helpers.memory import LargestTensor
 from helpers.pairwise import pairwise
-from spoloss import DPO, SPO, spo_grad, spo_loss
+from spoloss import DPO, SPO, pair_loss, spo_grad, spo_loss
 from spoloss.torch import (
     _exponentials,
     _one_pass,
@@ -575,6 +575,41 @@ def test_a_wrong_loss_is_refused_before_any_product(monkeypatch: pytest.MonkeyPa
     hidden, labels = torch.zeros(P, T, D), torch.zeros(P, T).long()
     with pytest.raises(TypeError, match="loss must be an object with value and slope"):
         linear_pair_loss(SPO, hidden, hidden, torch.zeros(V, D), labels, labels, 0.0, 0.0, beta=0.1)
+
+
+def test_tiles_of_unequal_height_with_a_frozen_head() -> None:
+    """Blocks of a tile of 526 tokens are wider, and hold more logits, than those of 1024."""
+    torch.manual_seed(0)
+    vocabulary, lengths = 4_160, torch.tensor([512, 263])
+    weight = torch.randn(vocabulary, D)
+    labels = torch.randint(vocabulary, (2, 2, 512))
+    labels[:, torch.arange(512) >= lengths[:, None]] = -100
+    hidden = [torch.randn(2, 512, D, requires_grad=True) for _ in range(2)]
+    sides = zip(hidden, labels, strict=True)
+    logps = [sequence_logps(states @ weight.T, targets, shift=False) for states, targets in sides]
+    expected = pair_loss(SPO(), *logps, -40.0, -40.0, beta=1e-3)
+    loss = linear_pair_loss(
+        SPO(), *hidden, weight, *labels, -40.0, -40.0, beta=1e-3, shift=False
+    ).loss
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_log_probabilities_in_tiles_that_are_shorter_than_they_may_be() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4_160, D, requires_grad=True)
+    hidden, labels = torch.randn(1, 1040, D), torch.randint(4_160, (1, 1040))
+    logps = linear_logps(hidden, weight, labels, shift=False)  # two tiles of 520 tokens
+    expected = sequence_logps(hidden @ weight.T, labels, shift=False)
+    torch.testing.assert_close(logps, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(each.sum(), weight)[0] for each in (logps, expected)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_numbers_of_pairs_that_differ() -> None:
