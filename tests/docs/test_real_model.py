@@ -27,9 +27,9 @@ def test_the_task_is_the_one_that_runs() -> None:
     assert f"differ by {LEAST_GAP} or more" in TEXT
     assert f"{STAGE.steps} steps of {STAGE.batch} pairs" in TEXT
     assert (STAGE.lr, STAGE.lr_end, STAGE.clip) == (3e-4, 0.0, 1.0)
-    assert {part.seeds for part in PARTS.values() if part is not PARTS["overtraining"]} == {5}
-    assert PARTS["overtraining"].seeds == 3
-    assert "There are five seeds, and three for over-training" in TEXT
+    seeds = {name: part.seeds for name, part in PARTS.items()}
+    assert seeds == {"sweep": 5, "overtraining": 3, "flips": 3, "gaps": 3}
+    assert "There are five seeds in (a) and three in the other parts" in TEXT
     over = PARTS["overtraining"].stage
     passes = over.steps * over.batch / over.pairs
     assert f"{over.pairs} pairs, {over.steps} steps of {over.batch} pairs" in TEXT

@@ -55,7 +55,7 @@ FLIPS = Part(
         for arm in arms(form, *(f"{beta}@{labels}" for beta in betas))
     ),
     stage=STAGE,
-    seeds=5,
+    seeds=3,
     prefix="flips-",
 )
 GAPS = Part(
@@ -70,7 +70,7 @@ GAPS = Part(
         *arms("squared-gap", "0.05", "0.1"),
     ),
     stage=STAGE,
-    seeds=5,
+    seeds=3,
     prefix=SWEEP.prefix,  # trained as in the sweep, so the arms of both are trained once
 )
 FIRST_FORMS = ("dpo", "spo")
