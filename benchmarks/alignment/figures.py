@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def draw_figures(results: Results, folder: Path, header: str) -> None:
 
 def save(figure: Figure, path: Path, header: str) -> None:
     """Writes a figure as PNG, under a line that says where it comes from."""
-    figure.suptitle(header, fontsize=7)
+    figure.suptitle(textwrap.fill(header, 110), fontsize=7)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomically(path, buffer.getvalue())
