@@ -31,13 +31,13 @@ SWEEP = Part(
         *arms("spo-below0", "0.003125", "0.0125", "0.025", "0.05", "0.1", "0.4"),
     ),
     stage=STAGE,
-    seeds=5,
+    seeds=4,
     prefix="sweep-",
 )
 OVERTRAINING = Part(
     "overtraining",
-    arms=(*arms("dpo", "0.1", "0.4", "1.6", "4"), *arms("spo", "0.025", "0.1", "0.4", "1")),
-    stage=replace(STAGE, pairs=48, steps=400, lr_end=1.0, snapshots=8, judgements=8),
+    arms=(*arms("dpo", "0.4", "1.6", "4"), *arms("spo", "0.1", "0.4", "1")),
+    stage=replace(STAGE, pairs=48, steps=240, lr_end=1.0, snapshots=6, judgements=6),
     seeds=3,
     prefix="overtraining-",
 )
