@@ -70,7 +70,7 @@ GAPS = Part(
         *arms("squared-gap", "0.05", "0.1"),
     ),
     stage=STAGE,
-    seeds=3,
+    seeds=4,
     prefix=SWEEP.prefix,  # trained as in the sweep, so the arms of both are trained once
 )
 FIRST_FORMS = ("dpo", "spo")
