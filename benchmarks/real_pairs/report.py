@@ -147,7 +147,7 @@ def sentences(finished: Finished) -> list[str]:
         f"({passes:.1f} passes), AdamW, learning rate {STAGE.lr:g} falling to 0, clipped at "
         f"{STAGE.clip:g}. Standard errors are over held-out prompts and leave out "
         "the variation between training runs.",
-        f"The chosen answer is the longer text , before the cut, in "
+        "The chosen answer is the longer text, before any text is cut, in "
         f"{finished.longer().percent()} % of the held-out pairs.",
     ]
 
