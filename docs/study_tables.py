@@ -8,7 +8,6 @@ from statistics import fmean
 
 from tables import measured, write
 
-MEASURES = ("accuracy", "accuracy_error", "h", "chosen_change", "rejected_change")
 SEEDS = 5  # of the tabular study
 FORMS = {
     "dpo": "DPO",
@@ -20,17 +19,22 @@ FORMS = {
 
 
 def best_against_best() -> None:
-    """One sentence: SPO against DPO, each at the beta of its greatest mean reward."""
+    """SPO against DPO, each at its best beta, on the pretrained model and the made-up language."""
+    (real,) = (
+        row
+        for row in measured("sentiment/sweep/decided.csv")
+        if row["question"] == "(a) SPO against DPO, each at its best beta"
+    )
     spo, dpo = _best("spo"), _best("dpo")
-    (row,) = (
+    (made_up,) = (
         row
         for row in measured("alignment/full/win_rates.csv")
         if (row["row"], row["column"]) == (spo, dpo)
     )
-    print(
-        f"Each at its best beta, {_title(spo)} wins **{_percent(row)} %** of the comparisons with"
-        f" {_title(dpo)}."
-    )
+    header = ["each at its best beta", "SPO", "DPO", "SPO wins (%)"]
+    smollm2 = ["SmolLM2-135M-Instruct, judged by VADER", real["ours"], real["theirs"]]
+    language = ["108,000 parameters, a made-up language", _title(spo), _title(dpo)]
+    write(header, [[*smollm2, _percent(real)], [*language, _percent(made_up)]])
 
 
 def _best(loss: str) -> str:
@@ -66,9 +70,9 @@ def matched_betas(run: str) -> None:
     write(header, [line(factor, labels) for labels in found for factor in (1, 4)])
 
 
-def decided(part: str, question: str = "") -> None:
+def decided(part: str) -> None:
     """The comparisons of a part of the real-model study that were fixed before its runs."""
-    rows = [row for row in measured(f"sentiment/{part}/decided.csv") if question in row["question"]]
+    rows = measured(f"sentiment/{part}/decided.csv")
     header = ["comparison", "", "against", "win rate (%)", "95 % interval", "verdict"]
     write(header, ([row["question"], *_decided_cells(row)] for row in rows))
 
@@ -82,20 +86,6 @@ def _decided_cells(row: dict[str, str]) -> list[str]:
 def _with_reward(row: dict[str, str], whose: str) -> str:
     reward, error = (float(row[f"{whose}_{key}"]) for key in ("reward", "reward_error"))
     return f"{row[f'{whose}s']}, reward {reward:.3f} ± {error:.3f}"
-
-
-def real_model_best() -> None:
-    """One sentence: SPO against DPO on the real model, each at its best beta."""
-    (row,) = (
-        row
-        for row in measured("sentiment/sweep/decided.csv")
-        if row["question"] == "(a) SPO against DPO, each at its best beta"
-    )
-    low, high = (f"{100 * float(row[bound]):.1f}" for bound in ("low", "high"))
-    print(
-        f"On SmolLM2-135M-Instruct, each at its best beta, {row['ours']} wins **{_percent(row)} %**"
-        f" of the comparisons with {row['theirs']} (95 % interval {low} to {high})."
-    )
 
 
 def above_reference() -> None:
@@ -163,24 +153,34 @@ def tabular(labels: str) -> None:
     write(header, ([method, *(cell(method, beta) for beta in betas)] for method in methods))
 
 
+REAL_PAIRS = {
+    "dpo:0.1": "DPO(0.1)",
+    "dpo:0.4": "DPO(0.4)",
+    "spo:0.1": "SPO(0.1)",
+    "spo-gap-weighted:0.1": "SPO(0.1), known gap",
+    "spo-gap-weighted-below0:0.1": "SPO(0.1), known gap, `linear_below=0`",
+    "spo-gap-weighted-below0:0.6": "SPO(0.6), known gap, `linear_below=0`",
+}
+
+
 def real_pairs() -> None:
     """Held-out accuracy, margin and change of log-probability of each arm on real pairs."""
-    rows = measured("real_pairs.csv")
-    cells = {(row["arm"], row["seed"]): row for row in rows}
-    arms, seeds = (dict.fromkeys(row[key] for row in rows) for key in ("arm", "seed"))
+    rows = {row["arm"]: row for row in measured("real_pairs/arms.csv")}
 
-    def columns(arm: str, seed: str) -> list[str]:
-        row = {name: float(cells[arm, seed][name]) for name in MEASURES}
+    def columns(row: dict[str, str]) -> list[str]:
+        number = {name: float(row[name]) for name in row if name not in ("arm", "folds")}
         return [
-            f"{row['accuracy']:.3f} ± {row['accuracy_error']:.3f}",
-            f"{row['h']:.2f}",
-            f"{row['chosen_change']:.2f} / {row['rejected_change']:.2f}",
+            f"{100 * number['accuracy']:.1f} ± {100 * number['accuracy_error']:.1f}",
+            f"{100 * number['lead']:+.1f} ± {100 * number['lead_error']:.1f}",
+            f"{number['h']:.2f}",
+            f"{number['held_out_dlogp_chosen']:.2f} / {number['held_out_dlogp_rejected']:.2f}",
+            f"{number['train_x_mean']:.2f}",
+            f"{number['grad_norm_max']:.2g}",
         ]
 
-    write(
-        ["", "seed", "held-out accuracy", "h", "Δlogp chosen / rejected"],
-        [[arm, seed, *columns(arm, seed)] for arm in arms for seed in seeds],
-    )
+    header = ["", "held-out accuracy (%)", "minus DPO(0.4)'s", "h (nats)"]
+    header += ["Δlogp chosen / rejected", "trained: x mean", "largest gradient norm"]
+    write(header, [[title, *columns(rows[arm])] for arm, title in REAL_PAIRS.items()])
 
 
 def _percent(row: dict[str, str]) -> str:

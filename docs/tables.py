@@ -206,6 +206,14 @@ def quote(
     write([first, *columns], ([name, *(found[name][place] for place in places)] for name in rows))
 
 
+def quote_sentence(report: str, start: str) -> None:
+    """The one line of a committed Markdown report that starts with these words."""
+    (line,) = (
+        line for line in (RESULTS / report).read_text().splitlines() if line.startswith(start)
+    )
+    print("", textwrap.fill(line, 110, break_on_hyphens=False), "", sep="\n")
+
+
 def rejected_probability() -> None:
     """Equations 7 and 8 as the rejected probability falls, times its reference probability."""
     decades = np.array([5, 10, 20, 50])

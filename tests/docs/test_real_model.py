@@ -1,21 +1,31 @@
-"""docs/real_model.md describes the task that runs and what the committed runs show."""
+"""docs/real_model.md describes the task that runs, and concludes what the committed runs show."""
 
 from __future__ import annotations
 
+import json
 import re
+from statistics import fmean
 
-from benchmarks.alignment.sentiment.parts import PARTS, STAGE, full_protocol, quick_protocol
+import pytest
+
+from benchmarks.alignment.sentiment.parts import PARTS, STAGE, full_protocol
 from benchmarks.alignment.sentiment.task import LEAST_GAP, OPENINGS, THINGS
-from helpers.pages import RESULTS, ROOT, measured, table_below
+from benchmarks.real_pairs import task as real_pairs
+from benchmarks.real_pairs.material import FOLDS, LENGTH
+from helpers.pages import RESULTS, ROOT, measured
 
 PAGE = (ROOT / "docs" / "real_model.md").read_text()
 TEXT = " ".join(PAGE.split())
-QUICK = (RESULTS / "sentiment" / "quick" / "tables.md").read_text()
 
 
-def quick(heading: str, row: str, column: str) -> str:
-    columns, rows = table_below(QUICK, heading)
-    return rows[row][columns.index(column)]
+def mean(part: str, policy: str, column: str) -> float:
+    """A figure of a policy, averaged over seeds."""
+    rows = measured(f"sentiment/{part}/policies.csv")
+    return fmean(float(row[column]) for row in rows if row["policy"] == policy)
+
+
+def verdicts(part: str) -> dict[str, str]:
+    return {row["question"]: row["verdict"] for row in measured(f"sentiment/{part}/decided.csv")}
 
 
 def test_the_task_is_the_one_that_runs() -> None:
@@ -27,40 +37,89 @@ def test_the_task_is_the_one_that_runs() -> None:
     assert f"differ by {LEAST_GAP} or more" in TEXT
     assert f"{STAGE.steps} steps of {STAGE.batch} pairs" in TEXT
     assert (STAGE.lr, STAGE.lr_end, STAGE.clip) == (3e-4, 0.0, 1.0)
-    seeds = {name: part.seeds for name, part in PARTS.items()}
-    assert seeds == {"sweep": 5, "overtraining": 3, "flips": 3, "gaps": 3}
-    assert "There are five seeds in (a) and three in the other parts" in TEXT
     over = PARTS["overtraining"].stage
     passes = over.steps * over.batch / over.pairs
     assert f"{over.pairs} pairs, {over.steps} steps of {over.batch} pairs" in TEXT
     assert f"({passes:.0f} passes)" in TEXT
+    seeds = {name: part.seeds for name, part in PARTS.items()}
+    assert seeds == {"sweep": 4, "overtraining": 3, "flips": 3, "gaps": 4}
+    assert "There are four seeds in (a) and (d) and three in (b) and (c)" in TEXT
 
 
-def test_what_has_been_run_is_what_is_committed() -> None:
-    for name in PARTS:
-        if (RESULTS / "sentiment" / name).exists():
-            assert f"sentiment/{name}/tables.md" in PAGE
-    if not any((RESULTS / "sentiment" / name).exists() for name in PARTS):
-        assert "None of the comparisons (a) to (d) has been run" in TEXT
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_is_complete_and_on_the_page(name: str) -> None:
+    settings = json.loads((RESULTS / "sentiment" / "settings.json").read_text())
+    assert settings[name] == PARTS[name].settings()
+    tables = (RESULTS / "sentiment" / name / "tables.md").read_text()
+    assert "not complete" not in tables
+    assert "not run yet" not in tables
+    assert f"sentiment/{name}/tables.md" in PAGE
 
 
-def test_what_the_page_concludes_from_the_quick_run() -> None:
-    arms = ("DPO(0.1)", "DPO(0.4)", "SPO(0.1)")
-    policies = "### Policies, clean labels"
+def test_both_losses_learn_the_task() -> None:
+    rows = {row["form"]: row for row in measured("sentiment/sweep/gains.csv")}
+    for form in ("dpo", "spo", "squared", "spo-below0"):
+        assert float(rows[form]["gain"]) > 3 * float(rows[form]["standard_error"])
 
-    def figures(column: str) -> list[float]:
-        return [float(quick(policies, row, column)) for row in ("reference", *arms)]
 
-    reward, nll = figures("reward"), figures("NLL under the reference (nats/token)")
-    assert min(reward[1:]) > reward[0]
-    assert max(abs(each - nll[0]) for each in nll[1:]) < 0.2
-    assert abs(float(quick("### All win rates", "SPO(0.1)", "DPO(0.4)")) - 50.0) < 1.0
-    assert re.search(r"^196 training pairs", QUICK, re.MULTILINE)
-    assert "(2.6 passes at most)" in QUICK
-    assert all(quick("### Pairs, clean labels", arm, "x < 0 (%)") == "0" for arm in arms)
-    assert f"Of the {quick_protocol('model').foundation.measured_pairs} training pairs" in TEXT
-    held_out = [
-        float(row["held_out_x_mean"] or "nan")
-        for row in measured("sentiment/quick/policies.csv")[1:]
-    ]
-    assert max(map(abs, held_out)) < 0.05
+@pytest.mark.parametrize("name", PARTS)
+def test_no_comparison_is_decided(name: str) -> None:
+    assert set(verdicts(name).values()) == {"not distinguishable"}
+
+
+def test_spo_and_dpo_at_four_times_the_beta_are_the_same_run() -> None:
+    betas = (("0.003125", "0.0125"), ("0.0125", "0.05"), ("0.025", "0.1"), ("0.05", "0.2"))
+    for spo, dpo in (*betas, ("0.1", "0.4")):
+        for side in ("chosen", "rejected"):
+            ours, theirs = (
+                mean("sweep", policy, f"train_dlogp_{side}")
+                for policy in (f"spo:{spo}", f"dpo:{dpo}")
+            )
+            assert abs(ours - theirs) < 0.1
+
+
+def test_what_the_sweep_shows() -> None:
+    assert {row["verdict"] for row in measured("sentiment/sweep/comparisons.csv")} == {
+        "not distinguishable"
+    }
+    (row,) = (
+        row
+        for row in measured("sentiment/sweep/decided.csv")
+        if row["question"].startswith("(a) SPO against DPO")
+    )
+    low, high = float(row["low"]), float(row["high"])
+    assert low < 0.5373 < high
+    assert high == pytest.approx(0.5650, abs=0.005)
+    for beta in ("0.0125", "0.05", "0.1", "0.4"):
+        assert mean("sweep", f"spo:{beta}", "kl") < mean("sweep", f"dpo:{beta}", "kl")
+    for policy in ("spo:0.003125", "spo:0.0125", "dpo:0.0125"):
+        assert mean("sweep", policy, "reward") == pytest.approx(0.33, abs=0.006)
+    own = mean("sweep", "reference", "reference_nll")
+    for policy in {row["policy"] for row in measured("sentiment/sweep/policies.csv")}:
+        assert abs(mean("sweep", policy, "reference_nll") - own) < 0.3
+        assert mean("sweep", policy, "distinct_2") > mean("sweep", "reference", "distinct_2") - 0.07
+
+
+def test_flipped_labels_cost_all_losses_about_the_same() -> None:
+    for labels, expected in (("flip20", 0.2), ("flip40", 0.15)):
+        for form in ("dpo", "spo", "squared"):
+            policies = {row["policy"] for row in measured("sentiment/flips/policies.csv")}
+            rewards = [
+                mean("flips", policy, "reward")
+                for policy in policies
+                if policy.startswith(f"{form}:") and policy.endswith(labels)
+            ]
+            assert max(rewards) == pytest.approx(expected, abs=0.03)
+
+
+def test_real_pairs_are_level_and_length_is_a_better_judge() -> None:
+    assert f"cut at {LENGTH} tokens" in TEXT
+    assert FOLDS == 5
+    assert f"learning rate of {real_pairs.STAGE.lr:.0e}".replace("e-0", "e-") in TEXT
+    report = (RESULTS / "real_pairs" / "tables.md").read_text()
+    (longer,) = re.findall(r"longer text, before any text is cut, in ([\d.]+) ±", report)
+    for row in measured("real_pairs/arms.csv"):
+        assert abs(float(row["lead"])) <= 2 * float(row["lead_error"])
+        assert 100 * float(row["accuracy"]) < float(longer)
+    settings = json.loads((RESULTS / "real_pairs" / "settings.json").read_text())
+    assert settings["arms"] == [str(arm) for arm in real_pairs.ARMS]
