@@ -31,10 +31,13 @@ def best_against_best() -> None:
         for row in measured("alignment/full/win_rates.csv")
         if (row["row"], row["column"]) == (spo, dpo)
     )
-    header = ["each at its best beta", "SPO", "DPO", "SPO wins (%)"]
+    header = ["each at its best beta", "SPO", "DPO", "SPO wins (%)", "95 % interval"]
+    low, high = (f"{100 * float(real[bound]):.1f}" for bound in ("low", "high"))
     smollm2 = ["SmolLM2-135M-Instruct, judged by VADER", real["ours"], real["theirs"]]
     language = ["108,000 parameters, a made-up language", _title(spo), _title(dpo)]
-    write(header, [[*smollm2, _percent(real)], [*language, _percent(made_up)]])
+    # On the made-up language beta was chosen on the answers that count, so there is no interval.
+    rows = [[*smollm2, _percent(real), f"{low} to {high}"], [*language, _percent(made_up), "-"]]
+    write(header, rows)
 
 
 def _best(loss: str) -> str:
@@ -179,7 +182,7 @@ def real_pairs() -> None:
         ]
 
     header = ["", "held-out accuracy (%)", "minus DPO(0.4)'s", "h (nats)"]
-    header += ["Δlogp chosen / rejected", "trained: x mean", "largest gradient norm"]
+    header += ["Δlogp chosen / rejected (nats)", "64 trained pairs: x mean", "largest gradient norm"]
     write(header, [[title, *columns(rows[arm])] for arm, title in REAL_PAIRS.items()])
 
 

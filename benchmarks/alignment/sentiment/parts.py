@@ -36,7 +36,7 @@ SWEEP = Part(
 )
 OVERTRAINING = Part(
     "overtraining",
-    arms=(*arms("dpo", "0.4", "1.6", "4"), *arms("spo", "0.1", "0.4", "1")),
+    arms=(*arms("dpo", "0.4", "1.6"), *arms("spo", "0.1", "0.4")),
     stage=replace(STAGE, pairs=48, steps=240, lr_end=1.0, snapshots=6, judgements=6),
     seeds=3,
     prefix="overtraining-",
