@@ -182,7 +182,11 @@ def real_pairs() -> None:
         ]
 
     header = ["", "held-out accuracy (%)", "minus DPO(0.4)'s", "h (nats)"]
-    header += ["Δlogp chosen / rejected (nats)", "64 trained pairs: x mean", "largest gradient norm"]
+    header += [
+        "Δlogp chosen / rejected (nats)",
+        "64 trained pairs: x mean",
+        "largest gradient norm",
+    ]
     write(header, [[title, *columns(rows[arm])] for arm, title in REAL_PAIRS.items()])
 
 
