@@ -76,7 +76,8 @@ def matched_betas(run: str) -> None:
 def decided(part: str) -> None:
     """The comparisons of a part of the real-model study that were fixed before its runs."""
     rows = measured(f"sentiment/{part}/decided.csv")
-    header = ["comparison", "", "against", "win rate (%)", "95 % interval", "verdict"]
+    header = ["comparison", "the first", "the second", "wins of the first (%)"]
+    header += ["95 % interval", "verdict"]
     write(header, ([row["question"], *_decided_cells(row)] for row in rows))
 
 
