@@ -92,6 +92,20 @@ def _with_reward(row: dict[str, str], whose: str) -> str:
     return f"{row[f'{whose}s']}, reward {reward:.3f} ± {error:.3f}"
 
 
+def over_training(measure: str, digits: int) -> None:
+    """A measure of the answers during over-training, by policy and step; means over seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in measured("sentiment/overtraining/judgements.csv"):
+        policy = found.setdefault(_title(row["policy"]), {})
+        policy.setdefault(row["step"], []).append(float(row[measure]))
+    steps = next(iter(found.values()))
+    rows = [
+        [title, *(f"{fmean(each[step]):.{digits}f}" for step in steps)]
+        for title, each in found.items()
+    ]
+    write([measure, *(f"step {step}" for step in steps)], rows)
+
+
 def above_reference() -> None:
     """How much more reward than the reference DPO and SPO get on the real model."""
     rows = {row["form"]: row for row in measured("sentiment/sweep/gains.csv")}

@@ -357,8 +357,14 @@ def test_a_study_in_parts(folder: str, tmp_path: Path) -> None:
         store.read(f"seed-0/{name}")["reward"] for name in ("sweep-squared:0.1", "foundation")
     )
     assert gains["squared"] == pytest.approx(reward - reference, abs=1e-5)
-    over = store.read("seed-0/overtraining-dpo:0.1")
+    over = store.read("seed-0/overtraining-dpo:0.4")
     assert [each["step"] for each in over["judgements"]] == [1, 2]
+    judgements = rows_of(store.folder / "overtraining/judgements.csv")
+    assert [row["step"] for row in judgements if row["policy"] == "dpo:0.4"] == ["1", "2"]
+    assert float(judgements[1]["reward"]) == pytest.approx(
+        over["judgements"][1]["reward"], abs=1e-5
+    )
+    assert not (store.folder / "sweep/judgements.csv").exists()
 
 
 def test_the_command_line(

@@ -42,7 +42,7 @@ def report_part(results: Results, store: Store, model: str) -> str:
         sections += memorised_section(results)
         save(draw_margins(results), folder / "margins.png", header)
     text = "\n\n".join(sections)
-    publish(folder, text, csv_tables({part.name: results}) | decided_tables(results), header)
+    publish(folder, text, csv_tables({part.name: results}) | own_tables(results), header)
     draw_figures(results, folder, header)
     return text
 
@@ -71,13 +71,25 @@ def stage_sentence(results: Results) -> str:
     )
 
 
-def decided_tables(results: Results) -> dict[str, list[Row]]:
-    """The rows of decided.csv, of those comparisons that have been run, and of gains.csv."""
+def own_tables(results: Results) -> dict[str, list[Row]]:
+    """The rows of decided.csv, gains.csv and judgements.csv; of what has been run."""
     decided = decided_comparisons(results)
     return {
         "decided": [each.row(len(decided)) for each in decided if each.is_run],
         "gains": gains(results),
+        "judgements": judgement_rows(results),
     }
+
+
+def judgement_rows(results: Results) -> list[Row]:
+    """What the answers on the way were, where training looked at them."""
+    keys = ("step", "reward", "kl", *(measure.key for measure in results.foundation.measures))
+    return [
+        {"policy": str(arm), "seed": seed, **{key: judged[key] for key in keys}}
+        for arm, found in results.arms.items()
+        for seed, each in enumerate(found)
+        for judged in each["judgements"]
+    ]
 
 
 def decided_section(results: Results) -> list[str]:
