@@ -83,13 +83,13 @@ def decided(part: str) -> None:
 
 def _decided_cells(row: dict[str, str]) -> list[str]:
     low, high = (f"{100 * float(row[bound]):.1f}" for bound in ("low", "high"))
-    policies = [_with_reward(row, "our"), _with_reward(row, "their")]
+    policies = [_with_reward(row, "ours", "our"), _with_reward(row, "theirs", "their")]
     return [*policies, _percent(row), f"{low} to {high}", row["verdict"]]
 
 
-def _with_reward(row: dict[str, str], whose: str) -> str:
-    reward, error = (float(row[f"{whose}_{key}"]) for key in ("reward", "reward_error"))
-    return f"{row[f'{whose}s']}, reward {reward:.3f} ± {error:.3f}"
+def _with_reward(row: dict[str, str], policy: str, prefix: str) -> str:
+    reward, error = (float(row[f"{prefix}_{key}"]) for key in ("reward", "reward_error"))
+    return f"{row[policy]}, reward {reward:.3f} ± {error:.3f}"
 
 
 def over_training(measure: str, digits: int) -> None:

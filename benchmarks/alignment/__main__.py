@@ -29,7 +29,7 @@ def plan(argv: Sequence[str] | None) -> Plan:
     """Reads the command line.
 
     Raises:
-      InputError: it asks for what there is not.
+      InputError: an option is unknown or out of range.
     """
     description = f"{__doc__}\n{arms.__doc__}"
     parser = command_line(PROGRAM, description, " or ".join(map(str, OUTPUTS.values())))

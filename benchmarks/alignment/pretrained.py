@@ -184,6 +184,12 @@ class TopBlocks:
         return PairLoss(torch.stack(losses).sum(), log_ratio_margin(*logps))
 
 
+def reference_policy(model: str) -> TopBlocks:
+    """The pretrained model as a policy."""
+    base = load_base(model)
+    return TopBlocks(base, base.top)
+
+
 def trim(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """States and labels without the columns that are padding in all rows."""
     states, labels = inputs["states"], inputs["labels"]

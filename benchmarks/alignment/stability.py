@@ -300,7 +300,7 @@ def plan(argv: Sequence[str] | None) -> Plan:
     """Reads the command line.
 
     Raises:
-      InputError: it asks for what there is not.
+      InputError: an option is unknown or out of range.
     """
     options = command_line(PROGRAM, __doc__, str(OUTPUT)).parse_args(argv)
     workers = at_least_one("--workers", options.workers)

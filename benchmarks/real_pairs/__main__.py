@@ -32,7 +32,7 @@ def plan(argv: Sequence[str] | None) -> Plan:
     """Reads the command line and the pairs.
 
     Raises:
-      InputError: it asks for what there is not, or the pairs cannot be read.
+      InputError: an option is out of range, or the pairs or the model cannot be read.
     """
     parser = command_line(PROGRAM, __doc__, str(OUTPUT))
     parser.add_argument("--pairs", type=Path, required=True, help="JSON lines, plain or .gz")

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from benchmarks.alignment import seeds
 from benchmarks.alignment.errors import InputError
-from benchmarks.alignment.pretrained import IGNORED, Base, TopBlocks, load_base
+from benchmarks.alignment.pretrained import (
+    IGNORED,
+    Base,
+    TopBlocks,
+    load_base,
+    reference_policy,
+)
 from benchmarks.alignment.training import Answers, StepHook, score
 
 if TYPE_CHECKING:
@@ -79,7 +85,7 @@ class Material:
     @property
     def reference(self) -> TopBlocks:
         """The model as a policy."""
-        return TopBlocks(self.base, self.base.top)
+        return reference_policy(self.model)
 
     def tokens_of(self, rows: range) -> list[TokenPair]:
         """Some of the pairs as token ids, cut at `LENGTH`."""

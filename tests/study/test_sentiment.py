@@ -13,7 +13,13 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks import smollm2
 from benchmarks.alignment.arms import FORMS, Arm, Logps, parse_arm
-from benchmarks.alignment.pretrained import IGNORED, TopBlocks, load_base, write_answers
+from benchmarks.alignment.pretrained import (
+    IGNORED,
+    TopBlocks,
+    load_base,
+    reference_policy,
+    write_answers,
+)
 from benchmarks.alignment.protocol import Protocol
 from benchmarks.alignment.results import Estimate
 from benchmarks.alignment.sentiment import __main__ as command
@@ -31,7 +37,6 @@ from benchmarks.alignment.sentiment.task import (
     all_openings,
     distinct_2,
     draw_pairs,
-    reference_policy,
     sentiment,
     split_openings,
     write_reviews,

@@ -36,7 +36,7 @@ def plan(argv: Sequence[str] | None) -> Plan:
     """Reads the command line.
 
     Raises:
-      InputError: it asks for what there is not.
+      InputError: an option is unknown or out of range, or the model cannot be read.
     """
     outputs = " or ".join(map(str, OUTPUTS.values()))
     parser = command_line(PROGRAM, __doc__, outputs)

@@ -32,6 +32,7 @@ from benchmarks.alignment.pretrained import (
     TopBlocks,
     Written,
     load_base,
+    reference_policy,
     write_answers,
 )
 from benchmarks.alignment.store import Store
@@ -165,12 +166,6 @@ class SentimentGround(Ground[TopBlocks]):
             "rewards": reviews.rewards.tolist(),
             "texts": reviews.texts[:: self.answers][:SHOWN_TEXTS],
         }
-
-
-def reference_policy(model: str) -> TopBlocks:
-    """The pretrained model as a policy."""
-    base = load_base(model)
-    return TopBlocks(base, base.top)
 
 
 def all_openings() -> list[str]:
