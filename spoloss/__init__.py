@@ -1,7 +1,7 @@
 """Preference losses for language-model alignment: SPO, DPO and the squared loss.
 
 SPO is Stable Preference Optimization (Y. Tan, "A Stable and Principled Loss Function for Direct
-Language Model Alignment", 12 August 2025): l = -x * e^(-x), x = beta * h. It is not Smart
+Language Model Alignment", arXiv:2508.07137v1): l = -x * e^(-x), x = beta * h. It is not Smart
 Predict-then-Optimize, Soft Preference Optimization or SPPO, which share the letters.
 """
 

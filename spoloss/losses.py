@@ -7,7 +7,7 @@ has a value l(h) and a slope dl/dh. Both are elementwise, on arrays of PyTorch, 
 any other library that follows the Python array API standard.
 
 "Paper" is Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
-12 August 2025. "DPO" is Rafailov et al. 2023, arXiv:2305.18290.
+arXiv:2508.07137v1. "DPO" is Rafailov et al. 2023, arXiv:2305.18290.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The comparisons that were decided before any run, each loss at its own best setting.
+"""The comparisons that were written down before the runs, each loss at its own best setting.
 
 For each seed, the other seeds choose the best setting. So a setting that was lucky in a seed, in
 its training or in the answers that were drawn, has no advantage there.

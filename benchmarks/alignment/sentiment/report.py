@@ -93,7 +93,7 @@ def judgement_rows(results: Results) -> list[Row]:
 
 
 def decided_section(results: Results) -> list[str]:
-    """The comparisons that were decided before the runs."""
+    """The comparisons that were written down before the runs."""
     decided = decided_comparisons(results)
     if not decided:
         return []
