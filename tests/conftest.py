@@ -18,39 +18,56 @@ import numpy as np
 import pytest
 import torch
 
+import spoloss
 from helpers.backends import BACKENDS, Backend
+from helpers.interpreter import run_python
 
-# Behind all else: the benchmarks come from the checkout, the package as it is installed.
-sys.path.append(str(Path(__file__).parents[1]))
+TESTS = Path(__file__).parent
+EXTENDED = {
+    *("distributed", "recipes", "study"),
+    *("test_explorer.py", "test_more_losses.py", "test_site.py", "test_your_own_loss.py"),
+}
+"""Folders and files whose tests are all extended; the default run does not even import them."""
+
+sys.path.append(str(TESTS.parent))  # behind all else: benchmarks from here, spoloss as it is installed
 
 jax.config.update("jax_enable_x64", True)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "nightly", deadline=None, derandomize=False, max_examples=1000, print_blob=True
+)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-SLOW = (
-    *("distributed", "recipes", "study"),
-    *("test_explorer.py", "test_more_losses.py", "test_real_model.py", "test_your_own_loss.py"),
-)
-"""Tests that start other processes, whole training frameworks, models or a browser."""
+def pytest_configure() -> None:
+    """Tests and the processes that they start must import one package, the installed one."""
+    theirs = run_python("-c", "import spoloss; print(spoloss.__file__)").stdout.strip()
+    if Path(theirs).resolve() != Path(spoloss.__file__).resolve():
+        pytest.exit(
+            f"The tests import {spoloss.__file__}, but the processes that they start import "
+            f"{theirs or 'no spoloss'}: install the package, and run `pytest`, not "
+            "`python -m pytest`.",
+            returncode=pytest.ExitCode.USAGE_ERROR,
+        )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     # Importing the frameworks takes as long as many tests.
-    return True if config.option.markexpr == "not slow" and is_slow(collection_path) else None
+    default = config.option.markexpr == "not extended"
+    return True if default and is_extended(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if is_slow(item.path):
-            item.add_marker("slow")
+        if is_extended(item.path):
+            item.add_marker("extended")
 
 
-def is_slow(path: Path) -> bool:
-    """Whether all tests of a file are slow."""
-    return path.name in SLOW or path.parent.name in SLOW
+def is_extended(path: Path) -> bool:
+    """Whether all tests of a file or folder are extended."""
+    return not EXTENDED.isdisjoint(path.relative_to(TESTS).parts)
 
 
 @pytest.fixture(scope="module")

@@ -154,11 +154,6 @@ def test_the_check_of_arguments_sees_one_that_is_missing() -> None:
     assert undocumented(function) == {"weights"}
 
 
-def test_a_process_of_its_own_imports_the_same_package() -> None:
-    done = run_python("-c", "import spoloss; print(spoloss.__file__)")
-    assert Path(done.stdout.strip()).samefile(spoloss.__file__), done.stderr
-
-
 def test_import_loads_no_framework() -> None:
     done = run_python(
         "-W",

@@ -121,8 +121,6 @@ def test_a_run_goes_on_and_is_reported(
         assert np.abs(margins).min() > 0.0
         assert float(rows[str(arm)]["accuracy"]) == pytest.approx((margins > 0).mean(), abs=1e-5)
     assert float(rows["dpo:0.4"]["lead"]) == 0.0
-    # Arms of one fold see the same batches, but no two of them are the same loss.
-    assert len({row["held_out_x_mean"] for row in rows.values()}) == len(rows)
 
 
 @pytest.mark.usefixtures("short")
