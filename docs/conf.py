@@ -54,6 +54,7 @@ NAVIGATION = {
     "Evidence": [
         "claims",
         "real_model",
+        "second_study",
         "performance",
         "numerics",
         "transforms",

@@ -22,6 +22,7 @@ class Part:
       arms: each of them trained for every seed.
       stage: how.
       seeds: how often all of it is repeated, from the prompts' split to the order of pairs.
+      first_seed: the seeds are counted from here.
       prefix: stands before an arm in the store; parts with the same stage can share it, and with
         it the results of the same arms.
     """
@@ -31,6 +32,12 @@ class Part:
     stage: Stage
     seeds: int
     prefix: str = ""
+    first_seed: int = 0
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds themselves."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def result_name(self, arm: Arm, seed: int) -> str:
         """Under which the store keeps an arm."""
@@ -39,14 +46,14 @@ class Part:
     def settings(self) -> dict[str, Any]:
         """All of it, as it is written to settings.json."""
         return {
-            "seeds": self.seeds,
+            "seeds": list(self.all_seeds) if self.first_seed else self.seeds,
             "arms": [str(arm) for arm in self.arms],
             "stage": asdict(self.stage),
         }
 
     def jobs(self, foundation: Foundation[Any], seed: int) -> list[Job]:
         """Those of a seed, the foundation's left out."""
-        if seed >= self.seeds:
+        if seed not in self.all_seeds:
             return []
         return [
             arm_job(self.result_name(arm, seed), arm, self.stage, foundation, seed)
@@ -84,7 +91,7 @@ class Protocol:
 def jobs_of(foundation: Foundation[Any], parts: Sequence[Part]) -> list[Job]:
     """The jobs of parts of an experiment, seed by seed, each seed's foundation first."""
     found = []
-    for seed in range(max(part.seeds for part in parts)):
+    for seed in sorted({seed for part in parts for seed in part.all_seeds}):
         found.append(foundation_job(foundation, seed))
         for part in parts:
             found += part.jobs(foundation, seed)

@@ -84,7 +84,7 @@ class Results:
 
     def __init__(self, foundation: Foundation[Any], part: Part, store: Store) -> None:
         self.foundation, self.part = foundation, part
-        seeds = range(part.seeds)
+        seeds = part.all_seeds
         self.references = [store.read(foundation_name(seed)) for seed in seeds]
         self.arms = {
             arm: [store.read(part.result_name(arm, seed)) for seed in seeds] for arm in part.arms

@@ -398,7 +398,7 @@ def test_the_command_line(
         ("--quick", "the following arguments are required: --model"),
         ("--model no/such/folder --quick", "expected a folder or a name on the Hugging Face Hub"),
         ("--model {empty} --quick", "expected a Transformers model, got: Couldn't"),
-        ("--model {folder}", "one of the arguments --quick --parts --report is required"),
+        ("--model {folder}", "one of the arguments --quick --parts --second --report is required"),
         ("--model {folder} --parts sweeps", "argument --parts: invalid choice: 'sweeps'"),
         ("--model {folder} --report --workers 0", "--workers: expected at least 1, got 0"),
     ],

@@ -5,6 +5,7 @@
     python -m benchmarks.alignment.sentiment --model FOLDER --parts sweep
     python -m benchmarks.alignment.sentiment --model FOLDER --parts sweep overtraining flips gaps
     python -m benchmarks.alignment.sentiment --model FOLDER --report        what is finished so far
+    python -m benchmarks.alignment.sentiment --model FOLDER --second        docs/second_study.md
 
 The model, SmolLM2-135M-Instruct for the committed results, continues openings such as "To be
 honest, the hotel was". The reward of an answer is VADER's compound score. Pairs are two answers of
@@ -25,11 +26,15 @@ from benchmarks.alignment.sentiment.parts import (
     full_protocol,
     jobs_in_order,
     quick_protocol,
+    second_protocol,
 )
 from benchmarks.alignment.sentiment.report import report
 
 PROGRAM = "python -m benchmarks.alignment.sentiment"
-OUTPUTS = {"quick": Path("runs/sentiment-quick"), "full": Path("runs/sentiment")}
+OUTPUTS = {
+    name: Path(f"runs/sentiment{suffix}")
+    for name, suffix in (("quick", "-quick"), ("second", "-second"), ("full", ""))
+}
 
 
 def plan(argv: Sequence[str] | None) -> Plan:
@@ -46,16 +51,19 @@ def plan(argv: Sequence[str] | None) -> Plan:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--quick", action="store_true", help="one seed, three arms")
     what.add_argument("--parts", nargs="+", choices=PARTS, help="of the whole study")
+    what.add_argument("--second", action="store_true", help="the second study")
     what.add_argument("--report", action="store_true", help="of what is finished; trains nothing")
     options = parser.parse_args(argv)
-    protocol = quick_protocol(options.model) if options.quick else full_protocol(options.model)
-    chosen = {"quick"} if options.quick else set(options.parts or ())
+    name = "quick" if options.quick else "second" if options.second else "full"
+    protocols = {"quick": quick_protocol, "second": second_protocol, "full": full_protocol}
+    protocol = protocols[name](options.model)
+    chosen = {"quick", "matched"} if name != "full" else set(options.parts or ())
     parts = [part for part in protocol.parts if part.name in chosen]
     return Plan(
         protocol.settings(),
         jobs_in_order(protocol.foundation, parts),
         partial(report, protocol),
-        options.output or OUTPUTS["quick" if options.quick else "full"],
+        options.output or OUTPUTS[name],
         at_least_one("--workers", options.workers),
     )
 

@@ -73,6 +73,17 @@ GAPS = Part(
     seeds=4,
     prefix=SWEEP.prefix,  # trained as in the sweep, so the arms of both are trained once
 )
+MATCHED = Part(  # of the second study: docs/second_study.md, part 1
+    "matched",
+    arms=(
+        *arms("dpo", "0.0125", "0.05", "0.1", "0.4"),
+        *arms("spo", "0.003125", "0.0125", "0.025", "0.1"),
+    ),
+    stage=STAGE,
+    seeds=8,
+    first_seed=10,
+    prefix="matched-",
+)
 FIRST_FORMS = ("dpo", "spo")
 PARTS = {part.name: part for part in (SWEEP, OVERTRAINING, FLIPS, GAPS)}
 
@@ -100,11 +111,12 @@ def finished_results(foundation: SentimentFoundation, part: Part, store: Store) 
 
     first = [arm for arm in part.arms if arm.form in FIRST_FORMS]
     seeds = 0
-    while seeds < part.seeds and all(is_finished(arm, seeds) for arm in first):
+    while seeds < part.seeds and all(is_finished(arm, part.first_seed + seeds) for arm in first):
         seeds += 1
     if seeds == 0:
         return None
-    arms = [arm for arm in part.arms if all(is_finished(arm, seed) for seed in range(seeds))]
+    finished = part.all_seeds[:seeds]
+    arms = [arm for arm in part.arms if all(is_finished(arm, seed) for seed in finished)]
     return Results(foundation, replace(part, arms=tuple(arms), seeds=seeds), store)
 
 
@@ -114,6 +126,11 @@ def quick_protocol(model: str) -> Protocol:
         model, held_out_openings=18, pair_answers=10, held_out_pair_answers=4, limit_answers=8
     )
     return Protocol(foundation, (QUICK,))
+
+
+def second_protocol(model: str) -> Protocol:
+    """The second study, with five times as many answers."""
+    return Protocol(SentimentFoundation(model, answers=50), (MATCHED,))
 
 
 def full_protocol(model: str) -> Protocol:
