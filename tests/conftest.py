@@ -29,7 +29,8 @@ EXTENDED = {
 }
 """Folders and files whose tests are all extended; the default run does not even import them."""
 
-sys.path.append(str(TESTS.parent))  # behind all else: benchmarks from here, spoloss as it is installed
+# Behind all else: the benchmarks come from the checkout, the package as it is installed.
+sys.path.append(str(TESTS.parent))
 
 jax.config.update("jax_enable_x64", True)
 
