@@ -151,7 +151,7 @@ class HeadGradient:
         empty = columns.start >= self._filled
         self._filled = max(self._filled, columns.stop)
         # The slope multiplies the small array [n, D], not [n, V].
-        factor = (-self._model.gain * slopes * (shift - softmax.lse).exp())[:, None]
+        factor = (-self._model.gain * slopes * softmax.share(shift))[:, None]
         if self._weight is not None:
             rows = self._weight[columns]
             accumulate(rows, exps.t(), states * factor, self._model.device, empty=empty)

@@ -85,7 +85,10 @@ class Head:
     def logits(
         self, states: Tensor, columns: slice, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Some columns of the logits, [n, C], and the soft-capping's derivative 1 - tanh^2."""
+        """Some columns of the logits, [n, C], and the soft-capping's derivative 1 - tanh^2.
+
+        A bias of -inf forbids a vocabulary entry, so the soft-capping leaves its logit at -inf.
+        """
         logits = product(states, self.weight[columns].t(), self.dtype, self.device, out)
         if self.bias is not None:
             logits.add_(self.bias[columns])
@@ -94,14 +97,20 @@ class Head:
             return (logits if self.gain == 1.0 else logits.mul_(self.gain)), None
         logits.mul_(self.options.logit_scale / softcap).tanh_()
         bend = 1.0 - logits * logits
-        return logits.mul_(softcap / self.options.temperature), bend
+        logits.mul_(softcap / self.options.temperature)
+        if self.bias is not None:
+            logits.masked_fill_(self.bias[columns] == -math.inf, -math.inf)
+        return logits, bend
 
     def bend_at(self, target_logit: Tensor) -> Tensor:
-        """The soft-capping's derivative at known logits. It is 1 without soft-capping."""
+        """The soft-capping's derivative at known logits. It is 1 without soft-capping.
+
+        It is 0 at a logit of -inf, of an entry that a bias forbids.
+        """
         if self.options.softcap is None:
             return torch.ones_like(target_logit)
         capped = target_logit * (self.options.temperature / self.options.softcap)
-        return 1.0 - capped * capped
+        return (1.0 - capped * capped).clamp(min=0.0)
 
     def local(self, targets: Tensor) -> Tensor:
         """Targets as rows of this rank's weight, out of range if another rank has the row."""

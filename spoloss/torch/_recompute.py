@@ -1,8 +1,9 @@
 """Token log-probabilities with gradients that are computed in the backward, from recomputed logits.
 
 This works for any loss and needs no slope in the forward. It takes four matrix products per token,
-and one pass takes three. The forward keeps the log-sum-exp of each token, so that the backward can
-use each block of a tile immediately.
+and one pass takes three. The forward keeps the log-sum-exp of each token as two numbers, the
+largest logit and the sum of exp(logit - largest), so that the backward can use each block of a tile
+immediately.
 
 Under torch.compile the same computation is one opaque operator, because its tiles depend on the
 number of labels that count. So one graph works for batches of any length.
@@ -97,19 +98,19 @@ class _TokenLogps(torch.autograd.Function):
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, table: TokenTable, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and log-sum-exp of each token, [B, T], 0 for ignored labels."""
+    """Log-probabilities [B, T] and log-sum-exp [2, B * T] of each token, 0 for ignored labels."""
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head.of(weight, bias, options)
         batch = Batch.of(table, hidden)
         logps = hidden.new_zeros(len(batch.hidden[0]), dtype=head.dtype)
-        lse = torch.zeros_like(logps)
+        lse = logps.new_zeros(2, len(logps))
         workspace = Workspace(head, min(head.rows, len(table)), keep=False)
         for rows in tiles(table.all_rows, head.rows):
             tile = batch.tile(rows, head.weight.dtype)
             softmax = softmax_of(head, tile, workspace, keep=False, product=False)
             logps[tile.tokens.place] = softmax.logps
-            lse[tile.tokens.place] = softmax.lse
-    return logps.view(hidden.shape[:2]), lse.view(hidden.shape[:2])
+            lse[:, tile.tokens.place] = torch.stack([softmax.peak, softmax.total])
+    return logps.view(hidden.shape[:2]), lse
 
 
 def _backward(
@@ -133,7 +134,7 @@ def _backward(
             tile = batch.tile(rows, head.weight.dtype)
             place = tile.tokens.place
             slopes = upstream.flatten()[place].to(head.dtype)
-            softmax = known_softmax(head, tile, logps.flatten()[place], lse.flatten()[place])
+            softmax = known_softmax(head, tile, logps.flatten()[place], *lse[:, place])
             product = torch.zeros_like(tile.states, dtype=head.dtype) if wanted.hidden else None
             blocks = known_blocks(head, tile, softmax, product, workspace)
             gradients.head.add(tile.states, softmax, blocks, slopes)
@@ -172,7 +173,7 @@ def _forward_operator(
 def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(others[-1] or weight.dtype, torch.float32)
     logps = hidden.new_empty(hidden.shape[:2], dtype=dtype)
-    return logps, torch.empty_like(logps)
+    return logps, logps.new_empty(2, logps.numel())
 
 
 @torch.library.custom_op("spoloss::token_logps_backward", mutates_args=())

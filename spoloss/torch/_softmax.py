@@ -2,14 +2,15 @@
 
 A block is some columns [n, C] of the tile's logits. An online softmax visits the blocks in turn. It
 computes the logits of a block and their exponentials, and rescales the earlier sums when a larger
-logit appears. With y the target, z the logits, and
+logit appears. With y the target, z the logits, m the largest of them, and
 
-    rest = log sum_{v != y} exp(z_v),    lse = log sum_v exp(z_v):
+    others = sum_{v != y} exp(z_v - m),    gap = m - z_y,    total = others + exp(-gap):
 
-    log p       = -log(1 + exp(rest - z_y))
-    p_v - [v=y] =  exp(z_v - lse)   for v != y,     -(1 - p) = -sigmoid(rest - z_y)   for v = y
+    -log p      = log(1 + others * exp(gap)) = gap + log1p(others + expm1(-gap))
+    p_v - [v=y] = exp(z_v - m) / total   for v != y,     -(1 - p) = -others / total   for v = y
 
-The sums exclude the target, so 1 - p is never the difference of two numbers near 1.
+`others` excludes the target, so -log p and 1 - p are never the difference of two numbers near 1. m
+is subtracted before anything is rounded, so a common offset of the logits costs no digit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spoloss.torch._exponentials import exponentials_of
@@ -42,29 +42,37 @@ class Sums(NamedTuple):
     """The running sums of an online softmax for n tokens, after some blocks.
 
     Attributes:
-      shift: [n] the number subtracted from the logits before the exponential.
-      others: [n] the sum of exp(logit - shift), without the target.
+      peak: [n] the largest logit.
+      others: [n] the sum of exp(logit - peak), without the target.
       target: [n] the target's logit, -inf if no block so far contains it.
     """
 
-    shift: Tensor
+    peak: Tensor
     others: Tensor
     target: Tensor
 
     @classmethod
     def start(cls, states: Tensor, dtype: torch.dtype) -> Sums:
         """Before the first block of a tile [n, D]."""
-        shift = states.new_full((len(states),), torch.finfo(dtype).min, dtype=dtype)
-        return cls(shift, torch.zeros_like(shift), torch.full_like(shift, -math.inf))
+        return cls.known(states.new_full((len(states),), torch.finfo(dtype).min, dtype=dtype))
 
     @classmethod
-    def known(cls, lse: Tensor) -> Sums:
-        """For tokens with known log-sum-exp, so that exponentials are probabilities."""
-        return cls(lse, torch.zeros_like(lse), torch.full_like(lse, -math.inf))
+    def known(cls, peak: Tensor) -> Sums:
+        """Before the first block of tokens whose largest logit is known."""
+        return cls(peak, torch.zeros_like(peak), torch.full_like(peak, -math.inf))
 
     def joined(self, shard: VocabShard) -> Sums:
         """The sums over all shards of the vocabulary."""
-        return Sums(*shard.join_sums(self.shift, self.others, self.target))
+        return Sums(*shard.join_sums(self.peak, self.others, self.target))
+
+    def total(self) -> Tensor:
+        """[n] the sum of exp(logit - peak), with the target."""
+        return self.others + (self.target - self.peak).exp()
+
+    def logps(self) -> Tensor:
+        """[n] log-probabilities of the targets."""
+        gap = self.peak - self.target
+        return -(gap + torch.log1p(self.others + torch.expm1(-gap)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class Softmax:
 
     Attributes:
       logps: [n] log-probabilities of the targets.
-      lse: [n] log-sum-exp of the logits of all words.
+      peak: [n] the largest logit of the whole vocabulary.
+      total: [n] the sum of exp(logit - peak) over the whole vocabulary.
       complement: [n] 1 - p of the target, times softcap's derivative at the target.
       target: [n] the target's row of this rank's weight, 0 if another rank has it.
       product: [n, D] sum of p_v * weight[v] over the other words, or None if it was not computed.
@@ -84,11 +93,16 @@ class Softmax:
     """
 
     logps: Tensor
-    lse: Tensor
+    peak: Tensor
+    total: Tensor
     complement: Tensor
     target: Tensor
     product: Tensor | None = None
     blocks: tuple[Block, ...] = ()
+
+    def share(self, shift: Tensor) -> Tensor:
+        """[n] the factor that turns exp(logit - shift) into a probability."""
+        return (shift - self.peak).exp() / self.total
 
 
 class Workspace:
@@ -128,32 +142,36 @@ def softmax_of(
       keep: whether to keep the exponentials of all blocks, for the weight's gradient.
       product: whether to compute `Softmax.product`, for the gradient by the hidden states.
     """
-    local, blocks = head.local(tile.tokens.target), []
-    last = start = Sums.start(tile.states, head.dtype)
+    blocks: list[Block] = []
+    sums = Sums.start(tile.states, head.dtype)
+    shift = sums.peak
     total = torch.zeros_like(tile.states, dtype=head.dtype) if product else None
-    for block, last in _visit(head, tile, start, total, workspace):  # noqa: B007
+    for block, so_far in _visit(head, tile, sums, total, workspace):
+        sums, shift = so_far, block.shift
         if keep:
             blocks.append(block)
-    whole = last if head.options.shard is None else last.joined(head.options.shard)
-    rest = whole.shift + whole.others.log()
-    lse = torch.logaddexp(whole.target, rest)
-    if total is not None:
-        total.mul_((last.shift - lse).exp()[:, None])
-    return Softmax(
-        F.logsigmoid(whole.target - rest),
-        lse,
-        _complement(head, local, torch.sigmoid(rest - whole.target), whole.target),
+    if head.options.shard is not None:
+        sums = sums.joined(head.options.shard)
+    local, whole = head.local(tile.tokens.target), sums.total()
+    softmax = Softmax(
+        sums.logps(),
+        sums.peak,
+        whole,
+        _complement(head, local, sums.others / whole, sums.target),
         _row(head, local),
         total,
         tuple(blocks),
     )
+    if total is not None:
+        total.mul_(softmax.share(shift)[:, None])
+    return softmax
 
 
-def known_softmax(head: Head, tile: Tile, logps: Tensor, lse: Tensor) -> Softmax:
+def known_softmax(head: Head, tile: Tile, logps: Tensor, peak: Tensor, total: Tensor) -> Softmax:
     """The softmax of a tile from the results of `softmax_of`, without product and blocks."""
-    local = head.local(tile.tokens.target)
-    complement = _complement(head, local, -torch.expm1(logps), logps + lse)
-    return Softmax(logps, lse, complement, _row(head, local))
+    local, target = head.local(tile.tokens.target), peak + (logps + total.log())
+    complement = _complement(head, local, -torch.expm1(logps), target)
+    return Softmax(logps, peak, total, complement, _row(head, local))
 
 
 def known_blocks(
@@ -168,11 +186,13 @@ def known_blocks(
       product: zeros [n, D], which the iteration turns into `Softmax.product`; or None.
       workspace: memory for the logits. A block is valid until the next.
     """
-    last = known = Sums.known(softmax.lse)
-    for block, last in _visit(head, tile, known, product, workspace):  # noqa: B007
+    sums = Sums.known(softmax.peak)
+    shift = sums.peak
+    for block, _ in _visit(head, tile, sums, product, workspace):
+        shift = block.shift
         yield block
     if product is not None:
-        product.mul_((last.shift - softmax.lse).exp()[:, None])
+        product.mul_(softmax.share(shift)[:, None])
 
 
 def _visit(
@@ -188,13 +208,13 @@ def _visit(
         or None.
       workspace: memory for the logits. Unless it keeps all blocks, a block is valid until the next.
     """
-    local = head.local(tile.tokens.target)
+    local, shift = head.local(tile.tokens.target), sums.peak
     for columns in head.blocks(len(tile.states)):
-        before = sums.shift
         block, sums = _next_block(head, tile.states, local, columns, sums, workspace)
         if product is not None:
-            product.mul_((before - sums.shift).exp()[:, None])
+            product.mul_((shift - block.shift).exp()[:, None])
             accumulate(product, block.exps, head.weight[columns], head.device)
+        shift = block.shift
         yield block, sums
 
 
@@ -207,18 +227,17 @@ def _next_block(
     here = (column >= 0) & (column < logits.shape[1])
     at_target = logits.gather(1, torch.where(here, column, 0)[:, None]).squeeze(1)
     target = torch.where(here, at_target, sums.target)
-    exps, shift, others = exponentials_of(
+    found = exponentials_of(
         logits,
         torch.where(here, column, -1),
-        sums.shift,
+        sums.peak,
         sums.others,
         target,
         dtype=head.factor_dtype,
         compiles=head.device.compiles,
     )
-    if bend is not None:
-        exps = exps.mul_(bend)
-    return Block(columns, exps, shift), Sums(shift, others, target)
+    exps = found.exps if bend is None else found.exps.mul_(bend)
+    return Block(columns, exps, found.shift), Sums(found.peak, found.others, target)
 
 
 def _row(head: Head, local: Tensor) -> Tensor:
