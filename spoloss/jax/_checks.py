@@ -75,6 +75,9 @@ def check_labels(
 def sequences(prefix: str, labels: Array, cu_seqlens: Array | None, states: Array) -> Labels:
     """Check the labels of a side against the shape of hidden states or logits, and return them.
 
+    They are returned in JAX's default integer dtype. JAX wraps a Python number into the dtype of
+    the array beside it, so in uint8, -100 would be token 156, and V = 256 would be 0.
+
     Raises:
       TypeError: labels or offsets are not integer JAX arrays.
       ValueError: a shape does not fit.
@@ -85,7 +88,7 @@ def sequences(prefix: str, labels: Array, cu_seqlens: Array | None, states: Arra
             f"{prefix}labels must have shape [B, T] = {states.shape[:2]}, got {labels.shape}"
         )
     if cu_seqlens is None:
-        return Labels(labels, None)
+        return Labels(labels.astype(int), None)
     _check_integers(f"{prefix}cu_seqlens", cu_seqlens)
     if len(labels) != 1:
         raise ValueError(
@@ -96,7 +99,7 @@ def sequences(prefix: str, labels: Array, cu_seqlens: Array | None, states: Arra
         raise ValueError(
             f"{prefix}cu_seqlens must have shape [S + 1] with S >= 1, got {cu_seqlens.shape}"
         )
-    return Labels(labels, cu_seqlens)
+    return Labels(labels.astype(int), cu_seqlens.astype(int))
 
 
 def make_split(
