@@ -1,12 +1,14 @@
 """The softmax of a tile of tokens: log-probabilities, and the products of their gradients.
 
-With z the logits of a token, y its label, rest = log sum of exp(z_v) over all other words v, and
-lse = log sum over all words:
+With z the logits of a token, y its label, gap = max(z) - z_y, and S the sum of exp(z_v - max(z))
+over all v != y:
 
-    log p         = -log(1 + exp(rest - z_y))
-    d log p / d z = -exp(z_v - lse)  for v != y,    1 - p = sigmoid(rest - z_y)  for y
+    log p         = -(gap + log(S + exp(-gap)))
+    d log p / d z = -exp(z_v - max(z)) / (S + exp(-gap))  for v != y,
+            1 - p =  S / (S + exp(-gap))                  for v = y
 
-The sum excludes the label, so 1 - p is never the difference of two numbers near 1.
+The sum excludes the label, so 1 - p is never the difference of two numbers near 1. Only differences
+of logits occur, so a number added to all logits costs no digit.
 """
 
 from __future__ import annotations
@@ -137,14 +139,16 @@ class Head:
         void = ~live & ~jnp.isfinite(peak)
         is_target = lax.broadcasted_iota(column.dtype, logits.shape, 1) == column[:, None]
         exps = jnp.where(is_target | void[:, None], 0.0, jnp.exp(logits - peak[:, None]))
-        rest = peak + jnp.log(self._sum_words(exps.sum(axis=1)))
-        scale = jnp.exp(peak - jnp.logaddexp(rest, target))
-        doubt = jax.nn.sigmoid(rest - target)
+        others = self._sum_words(exps.sum(axis=1))
+        gap = peak - target
+        scale = 1.0 / (others + jnp.exp(-gap))
+        doubt = others * scale
         if bend is not None:
             exps = exps * bend
             doubt = doubt * self._bend(target)
         return Softmax(
-            -jax.nn.softplus(rest - target),
+            # log1p, because the log of S + exp(-gap) rounds a small S off if p is near 1.
+            -(gap + jnp.log1p(others + jnp.expm1(-gap))),
             exps.astype(self.weight.dtype),
             jnp.where(live, -self.options.gain * scale, 0.0),
             column,
@@ -155,7 +159,8 @@ class Head:
         """The derivative of logps by the hidden states [n, D], summed over a split head."""
         of_labels = self.weight.at[tile.column].get(mode="fill", fill_value=0)
         of_others = tile.factor[:, None] * _dot(tile.exps, self.weight, 1, 0)
-        return self._sum_words(of_others + tile.at_label[:, None] * of_labels)
+        of_labels = tile.at_label[:, None] * of_labels.astype(self.dtype)
+        return self._sum_words(of_others + of_labels)
 
     def zeros(self, wanted: Wanted) -> HeadSums:
         """Zeros for the wanted gradients of the head."""
@@ -181,19 +186,23 @@ class Head:
         """Logits [n, V] in at least float32, and softcap's derivative, or None without softcap."""
         options = self.options
         logits = _dot(states.astype(self.weight.dtype), self.weight, 1, 1)
+        padding = None
         if self.bias is not None:
-            logits = logits + self.bias.astype(logits.dtype)
+            bias = jnp.broadcast_to(self.bias.astype(logits.dtype), logits.shape)
+            logits, padding = logits + bias, bias == -jnp.inf
         if options.softcap is None:
-            return logits * options.gain, None
+            return _without(padding, logits * options.gain), None
         bent = jnp.tanh(logits * (options.logit_scale / options.softcap))
-        return bent * (options.softcap / options.temperature), 1.0 - bent * bent
+        capped = bent * (options.softcap / options.temperature)
+        return _without(padding, capped), 1.0 - bent * bent
 
     def _bend(self, logits: Array) -> Array:
         """Softcap's derivative, computed from the capped logits."""
         options = self.options
         if options.softcap is None:
             return jnp.ones_like(logits)
-        bent = logits * (options.temperature / options.softcap)
+        # A padded entry's logit is -inf, and no longer the -softcap that its slope belongs to.
+        bent = jnp.maximum(logits * (options.temperature / options.softcap), -1.0)
         return 1.0 - bent * bent
 
     def _columns(self, targets: Array) -> Array:
@@ -225,6 +234,11 @@ def wide(array: Array) -> jnp.dtype:
     return jnp.promote_types(array.dtype, jnp.float32)
 
 
+def _without(padding: Array | None, logits: Array) -> Array:
+    """The logits with -inf for padded entries, whatever scale and soft-cap make of their bias."""
+    return logits if padding is None else jnp.where(padding, -jnp.inf, logits)
+
+
 def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
     """The product over one axis of each, summed in at least float32."""
     axes = (((of_a,), (of_b,)), ((), ()))
@@ -234,7 +248,7 @@ def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
 def _times(factor: Array, states: Array) -> Array:
     """Rows [n, D] times a factor [n]. A factor of 0 gives 0, even if the states are nan."""
     factor = factor[:, None]
-    return jnp.where(factor == 0.0, 0.0, states * factor)
+    return jnp.where(factor == 0.0, 0.0, states.astype(factor.dtype) * factor)
 
 
 def _add_product(total: Array, exps: Array, rows: Array) -> Array:

@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh
 
 from spoloss._options import check_head_options
@@ -147,8 +147,10 @@ def _token_logps(reading: Reading, logits: Array, labels: Labels) -> Array:
     logits = jnp.where(counts[..., None], logits, 0.0).astype(wide(logits))
     inside = (targets >= 0) & (targets < logits.shape[2])
     column = jnp.where(inside, targets, 0)[..., None]
+    # Differences first: the log-sum-exp of large logits has no digits left for the sum.
+    logits = logits - lax.stop_gradient(logits.max(axis=2, keepdims=True))
     found = jnp.take_along_axis(logits, column, axis=2)[..., 0]
-    logps = jnp.where(inside, found, jnp.nan) - jax.nn.logsumexp(logits, axis=2)
+    logps = jnp.where(inside, found, jnp.nan) - jnp.log(jnp.exp(logits).sum(axis=2))
     return jnp.where(counts, logps, labels.zero(logps.dtype))
 
 

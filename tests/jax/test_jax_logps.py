@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from jax import Array
@@ -137,3 +138,92 @@ def test_padding_of_the_vocabulary() -> None:
     np.testing.assert_allclose(value, want, rtol=1e-12)
     np.testing.assert_allclose(by_weight, np.pad(want_weight, ((0, 11), (0, 0))), rtol=1e-10)
     np.testing.assert_allclose(by_bias, np.pad(want_bias, (0, 11)), rtol=1e-10)
+
+
+LABEL_DTYPES = [
+    ("uint8", 200),  # 156 is -100 mod 256
+    ("uint8", 256),
+    ("uint8", 300),
+    ("uint16", 65_536),
+    ("int16", 50_257),
+]
+
+
+@pytest.mark.parametrize(("dtype", "vocabulary"), LABEL_DTYPES)
+def test_labels_and_offsets_of_any_integer_dtype(dtype: str, vocabulary: int) -> None:
+    random = np.random.default_rng(0)
+    hidden = jnp.asarray(random.normal(size=(1, 4, 2)))
+    weight = jnp.asarray(random.normal(size=(vocabulary, 2)))
+    ids = jnp.array([[3, 156, vocabulary - 1, 7]])
+    ids = jnp.where(ids > jnp.iinfo(dtype).max, 5, ids)
+    cu = jnp.array([0, 1, 4])
+
+    def logps(labels: Array, cu_seqlens: Array) -> tuple[Array, ...]:
+        options = {"cu_seqlens": cu_seqlens, "ignore_index": 7}
+        return (
+            linear_logps(hidden, weight, labels, **options),
+            sequence_logps(hidden @ weight.T, labels, **options),
+            linear_logps(hidden, weight, labels, shift=False),
+        )
+
+    for got, want in zip(logps(ids.astype(dtype), cu.astype(dtype)), logps(ids, cu), strict=True):
+        np.testing.assert_array_equal(got, want)
+    # Also of a length that the offsets' dtype cannot hold.
+    row = jnp.zeros((1, 300), "uint8")
+    assert np.isnan(sequence_logps(jnp.zeros((1, 300, 2)), row, cu_seqlens=jnp.uint8([0, 44])))
+
+
+@pytest.mark.parametrize("softcap", [None, 1.0, 30.0])
+@pytest.mark.parametrize("logit_scale", [1.0, -0.5])
+def test_a_bias_of_minus_infinity_is_probability_0(
+    softcap: float | None, logit_scale: float
+) -> None:
+    """Under a soft-cap too, and with low logits: the padded entries are as if absent."""
+    arrays = inputs()
+    wide = jnp.concatenate([arrays["weight"], jnp.ones((3, 4))])
+    low = arrays["bias"] - 60.0
+    bias = jnp.concatenate([low, jnp.full(3, -jnp.inf)])
+    head = {"softcap": softcap, "logit_scale": logit_scale}
+
+    def logps(hidden: Array, weight: Array, bias: Array) -> Array:
+        return linear_logps(hidden, weight, CHOSEN, bias=bias, **head).sum()
+
+    hidden = arrays["chosen_hidden"]
+    got, got_grads = jax.value_and_grad(logps, (0, 1, 2))(hidden, wide, bias)
+    want, want_grads = jax.value_and_grad(logps, (0, 1, 2))(hidden, arrays["weight"], low)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    for g, w in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(g[: len(w)], w, rtol=1e-10, atol=1e-14)
+        assert not g[len(w) :].any()
+    padded = CHOSEN.at[0, 4].set(len(wide) - 1)
+    logp, grad = jax.value_and_grad(
+        lambda bias: linear_logps(hidden, wide, padded, bias=bias, **head)[0]
+    )(bias)
+    assert logp == -jnp.inf
+    assert np.isfinite(grad).all()
+
+
+def of_three(logits: Array) -> Array:
+    """Log p of the first of three tokens, by the identity as the head."""
+    head = jnp.eye(3, dtype=logits.dtype)
+    return linear_logps(logits[None, None], head, jnp.zeros((1, 1), int), shift=False)[0]
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0**20, -(2.0**20)])
+@pytest.mark.parametrize("x", [28.0, 9.0, 1.0, 0.0, -1.0, -40.0, -1e4])
+def test_no_digit_is_lost_to_an_offset_or_near_p_1(x: float, offset: float) -> None:
+    """-log p from 1e-12 to 1e4 in float32, against 50 digits."""
+    with mpmath.workdps(50):
+        others = 1 + mpmath.exp(-1)
+        total = mpmath.exp(x) + others
+        logp = -mpmath.log1p(others / mpmath.exp(x))
+        slopes = [others / total, -1 / total, -mpmath.exp(-1) / total]
+        want, want_grad = float(logp), np.array([float(slope) for slope in slopes])
+    logits = jnp.array([x, 0.0, -1.0], "float32") + jnp.float32(offset)
+    got, grad = jax.value_and_grad(of_three)(logits)
+    eps = np.finfo(np.float32).eps
+    np.testing.assert_allclose(got, want, rtol=4 * eps)
+    np.testing.assert_allclose(grad, want_grad, rtol=8 * eps)
+    by_logits = sequence_logps(logits[None, None], jnp.zeros((1, 1), int), shift=False)
+    library = jax.nn.log_softmax(logits)[0]
+    np.testing.assert_allclose(by_logits[0], library, rtol=2 * eps, atol=2 * eps)
