@@ -1,4 +1,4 @@
-"""The tables in README and docs, written from the committed results: python docs/tables.py.
+"""The tables in README and docs, written from the committed CSV files: python docs/tables.py.
 
 A page names its table in a comment, and cog replaces the lines below it:
 
@@ -11,18 +11,13 @@ With --check, nothing is written, and the exit status tells whether a page is ou
 
 from __future__ import annotations
 
-import argparse
 import csv
-import math
 import sys
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from cogapp import Cog
-
-from spoloss import dpo_prob_grad, spo_prob_grad
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,7 +31,6 @@ WAYS = {
     "spoloss": "**`linear_dpo_loss`**",
     "spoloss_spo": "**`linear_spo_loss`**",
 }
-
 JAX_WAYS = {
     "full_logits": "full logits, `log_softmax`",
     "optax": "full logits, Optax's cross-entropy",
@@ -52,17 +46,58 @@ TRAINERS = {
     "logits": "`SPOTrainer` by logits (`trl_dpo.py`)",
     "fused": "**`SPOTrainer` by the fused head (`trl_fused.py`)**",
 }
+HEADS = {"True": "frozen", "False": "trained"}
+
+Row = Mapping[str, Any]
 
 
-def pages() -> list[Path]:
-    """Every page that may hold a table."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-def measured(name: str) -> list[dict[str, str]]:
-    """The rows of a committed CSV file, without its first line about the machine."""
+def measured(name: str) -> list[dict[str, Any]]:
+    """The rows of a committed CSV file without the line about the machine; numbers are numbers."""
     with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+        rows = csv.DictReader(line for line in file if not line.startswith("#"))
+        return [{column: _number(text) for column, text in row.items()} for row in rows]
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def write(header: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
+    """A Markdown table on standard output, where cog reads it."""
+    header = list(header)
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    print("", *lines, "", sep="\n")
+
+
+def listed(rows: Iterable[Row], columns: Mapping[str, str]) -> None:
+    """A table with a line for each row.
+
+    Args:
+      rows: of a CSV file.
+      columns: heading -> format string over the names of a row. A heading with (%) has the sign for
+        its cells, and an error of one value alone, nan, is left out.
+    """
+
+    def cell(heading: str, form: str, row: Row) -> str:
+        text = form.format_map(row)
+        text = text.replace("%", "") if "(%)" in heading else text
+        return text.replace(" ± nan", "")
+
+    write(columns, ([cell(*column, row) for column in columns.items()] for row in rows))
+
+
+def pivoted(corner: str, heading: str, cells: Mapping[tuple[str, Any], str]) -> None:
+    """A table of cells by line and column: lines in their own order, columns sorted."""
+    lines, columns = dict.fromkeys(line for line, _ in cells), sorted({key for _, key in cells})
+    write(
+        [corner, *(heading.format(column) for column in columns)],
+        ([line, *(cells.get((line, column), "-") for column in columns)] for line in lines),
+    )
 
 
 def machine(name: str) -> None:
@@ -72,207 +107,84 @@ def machine(name: str) -> None:
 
 
 def fused(name: str, *, frozen: bool) -> None:
-    """Time over the bare matrix products / growth of peak memory, by way and shape of the batch."""
-    rows = [row for row in measured(name) if row["frozen"] == str(frozen)]
-    fewest = min(float(row["ignored"]) for row in rows)  # other rows ignore labels in addition
-    rows = [row for row in rows if float(row["ignored"]) == fewest]
-    _write_by_shape(rows, WAYS, "memory_mib", frozen=frozen)
+    """Time over the bare matrix products / memory in MiB, by way and shape of the batch.
 
-
-def fused_jax(name: str, *, frozen: bool) -> None:
-    """Time over the bare matrix products / temporaries, by way and shape of the batch."""
-    rows = [row for row in measured(name) if row["frozen"] == str(frozen)]
-    _write_by_shape(rows, JAX_WAYS, "temp_mib", frozen=frozen)
-
-
-def mutants(*names: str) -> None:
-    """How many mutants of some samples the tests notice, and why the others are not noticed."""
-    rows = [row for name in names for row in measured(name) if row["outcome"] != "gone"]
-    survived = [row for row in rows if row["outcome"] == "survived"]
-    noticed = len(rows) - len(survived)
-    print(
-        f"Of {len(rows)} mutants, the tests notice {noticed} ({noticed / len(rows):.0%}). "
-        "No test on a CPU can notice the others:"
-    )
-    about = ("file", "code", "was", "mutant")
-    reasons = {
-        tuple(row[name] for name in about): row["reason"] for row in measured("mutant_reasons.csv")
+    PyTorch's memory is the growth of the peak, JAX's the temporaries of the compiled program.
+    """
+    rows = [row for row in measured(name) if row["frozen"] == str(frozen) and row["of_floor"] != ""]
+    ways, memory = (JAX_WAYS, "temp_mib") if "temp_mib" in rows[0] else (WAYS, "memory_mib")
+    fewest = min(row.get("ignored", 0) for row in rows)  # others ignore labels in addition
+    cells = {
+        (title, (row["tokens"], row["pairs"])): f"{row['of_floor']:.2f} / {row[memory]:.0f}"
+        for way, title in ways.items()
+        for row in rows
+        if row["way"] == way and row.get("ignored", 0) == fewest
     }
-    cells = (
-        [
-            f"`{row['file']}`",
-            _code(row["code"]),
-            _code(f"{row['was']} -> {row['mutant']}"),
-            reasons[tuple(row[name] for name in about)],
-        ]
-        for row in sorted(survived, key=lambda row: (row["file"], int(row["line"])))
-    )
-    write(["file", "line", "mutant", "why no test notices it"], cells)
-
-
-def _code(text: str) -> str:
-    text = " ".join(text.split()).replace("|", "\\|")
-    return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
-
-
-def _write_by_shape(
-    rows: list[dict[str, str]], ways: dict[str, str], memory: str, *, frozen: bool
-) -> None:
-    cells = {(row["way"], int(row["pairs"]), int(row["tokens"])): row for row in rows}
-    shapes = sorted({(pairs, tokens) for _, pairs, tokens in cells}, reverse=True)
-
-    def cell(way: str, *shape: int) -> str:
-        row = cells.get((way, *shape))
-        if row is None or not row["of_floor"]:
-            return "-"
-        return f"{float(row['of_floor']):.2f} / {float(row[memory]):.0f}"
-
-    header = ["head frozen" if frozen else "head trained", *(f"{p} x {t}" for p, t in shapes)]
-    write(header, ([title, *(cell(way, *s) for s in shapes)] for way, title in ways.items()))
+    pivoted("head frozen" if frozen else "head trained", "{0[1]} x {0[0]}", cells)
 
 
 def trainers(name: str) -> None:
     """A training step, by way: time and growth of peak memory, and both over TRL's."""
-    header = ["loss", "processor seconds", "of TRL's", "memory, MiB", "of TRL's"]
-    rows = (
-        [
-            TRAINERS[row["way"]],
-            f"{float(row['seconds']):.2f}",
-            f"{float(row['of_trl']):.2f}",
-            row["memory_mib"],
-            f"{float(row['memory_of_trl']):.2f}",
-        ]
-        for row in measured(name)
-    )
-    write(header, rows)
+    columns = {
+        "loss": "{title}",
+        "processor seconds": "{seconds:.2f}",
+        "seconds of TRL's": "{of_trl:.2f}",
+        "memory, MiB": "{memory_mib}",
+        "memory of TRL's": "{memory_of_trl:.2f}",
+    }
+    listed(({**row, "title": TRAINERS[row["way"]]} for row in measured(name)), columns)
 
 
 def compared(name: str) -> None:
     """A version over another one, in time and memory, by head and shape of the batch."""
-    header = ["P x T", "head", "time", "quartiles", "rounds", "memory"]
-    rows = (
-        [
-            f"{row['pairs']} x {row['tokens']}",
-            "frozen" if row["frozen"] == "True" else "trained",
-            f"{float(row['time_ratio']):.3f}",
-            f"{float(row['time_ratio_low']):.3f} to {float(row['time_ratio_high']):.3f}",
-            row["rounds"],
-            f"{float(row['memory_ratio']):.3f}",
-        ]
-        for row in sorted(measured(name), key=lambda row: int(row["tokens"]))
-    )
-    write(header, rows)
+    columns = {
+        "P x T": "{pairs} x {tokens}",
+        "head": "{head}",
+        "time": "{time_ratio:.3f}",
+        "quartiles": "{time_ratio_low:.3f} to {time_ratio_high:.3f}",
+        "rounds": "{rounds}",
+        "memory": "{memory_ratio:.3f}",
+    }
+    rows = sorted(measured(name), key=lambda row: row["tokens"])
+    listed(({**row, "head": HEADS[row["frozen"]]} for row in rows), columns)
 
 
-def core(name: str = "core.csv") -> None:
+def core(name: str) -> None:
     """The losses against the same formulas written by hand."""
-    header = ["what", "spoloss", "by hand", "ratio"]
-    rows = ([row["what"], row["ours"], row["other"], row["ratio"]] for row in measured(name))
-    write(header, rows)
+    columns = {"what": "{what}", "spoloss": "{ours:.4g}", "by hand": "{other:.4g}"}
+    listed(measured(name), {**columns, "ratio": "{ratio:.2f}"})
 
 
-def accuracy(beta: float = 1.0) -> None:
+def accuracy(name: str, beta: float = 1.0) -> None:
     """Median / worst error in eps over the whole range, by loss and way."""
-    rows = [
-        row
-        for row in measured("accuracy.csv")
-        if float(row["beta"]) == beta and row["range"] == "all"
-    ]
-    cells = {(row["loss"], row["way"], row["dtype"]): row for row in rows}
-
-    def cell(loss: str, way: str, dtype: str, what: str) -> str:
-        row = cells[loss, way, dtype]
-        return " / ".join(f"{float(row[f'{what}_{which}']):.2g}" for which in ("median", "worst"))
-
-    columns = [(dtype, what) for dtype in ("float32", "float64") for what in ("value", "slope")]
-    header = ["loss", "computed by", *(f"{dtype}, {what}" for dtype, what in columns)]
-    pairs = dict.fromkeys((row["loss"], row["way"]) for row in rows)
-    write(header, ([*pair, *(cell(*pair, *column) for column in columns)] for pair in pairs))
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in measured(name):
+        if row["beta"] == beta and row["range"] == "all":
+            line = found.setdefault((row["loss"], row["way"]), {**row})
+            line |= {f"{row['dtype']}_{column}": value for column, value in row.items()}
+    columns = {"loss": "{loss}", "computed by": "{way}"}
+    for dtype in ("float32", "float64"):
+        for what in ("value", "slope"):
+            form = f"{{{dtype}_{what}_median:.2g}} / {{{dtype}_{what}_worst:.2g}}"
+            columns[f"{dtype}, {what}"] = form
+    listed(found.values(), columns)
 
 
-def quote(
-    report: str, heading: str, columns: Sequence[str], rows: Sequence[str], *, first: str = ""
-) -> None:
-    """Some rows and columns of a table in a committed Markdown report; `first` heads the names."""
-    section = (RESULTS / report).read_text().partition(f"\n{heading}\n")[2].partition("\n#")[0]
-    if not section:
-        raise ValueError(f"{report}: expected the heading {heading!r}")
-    lines = section.splitlines()
-    table = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")
-    ]
-    places = [table[0].index(column) for column in columns]
-    found = {row[0]: row for row in table[2:]}
-    write([first, *columns], ([name, *(found[name][place] for place in places)] for name in rows))
-
-
-def quote_sentence(report: str, start: str) -> None:
-    """The one line of a committed Markdown report that starts with these words."""
-    (line,) = (
-        line for line in (RESULTS / report).read_text().splitlines() if line.startswith(start)
-    )
-    print("", textwrap.fill(line, 110, break_on_hyphens=False), "", sep="\n")
-
-
-def rejected_probability() -> None:
-    """Equations 7 and 8 as the rejected probability falls, times its reference probability."""
-    decades = np.array([5, 10, 20, 50])
-    header = ["loss", "beta", *(f"1e-{d} of the reference" for d in decades)]
-    zero, rejected = np.zeros(len(decades)), -decades * math.log(10)
-    rows = []
-    for beta in (0.1, 0.5, 1.0, 2.0):
-        for name, gradient in (("DPO, eq. 7", dpo_prob_grad), ("SPO, eq. 8", spo_prob_grad)):
-            log_abs = gradient(zero, rejected, zero, zero, beta=beta).policy_rejected.log_abs
-            rows.append([name, f"{beta:g}", *(f"{10**d:.1e}" for d in log_abs / math.log(10))])
-    write(header, rows)
-
-
-def example_options() -> None:
-    """The options of the training example, as its parser has them."""
-    sys.path.append(str(ROOT / "docs" / "examples"))
-    from arguments import build_parser
-
-    options = [each for each in build_parser()._actions if each.dest != "help"]
-    rows = [
-        [f"`{' '.join([each.option_strings[0], *_values(each)])}`", each.help] for each in options
-    ]
-    write(["option", "meaning"], rows)
-
-
-def _values(option: argparse.Action) -> list[str]:
-    if option.nargs == 0:
-        return []
-    return [",".join(option.choices) if option.choices else option.dest.upper()]
-
-
-def example_command(model: str, *given: str, name: str = "example.csv") -> None:
-    """The command of a row of `example`, behind options that the reader fills in."""
-    (flags,) = (row["flags"] for row in measured(name) if row["model"] == model)
-    command = " ".join(["python docs/examples/train.py", *given, flags]).strip()
-    lines = textwrap.wrap(command, 96, break_on_hyphens=False)
-    print("", "```bash", " \\\n    ".join(lines), "```", "", sep="\n")
-
-
-def example(name: str = "example.csv") -> None:
+def example(name: str) -> None:
     """The example's documented commands: their time, memory and held-out accuracy."""
-    header = ["model", "whole run", "first step done", "peak memory", "pairs in the right order"]
-    rows = (
-        [
-            row["model"],
-            f"{float(row['seconds']):.0f} s",
-            f"{float(row['first_step_seconds']):.0f} s",
-            f"{int(row['peak_mib']):,} MiB",
-            f"{float(row['accuracy']) * int(row['held_out']):.0f} of {row['held_out']} held out",
-        ]
-        for row in measured(name)
-    )
-    write(header, rows)
+    columns = {
+        "model": "{model}",
+        "whole run": "{seconds:.0f} s",
+        "first step done": "{first_step_seconds:.0f} s",
+        "peak memory": "{peak_mib:,} MiB",
+        "held-out pairs in the right order": "{accuracy:.0%} of {held_out}",
+    }
+    listed(measured(name), columns)
 
 
-def write(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A Markdown table on standard output, where cog reads it."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-    print("", *lines, "", sep="\n")
+def pages() -> list[Path]:
+    """Every page that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main() -> int:
