@@ -16,7 +16,7 @@ import numpy
 
 ArrayT = TypeVar("ArrayT")
 """One array type for a whole call: `torch.Tensor`, `numpy.ndarray`, `jax.Array`, `mlx.core.array`
-or the array of another library that follows the Python array API standard."""
+or the array of another library that follows the Python array API standard, version 2024.12."""
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -124,7 +124,8 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
     if is_number(value):
         if positive:
             check_positive(name, value)
-        elif not math.isfinite(value):
+        # A comparison, because math.isfinite does not accept the symbolic floats of torch.compile.
+        elif not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
         return float(value)
     xp = namespace(like, "the log-probabilities")
@@ -263,9 +264,18 @@ def _check_kind(xp: Any, name: str, array: Any, leader: str, *, or_number: bool)
 
 
 def _check_real(xp: Any, name: str, array: Any) -> None:
-    is_torch = xp.__name__ == "torch"
-    if not (array.is_floating_point() if is_torch else xp.isdtype(array.dtype, "real floating")):
-        raise TypeError(f"{name} must be real floating, got {array.dtype}")
+    if xp.__name__ == "torch":
+        real = array.is_floating_point()
+    elif xp is numpy:  # whose isdtype raises an error for the dtypes of other packages
+        real = numpy.issubdtype(array.dtype, numpy.floating)
+    else:
+        real = xp.isdtype(array.dtype, "real floating")
+    if real:
+        return
+    advice = ""
+    if xp is numpy and array.dtype.name == "bfloat16":
+        advice = ". Convert it with astype(numpy.float32)"
+    raise TypeError(f"{name} must be real floating, got {array.dtype}{advice}")
 
 
 def _compute_dtype(xp: Any, dtype: Any, other: Any = None) -> Any:

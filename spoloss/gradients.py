@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, check_reduction, conform, quiet, shares
 from spoloss.losses import DPO, SPO, MarginLoss, SignedLog, Squared
-from spoloss.pairs import IPO_GAP, LOGPS, beta_for_gap, check_loss, margins, weighted
+from spoloss.pairs import IPO_GAP, LOGPS, beta_for_gap, check_loss, inputs, margins
 
 
 class PairGrad(NamedTuple):
@@ -504,7 +504,8 @@ def reduced_grad(
     """`pair_grad` of the four log-probabilities, with a reward gap for losses that use one."""
     check_loss(loss)
     check_reduction(reduction)
-    slopes = shares(weighted(loss.slope, margins(*logps), beta, reward_gap, weights), reduction)
+    pairs = inputs(loss, margins(*logps), beta, reward_gap, weights)
+    slopes = shares(pairs.weigh(loss.slope(pairs.margin, pairs.beta)), reduction)
     return PairGrad(slopes, -slopes)
 
 

@@ -4,7 +4,7 @@ The margin of a pair is h = log[pi(y_w) / pi_ref(y_w)] - log[pi(y_l) / pi_ref(y_
 eq. 4). It measures how much more the policy pi prefers the chosen completion y_w over the rejected
 y_l than the reference pi_ref does. x = beta * h is the implicit reward margin (eq. 3). Each loss
 has a value l(h) and a slope dl/dh. Both are elementwise, on arrays of PyTorch, NumPy, JAX, MLX or
-any other library that follows the Python array API standard.
+any other library that follows the Python array API standard, version 2024.12.
 
 "Paper" is Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
 arXiv:2508.07137v1. "DPO" is Rafailov et al. 2023, arXiv:2305.18290.
@@ -95,14 +95,15 @@ class SPO:
         """l(h) = -x * e^(-x), elementwise. It is linear in h for x < linear_below."""
         xp = namespace(margin, "margin")
         z = at_least(xp, margin * -beta, _VANISHED)  # z = -x, so that l = z * e^z
-        z0 = self._greatest_z
-        # Where the curve is inf before the tangent begins, the tangent changes nothing.
-        if self.linear_below is None or z0 * math.exp(z0) > float(xp.finfo(margin.dtype).max):
+        if self.linear_below is None:
             return z * xp.exp(z)
+        # Near the largest float, z * e^z is already inf, so a later tangent changes nothing.
+        z0 = min(self._greatest_z, math.log(float(xp.finfo(margin.dtype).max)) - 1.0)
         below = z > z0
         # The branch that is not taken must be finite, because 0 * inf in its gradient is nan.
         curve, rise = xp.where(below, z0, z), xp.where(below, z - z0, 0.0)
-        tangent = math.exp(z0) * (z0 + (1.0 + z0) * rise)
+        # Not math.exp, for which torch.compile makes a graph per value of linear_below.
+        tangent = math.e**z0 * (z0 + (1.0 + z0) * rise)
         return xp.where(below, tangent, curve * xp.exp(curve))
 
     @quiet

@@ -484,7 +484,8 @@ def reduced_loss(
     """`pair_loss` of the four log-probabilities, with a reward gap for losses that use one."""
     check_loss(loss)
     check_reduction(reduction)
-    values = weighted(loss.value, margins(*logps), beta, reward_gap, weights)
+    pairs = inputs(loss, margins(*logps), beta, reward_gap, weights)
+    values = pairs.weigh(loss.value(pairs.margin, pairs.beta))
     return reduce(values, reduction)  # type: ignore[no-any-return]
 
 
@@ -511,38 +512,58 @@ def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
     return beta
 
 
-def weighted(function: Any, margin: Any, beta: Any, reward_gap: Any, weights: Any) -> Any:
-    """A loss's value or slope for each pair, times the pair's weight."""
+class Inputs(NamedTuple):
+    """What a loss is evaluated at, and how its values are weighted."""
+
+    margin: Any
+    beta: Any
+    weights: Any
+    """An array, or None for 1."""
+    left_out: Any
+    """Which pairs have weight 0 and a value or a derivative that is not finite."""
+
+    def weigh(self, values: Any) -> Any:
+        """One number per pair, times the pair's weight."""
+        if self.weights is None:
+            return values
+        return self.weights * namespace(values).where(self.left_out, 0.0, values)
+
+
+def inputs(loss: MarginLoss, margin: Any, beta: Any, reward_gap: Any, weights: Any) -> Inputs:
+    """The margin, beta and weight of each pair, with finite stand-ins for pairs that are left out.
+
+    0 * inf and 0 * nan are nan, also in derivatives. A pair of weight 0 that is finite keeps its
+    margin, because the derivative with respect to its weight is its loss.
+    """
     if weights is None:
-        return function(margin, beta_for_gap(beta, reward_gap, margin))
+        return Inputs(margin, beta_for_gap(beta, reward_gap, margin), None, None)
     xp = namespace(margin)
     weights = per_pair("weights", weights, margin, positive=False)
     if is_number(weights):
         weights = xp.full_like(margin, weights)
-    # 0 * inf and 0 * nan are nan, also in derivatives, so pairs of weight 0 get finite values here.
-    # Pairs that are already finite keep theirs, because the derivative by the weight is their loss.
-    usable = _usable(function, margin, beta, reward_gap)
-    lost = xp.logical_and(weights == 0.0, xp.logical_not(usable))
+    usable = _usable(loss, margin, beta, reward_gap)
+    left_out = xp.logical_and(weights == 0.0, xp.logical_not(usable))
     margin, beta, reward_gap = (
-        value if value is None or is_number(value) else xp.where(lost, 1.0, value)
+        value if value is None or is_number(value) else xp.where(left_out, 1.0, value)
         for value in (margin, beta, reward_gap)
     )
-    values = function(margin, beta_for_gap(beta, reward_gap, margin))
-    return weights * xp.where(lost, 0.0, values)
+    return Inputs(margin, beta_for_gap(beta, reward_gap, margin), weights, left_out)
 
 
-def _usable(function: Any, margin: Any, beta: Any, reward_gap: Any) -> Any:
-    """Which pairs have a finite value and finite derivatives by margin, beta and reward gap."""
+def _usable(loss: MarginLoss, margin: Any, beta: Any, reward_gap: Any) -> Any:
+    """Which pairs have a finite value and finite derivatives."""
     beta = beta_for_gap(beta, reward_gap, margin)
     steepness = beta if reward_gap is None else beta / per_pair("reward_gap", reward_gap, margin)
     # Constants, because MLX differentiates isfinite, which multiplies 0 by inf.
     margin, beta, steepness = (
         value if is_number(value) else detach(value) for value in (margin, beta, steepness)
     )
-    # The first two are always arrays, although NumPy may turn shape [] into its own numbers.
-    xp, terms = namespace(margin), [margin, function(margin, beta)]
-    terms += [value for value in (beta, steepness) if not is_number(value)]
-    return functools.reduce(xp.logical_and, map(xp.isfinite, terms))
+    value, slope = loss.value(margin, beta), loss.slope(margin, beta)
+    # The last two are the derivative with respect to beta and the size of the second derivative of
+    # a loss of x = beta * h. All four are arrays, whatever beta is.
+    terms = [margin, value, slope, slope * (margin / beta), slope * beta]
+    terms += [number for number in (beta, steepness) if not is_number(number)]
+    return functools.reduce(namespace(margin).logical_and, map(namespace(margin).isfinite, terms))
 
 
 def check_loss(loss: Any) -> None:

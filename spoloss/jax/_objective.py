@@ -16,7 +16,7 @@ from jax import Array
 from spoloss._arrays import reduce
 from spoloss.gradients import reduced_grad
 from spoloss.losses import MarginLoss
-from spoloss.pairs import reduced_loss, weighted
+from spoloss.pairs import inputs, reduced_loss
 
 
 class Constants(NamedTuple):
@@ -40,6 +40,18 @@ class Constants(NamedTuple):
         """Whether a pair has a nonzero weight, for both of its sides: [P, 2], like `lengths`."""
         alive = jnp.bool_(True) if self.weights is None else (self.weights != 0.0)[..., None]
         return jnp.broadcast_to(alive, lengths.shape)
+
+
+class _NLL:
+    """The negative log-likelihood as a function of the log-probability."""
+
+    def value(self, logp: Array, beta: float) -> Array:
+        del beta
+        return -logp
+
+    def slope(self, logp: Array, beta: float) -> Array:
+        del beta
+        return -jnp.ones_like(logp)
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,8 @@ class Objective:
         if self.nll_weight == 0.0:
             return value
         per_token = sums[:, 0] / _at_least_1(lengths[:, 0])
-        nll: Array = weighted(lambda logp, _: -logp, per_token, 1.0, None, constants.weights)
+        pairs = inputs(_NLL(), per_token, 1.0, None, constants.weights)
+        nll: Array = pairs.weigh(-pairs.margin)
         total: Array = value + self.nll_weight * reduce(nll, self.reduction)
         return total
 

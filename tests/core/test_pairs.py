@@ -274,6 +274,17 @@ def test_dtypes_that_are_not_real_floating(function: Callable[..., Any], backend
                 function(*backend.arrays(*logps))
 
 
+def test_bfloat16_in_numpy_is_told_how_to_convert() -> None:
+    """NumPy has no such dtype. JAX's arrays of it become NumPy arrays of ml_dtypes' bfloat16."""
+    logps = [np.asarray(jnp.zeros(5, jnp.bfloat16)), *four()[1:]]
+    advice = r"got bfloat16\. Convert it with astype\(numpy\.float32\)$"
+    for function in ALL_FUNCTIONS:
+        with pytest.raises(TypeError, match=f"^policy_chosen_logps must .* {advice}"):
+            function(*logps)
+    with pytest.raises(TypeError, match=f"^beta must be real floating, {advice}"):
+        spoloss.spo_loss(*four(), beta=logps[0])
+
+
 @pytest.mark.parametrize("function", ALL_FUNCTIONS)
 def test_what_is_no_array(function: Callable[..., Any]) -> None:
     for position, name in enumerate(NAMES):

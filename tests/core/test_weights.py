@@ -55,7 +55,8 @@ def test_negative_weights_are_factors_too(backend: Backend) -> None:
         np.testing.assert_allclose(np.asarray(slopes), weights * plain, rtol=1e-14)
 
 
-POISONS = {
+AT_0 = {"policy_rejected": 0.0, "reference_chosen": 0.0, "reference_rejected": 0.0}
+POISONS: dict[str, dict[str, float]] = {
     "nan": {"policy_chosen": np.nan},
     "an infinite chosen": {"policy_chosen": -np.inf},
     "an infinite rejected": {"policy_rejected": -np.inf},
@@ -66,10 +67,16 @@ POISONS = {
     "an infinite beta": {"beta": np.inf},
     "a beta of 0": {"beta": 0.0},
     "a gap of 0": {"reward_gap": 0.0},
-    "a gap of 0 at h = 0": {"reward_gap": 0.0, "policy_chosen": 0.0, "policy_rejected": 0.0},
+    "a gap of 0 at h = 0": {"reward_gap": 0.0, "policy_chosen": 0.0, **AT_0},
     "a gap near 0": {"reward_gap": 1e-200},
     "an infinite gap": {"reward_gap": np.inf},
     "a nan gap": {"reward_gap": np.nan},
+    "a slope that overflows": {"policy_chosen": -7.025e-4, "beta": 1e6, **AT_0},
+    "a second derivative that overflows": {"policy_chosen": -35.0, "beta": 20.0, **AT_0},
+    "a derivative with respect to beta that overflows": {
+        **{"policy_chosen": -7.025e8, "beta": 1e-6},
+        **AT_0,
+    },
 }
 ARGUMENTS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 WEIGHTS = np.array([1.5, 0.0, 0.7, 0.0])
@@ -79,8 +86,6 @@ def batch(poison: dict[str, float], gap: bool) -> list[np.ndarray]:
     """Four log-probabilities, betas and perhaps gaps of four pairs; the second one is poisoned."""
     columns = dict(zip(ARGUMENTS, four(seed=3, size=4), strict=True))
     columns["reference_chosen"], columns["reference_rejected"] = four(seed=4, size=4)[:2]
-    if "policy_rejected" in poison and "policy_chosen" in poison:
-        columns["reference_chosen"][1] = columns["reference_rejected"][1] = 0.0
     columns["beta"] = np.array([0.1, 0.2, 0.3, 0.15])
     if gap:
         columns["reward_gap"] = np.array([1.0, 0.5, 2.0, 1.5])
@@ -113,14 +118,41 @@ def check_left_out(loss: Callable[..., Any], poison: dict[str, float], backend: 
         np.testing.assert_allclose(a[keep], b, rtol=backend.rtol(1e-13))
 
 
-@pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("name", LOSSES)
+WITH_POISON = [
+    (name, poison)
+    for name in LOSSES
+    for poison in POISONS
+    if name in WITH_GAP or "reward_gap" not in POISONS[poison]
+]
+
+
+@pytest.mark.parametrize(("name", "poison"), WITH_POISON)
 def test_weight_0_leaves_a_pair_out_whatever_it_holds(
     name: str, poison: str, backend: Backend
 ) -> None:
-    if "gap" in poison and name not in WITH_GAP:
-        return
     check_left_out(LOSSES[name], POISONS[poison], backend)
+
+
+@pytest.mark.parametrize(("name", "poison"), WITH_POISON)
+def test_weight_0_leaves_a_pair_out_of_second_derivatives(name: str, poison: str) -> None:
+    """Forward mode multiplies every derivative of the pair by 0, also infinite ones."""
+    loss, gap = LOSSES[name], "reward_gap" in POISONS[poison]
+    arrays = [torch.tensor(array) for array in batch(POISONS[poison], gap)]
+    rejected, *references = arrays[1:4]
+
+    def total(chosen: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        options = dict(zip(("beta", "reward_gap"), parameters, strict=False))
+        weights = torch.tensor(WEIGHTS)
+        return loss(chosen, rejected, *references, weights=weights, reduction="sum", **options)
+
+    inputs = (arrays[0], *arrays[4:])
+    positions = tuple(range(len(inputs)))
+    hessian = torch.func.jacfwd(torch.func.jacfwd(total, positions), positions)(*inputs)
+    for row in hessian:
+        for block in row:
+            assert torch.isfinite(block).all()
+            assert torch.all(block[1] == 0.0)
+            assert torch.all(block[:, 1] == 0.0)
 
 
 @pytest.mark.parametrize("poison", POISONS)
