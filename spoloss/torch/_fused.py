@@ -74,12 +74,10 @@ def _two_passes(
 ) -> LinearPairLoss:
     """The same loss from token log-probabilities, with logits recomputed in the backward."""
     # Named fields, because PyTorch 2.8 does not compile a slice of a named tuple.
-    hidden_states = (inputs.chosen, inputs.rejected)
+    hidden = (inputs.chosen, inputs.rejected)
+    tokens = token_logps(hidden, inputs.weight, inputs.bias, sides, options)
     sums = [
-        sum_sequences(
-            token_logps(hidden, inputs.weight, inputs.bias, side, options), side.cu_seqlens
-        )
-        for hidden, side in zip(hidden_states, sides, strict=True)
+        sum_sequences(logps, side.cu_seqlens) for logps, side in zip(tokens, sides, strict=True)
     ]
     logps = objective.logps(torch.stack(sums))
     return LinearPairLoss(objective.value(logps), *logps.detach())

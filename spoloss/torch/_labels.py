@@ -15,6 +15,9 @@ from torch import Tensor
 IGNORED = torch.iinfo(torch.int64).min
 """The target of a token that is ignored."""
 
+_PIECE = 256
+"""The number of values in a piece of `sum_runs`."""
+
 
 def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
     """Check that labels are integers of shape [B, T], the first two axes of `states`.
@@ -99,17 +102,39 @@ def sequence_of(cu_seqlens: Tensor, positions: Tensor) -> Tensor:
 def sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The sum over each sequence: [B, T] -> [B], or [1, T] -> [S] with offsets.
 
-    The sums are nan if the offsets do not rise from 0 to T.
+    Floating sums are nan if the offsets do not rise from 0 to T.
     """
     if cu_seqlens is None:
         return values.sum(dim=1)
-    if values.dtype == torch.bool:
-        values = values.long()
     length = values.shape[1]
     sequence = sequence_of(cu_seqlens, torch.arange(length, device=values.device))
-    sums = values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence, values[0])
+    sums = sum_runs(values[0], sequence, len(cu_seqlens) - 1)
     # A check would synchronise with a GPU, so wrong offsets give nan instead of a wrong sum.
-    return torch.where(rises(cu_seqlens, length), sums, math.nan)
+    wrong = ~rises(cu_seqlens, length)
+    return sums.masked_fill(wrong, math.nan) if sums.is_floating_point() else sums
+
+
+def sum_runs(values: Tensor, run: Tensor, count: int) -> Tensor:
+    """The sum over each run of equal numbers in `run`, [n] -> [count].
+
+    Each run is cut into pieces where a multiple of `_PIECE` lies in it. The pieces are summed as
+    rows of a matrix, which PyTorch does pairwise, and then those of each run. So a sum is accurate
+    to a few eps and the same every time, and no shape depends on the numbers in `run`.
+
+    Args:
+      values: [n] the values.
+      run: [n] the run that each value belongs to, rising from 0 to at most `count` - 1.
+      count: the number of runs.
+    """
+    position = torch.arange(len(values), device=values.device)
+    many = len(values) // _PIECE + 1  # pieces, if there is one run
+    # Piece p of run r is row r + p: along the values one of the two rises and neither falls, so no
+    # other piece has that row.
+    rows = values.new_zeros((count + many) * _PIECE)
+    pieces = rows.index_put((run * _PIECE + position,), values).view(-1, _PIECE).sum(dim=1)
+    exists = torch.zeros(count, many, dtype=torch.bool, device=values.device)
+    exists = exists.index_put((run, position // _PIECE), exists.new_ones(()))
+    return torch.where(exists, pieces.unfold(0, many, 1)[:count], 0).sum(dim=1)
 
 
 def sum_tokens(

@@ -114,7 +114,7 @@ class Objective:
         """The derivative of each pair's weighted NLL by its chosen log-probability, [P]."""
         lengths = self.lengths[0].clamp(min=1).to(dtype)
         per_logp = -self.nll_weight / (torch.ones_like(lengths) if self.average else lengths)
-        return per_logp if self.weights is None else per_logp * self.weights
+        return per_logp if self.weights is None else (per_logp * self.weights).to(dtype)
 
     def _unit_slopes(self, dtype: torch.dtype) -> Tensor:
         """The derivative of the margin by the log-probability of one token, [2, P]."""

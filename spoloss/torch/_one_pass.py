@@ -65,6 +65,7 @@ def one_pass(head: Head, batch: Batch, objective: Objective, wanted: Wanted) -> 
     hidden = batch.zeros(held_dtype(batch.hidden[0].dtype)) if wanted.hidden else None
     gradients = Gradients(head, wanted, hidden)
     sums = torch.zeros_like(objective.lengths, dtype=head.dtype)
+    logps = sums.new_empty(len(table))
     workspace = Workspace(head, tallest(table.lengths, groups, budget), keep=wanted.head)
 
     def softmax(tile: Tile) -> Softmax:
@@ -75,8 +76,10 @@ def one_pass(head: Head, batch: Batch, objective: Objective, wanted: Wanted) -> 
         if group.fits:  # the slopes are known before the gradient products
             tile = batch.tile(table.rows(pairs), head.weight.dtype)
             found = softmax(tile)
-            sums[:, pairs] = table.sums(tile.tokens, found.logps, pairs)
+            logps[table.rows(pairs)] = found.logps
+            sums[:, pairs] = table.sums(logps, pairs)
             gradients.add(tile, found, objective.token_slopes(sums, pairs, tile.tokens))
+            del tile, found  # before the next tile needs as much memory
             continue
         # One long pair: accumulate its unit direction, then scale it by its slope. If no other
         # contribution was added yet, the gradients themselves can hold the direction.
@@ -86,11 +89,13 @@ def one_pass(head: Head, batch: Batch, objective: Objective, wanted: Wanted) -> 
             for rows in tiles(table.rows_of_side(group.first, side), budget.part):
                 tile = batch.tile(rows, head.weight.dtype)
                 found = softmax(tile)
-                sums[side, pairs] += found.logps.sum()
+                logps[rows] = found.logps
                 direction.add(tile, found, objective.unit_token_slopes(tile.tokens, head.dtype))
+                del tile, found
             if side == CHOSEN and objective.nll_weight != 0.0:
                 # The NLL belongs to the chosen side only, and its slope does not need the margin.
                 gradients.head.add_scaled(direction.head, objective.nll_slopes(head.dtype)[pairs])
+        sums[:, pairs] = table.sums(logps, pairs)
         slopes = objective.slopes(sums, pairs)
         gradients.head.add_scaled(direction.head, slopes[REJECTED])
         for rows in tiles(table.rows(pairs), head.rows):

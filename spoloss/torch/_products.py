@@ -43,8 +43,8 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, device: Device, *, empty: bo
 
 def _narrowed(b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`b` in `dtype`, and the 0-d factor to multiply it by afterwards, or None."""
-    if b.dtype == dtype or dtype != torch.float16:
-        return b.to(dtype), None
+    if b.dtype == dtype or dtype != torch.float16 or b.numel() == 0:
+        return b.to(dtype), None  # a tile without tokens has no largest number
     # A pair's slope may be outside float16's range, so scale the largest number to 1.
     unit = b.abs().amax().clamp(min=torch.finfo(b.dtype).tiny)
     return (b / unit).to(dtype), unit

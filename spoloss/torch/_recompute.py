@@ -11,6 +11,7 @@ number of labels that count. So one graph works for batches of any length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -26,35 +27,41 @@ from spoloss.torch._vocab_parallel import refuse_compilation
 
 
 def token_logps(
-    hidden: Tensor,
+    hidden: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    sequences: Sequences,
+    sides: Sequence[Sequences],
     options: HeadOptions,
-) -> Tensor:
-    """Log-probabilities of the targets, [B, T], 0 for ignored labels. Differentiable."""
+) -> list[Tensor]:
+    """Log-probabilities of each side's targets, [B, T], 0 for ignored labels. Differentiable."""
     if options.shard is not None:
         refuse_compilation()
     if torch.compiler.is_compiling():
-        logps, _ = _forward_operator(
-            hidden,
-            weight,
-            bias,
-            sequences.targets,
-            sequences.cu_seqlens,
-            sequences.left_out,
-            sequences.name,
-            sequences.ignore_index,
-            options.softcap,
-            options.logit_scale,
-            options.temperature,
-            options.chunk_size,
-            options.dtype,
-        )
-        return logps  # type: ignore[no-any-return]
-    table = make_table([sequences], vocabulary=options.vocabulary(weight))
-    logps, _ = _TokenLogps.apply(hidden, weight, bias, table, options)  # type: ignore[no-untyped-call]
-    return logps  # type: ignore[no-any-return]
+        return [
+            _forward_operator(
+                states,
+                weight,
+                bias,
+                side.targets,
+                side.cu_seqlens,
+                side.left_out,
+                side.name,
+                side.ignore_index,
+                options.softcap,
+                options.logit_scale,
+                options.temperature,
+                options.chunk_size,
+                options.dtype,
+            )[0]
+            for states, side in zip(hidden, sides, strict=True)
+        ]
+    # All tables before the first product, which the host would otherwise wait for.
+    vocabulary = options.vocabulary(weight)
+    tables = [make_table([side], vocabulary=vocabulary) for side in sides]
+    return [
+        _TokenLogps.apply(states, weight, bias, table, options)[0]  # type: ignore[no-untyped-call]
+        for states, table in zip(hidden, tables, strict=True)
+    ]
 
 
 class _TokenLogps(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """A batch as one table of tokens, with one row for each token whose label counts.
 
 The columns are the token's place among the hidden states, its target, its side (chosen 0,
-rejected 1), its pair and its position within the sequence. The table is built from padded rows or
-from packed rows (`cu_seqlens`). Rows are sorted by pair, then by side, so the tokens of consecutive
-pairs are one slice of the table. A batch of single sequences is a table with one side.
+rejected 1) and its pair. The table is built from padded rows or from packed rows (`cu_seqlens`).
+Rows are sorted by pair, then by side, so the tokens of consecutive pairs are one slice of the
+table. A batch of single sequences is a table with one side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spoloss.torch._labels import IGNORED, rises, sequence_of
+from spoloss.torch._labels import IGNORED, rises, sequence_of, sum_runs
 
 CHOSEN, REJECTED = 0, 1
 """The sides of a pair."""
@@ -54,24 +54,16 @@ class Tokens:
       target: [n] the token id that it predicts.
       side: [n] 0 for chosen, 1 for rejected.
       pair: [n] the pair or sequence that it belongs to.
-      position: [n] its index among the tokens of its sequence that count.
     """
 
     place: Tensor
     target: Tensor
     side: Tensor
     pair: Tensor
-    position: Tensor
 
     def __getitem__(self, rows: slice) -> Tokens:
         """A slice of the rows."""
-        return Tokens(
-            self.place[rows],
-            self.target[rows],
-            self.side[rows],
-            self.pair[rows],
-            self.position[rows],
-        )
+        return Tokens(self.place[rows], self.target[rows], self.side[rows], self.pair[rows])
 
 
 @dataclass(frozen=True)
@@ -83,14 +75,12 @@ class TokenTable:
       sizes: the number of hidden states of each side, including tokens that do not count.
       starts: the first row of each pair and side, at index pair * sides + side, then the end of the
         table.
-      longest: the number of tokens of the longest sequence.
       left_out: [P] which pairs have weight 0, or None if none has a weight.
     """
 
     tokens: Tokens
     sizes: tuple[int, ...]
     starts: list[int]
-    longest: int
     left_out: Tensor | None
 
     def __len__(self) -> int:
@@ -122,15 +112,12 @@ class TokenTable:
         index = pair * self.sides + side
         return slice(self.starts[index], self.starts[index + 1])
 
-    def sums(self, tokens: Tokens, values: Tensor, pairs: slice) -> Tensor:
-        """The sum over each sequence of the tokens' values [n], for p pairs, [sides, p].
-
-        Each row of a padded matrix is summed pairwise in a fixed order, so that the result is
-        accurate and the same in each run.
-        """
-        padded = values.new_zeros(self.sides, pairs.stop - pairs.start, self.longest)
-        padded[tokens.side, tokens.pair - pairs.start, tokens.position] = values
-        return padded.sum(dim=2)
+    def sums(self, logps: Tensor, pairs: slice) -> Tensor:
+        """The sum over each sequence of some pairs, [sides, p], of values of all rows, [rows]."""
+        rows, count = self.rows(pairs), pairs.stop - pairs.start
+        tokens = self.tokens[rows]
+        run = (tokens.pair - pairs.start) * self.sides + tokens.side
+        return sum_runs(logps[rows], run, count * self.sides).view(count, self.sides).t()
 
 
 class Tile(NamedTuple):
@@ -222,19 +209,14 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
         offset += len(host.counts)
     key, order = torch.cat(keys).sort(stable=True)
     lengths = torch.bincount(key, minlength=sides[0].count * len(sides))
-    ends = lengths.cumsum(0)
-    position = torch.arange(len(key)) - (ends - lengths)[key]
     device = targets[0].device
-    place, position, key = (
-        column.to(device, non_blocking=True) for column in (torch.cat(places)[order], position, key)
-    )
-    tokens = Tokens(place, torch.cat(targets)[place], key % len(sides), key // len(sides), position)
+    place, key = (column.to(device) for column in (torch.cat(places)[order], key))
+    tokens = Tokens(place, torch.cat(targets)[place], key % len(sides), key // len(sides))
     return TokenTable(
         tokens,
         tuple(len(part) for part in targets),
         # int() where tolist() fails: under functorch before PyTorch 2.9.
-        [0, *map(int, ends)],
-        max(map(int, lengths), default=0),
+        [0, *map(int, lengths.cumsum(0))],
         sides[0].left_out,
     )
 

@@ -164,7 +164,7 @@ def linear_logps(
     )
     targets = targets_of(labels, ignore_index, shift=shift, cu_seqlens=cu_seqlens)
     sequences = Sequences("labels", targets, ignore_index, cu_seqlens)
-    logps = token_logps(hidden, weight, bias, sequences, options)
+    (logps,) = token_logps([hidden], weight, bias, [sequences], options)
     if per_token:
         return logps
     lengths = sum_sequences(targets != IGNORED, cu_seqlens)

@@ -140,6 +140,18 @@ def test_linear_logps(place: Place, options: dict[str, Any], chunk_size: int | N
     check_linear_logps(chunk_size, options, place.device)
 
 
+@pytest.mark.parametrize("place", PLACES[:1], ids=str, indirect=True)
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_a_tile_without_tokens(place: Place, chunk_size: int | None) -> None:
+    """A pair without labels may have a tile of its own, which has no largest slope."""
+    case = Case(dtype=torch.float16, device=place.device)
+    for kept in (0, 1):
+        for labels in case.labels:
+            labels[kept:] = -100
+        grads = case.grads(case.fused(SPO(), chunk_size=chunk_size).loss)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize("place", PLACES[::2], ids=str, indirect=True)
 @pytest.mark.parametrize("wrong", ["forgets what was there", "adds to what was not there"])
 def test_the_check_catches_a_wrong_total(

@@ -255,6 +255,44 @@ def test_devices_that_differ() -> None:
         linear_logps(hidden, case.tensors["weight"], case.labels[0].to("meta"))
 
 
+def test_the_default_device_is_another() -> None:
+    case = Case()
+    chosen, _, weight, _ = case.tensors.values()
+    calls = (
+        lambda: case.fused(SPO(), nll_weight=0.5, weights=0.5).loss,
+        lambda: case.fused(SPO(), reduction="none").loss.sum(),
+        lambda: linear_logps(chosen, weight, case.labels[0], average=True).sum(),
+    )
+    for call in calls:
+        want = call()
+        with torch.device("meta"):  # stands for "cuda" where there is none
+            got = call()
+            grads = case.grads(got)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(grads, case.grads(want))
+
+
+def test_weights_of_another_dtype_do_not_change_that_of_the_loss() -> None:
+    case = Case(dtype=torch.float32)
+    case.reference, case.beta = (0.0, 0.0), 0.1
+    for reduction in ("mean", "none"):
+        for nll_weight in (0.0, 0.5):
+            got = case.fused(SPO(), nll_weight=nll_weight, reduction=reduction).loss
+            assert case.weights.dtype == torch.float64
+            assert got.dtype == torch.float32
+            assert all(grad.dtype == torch.float32 for grad in case.grads(got))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_a_batch_without_any_label(chunk_size: int | None) -> None:
+    case = Case()
+    case.labels = tuple(torch.full_like(labels, -100) for labels in case.labels)
+    for options in ({}, {"reduction": "none"}, {"nll_weight": 1.0}):
+        out = case.fused(SPO(), chunk_size=chunk_size, **options)
+        assert (out.chosen_logps == 0).all()
+        assert all((grad == 0).all() for grad in case.grads(out.loss))
+
+
 def test_spellings_of_the_squared_loss() -> None:
     case = Case()
     bias, gap = case.tensors["bias"], torch.tensor([0.5, 1.0, 2.0, 1.0, 3.0], dtype=torch.float64)
