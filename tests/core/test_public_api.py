@@ -19,7 +19,6 @@ import spoloss.torch
 from helpers.interpreter import run_python
 
 PACKAGE = Path(spoloss.__file__).parent
-ROOT = Path(__file__).parents[2]
 # From the ground up; each file may import from those before it, and a wing from all of them.
 CORE = (
     "spoloss._arrays",
@@ -171,10 +170,6 @@ def test_the_torch_floor_names_its_extra() -> None:
     assert done.stderr.strip().endswith(
         'ImportError: spoloss.torch needs PyTorch: pip install "spoloss[torch]"'
     )
-
-
-def test_version_is_in_the_changelog() -> None:
-    assert f"## {spoloss.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_typed() -> None:

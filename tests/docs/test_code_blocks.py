@@ -1,7 +1,7 @@
 """The Python blocks of README and docs run, from the top of a page down, and print what they say.
 
-A page starts with `policy`, `reference`, `optimizer` and `loader` at hand. A comment behind a print
-is its output. A block below <!-- skip: next, "reason" --> does not run.
+A page starts with `policy`, `reference`, `optimizer` and `loader` at hand, and says what they are.
+A comment behind a print is its output. A block below <!-- skip: next, "reason" --> does not run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ def blocks(page: Path) -> list[Example]:
 WITH_BLOCKS = [page for page in PAGES if "```python" in page.read_text()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs" / "examples")  # a page imports what lies there
@@ -58,7 +57,7 @@ def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_page_is_left_out() -> None:
     names = {page.relative_to(ROOT).as_posix() for page in WITH_BLOCKS}
-    assert {"README.md", "docs/index.md", "docs/gradients.md", "docs/troubleshooting.md"} <= names
+    assert {"README.md", "docs/README.md", "docs/gradients.md", "docs/troubleshooting.md"} <= names
 
 
 @pytest.mark.parametrize(

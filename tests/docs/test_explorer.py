@@ -1,17 +1,19 @@
-"""docs/explorer in headless Chromium: its sliders, its plots, and its numbers against spoloss."""
+"""docs/explorer in headless Chromium: its numbers against spoloss, its sliders, its plots."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from selenium import webdriver
 from selenium.webdriver.chrome.webdriver import WebDriver
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -20,14 +22,39 @@ from spoloss import DPO, SPO, MarginLoss, Squared, dpo_prob_grad, spo_prob_grad
 
 EXPLORER = ROOT / "docs" / "explorer"
 PAGE = (EXPLORER / "index.html").as_uri()
-LOSSES = ("spo", "dpo", "squared")
-MARGIN_PLOTS = ("value", "slope", "curvature")
 
 
-def show(browser: WebDriver, width: int = 1200, height: int = 900, **settings: object) -> None:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    """Skips where no browser is installed; under CI a missing one is a failure."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary = next((path for name in names if (path := shutil.which(name))), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        missing = "needs Chromium and ChromeDriver (apt-get install chromium chromium-driver)"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless", "--disable-gpu", "--no-first-run"):
+        options.add_argument(flag)
+    if os.geteuid() == 0:  # Chromium's sandbox refuses to run as root
+        options.add_argument("--no-sandbox")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(browser: WebDriver) -> Iterator[WebDriver]:
+    show(browser)
+    yield browser
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+
+
+def show(browser: WebDriver, **settings: object) -> None:
     """Open the page at these settings."""
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.get(PAGE + "#" + "&".join(f"{name}={value}" for name, value in settings.items()))
 
 
@@ -43,17 +70,6 @@ def row(browser: WebDriver, name: str) -> list[float]:
     return [float(cell.text.replace("Infinity", "inf")) for cell in cells]
 
 
-@pytest.fixture
-def page(browser: WebDriver) -> Iterator[WebDriver]:
-    show(browser)
-    yield browser
-    errors = [entry["message"] for entry in browser.get_log("browser")]
-    assert errors == []
-
-
-# ------------------------------------------------------------------------------------ numbers
-
-
 def curvature(loss: MarginLoss, margin: float, beta: float) -> float:
     at = torch.tensor(margin, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(loss.value(at, beta), at, create_graph=True)
@@ -62,38 +78,17 @@ def curvature(loss: MarginLoss, margin: float, beta: float) -> float:
 
 
 def by_rejected_probability(name: str, margin: float, settings: dict[str, Any]) -> float:
-    """pi_ref * dl/dpi_l where the chosen answer and the reference have log-probability 0."""
-    zero, rejected = np.zeros(1), np.array([-margin])
-    if name == "squared":
-        h = margin - settings["rewardGap"] / settings["beta"]
-        return -2 * h * math.exp(margin)
-    if name == "dpo":
-        options = {"label_smoothing": settings["labelSmoothing"]}
-        gradient = dpo_prob_grad(zero, rejected, zero, zero, beta=settings["beta"], **options)
-    else:
-        options = {"linear_below": settings["linearBelow"], "reward_gap": settings["rewardGap"]}
-        gradient = spo_prob_grad(zero, rejected, zero, zero, beta=settings["beta"], **options)
-    sign, log_abs = gradient.policy_rejected
-    return (sign * np.exp(log_abs)).item()
-
-
-def expected(margin: float, settings: dict[str, Any]) -> dict[str, list[float]]:
+    """pi_ref * dl/dpi_l where the chosen completion and the reference have log-probability 0."""
     beta, gap = settings["beta"], settings["rewardGap"]
-    losses: dict[str, tuple[MarginLoss, float]] = {
-        "spo": (SPO(settings["linearBelow"]), beta / gap),
-        "dpo": (DPO(settings["labelSmoothing"]), beta),
-        "squared": (Squared(), beta / gap),
-    }
-    h = np.float64(margin)
-    return {
-        name: [
-            float(loss.value(h, b)),
-            float(loss.slope(h, b)),
-            curvature(loss, margin, b),
-            by_rejected_probability(name, margin, settings),
-        ]
-        for name, (loss, b) in losses.items()
-    }
+    if name == "squared":
+        return -2 * (margin - gap / beta) * math.exp(margin)
+    zero, rejected = np.zeros(1), np.array([-margin])
+    if name == "dpo":
+        grad, options = dpo_prob_grad, {"label_smoothing": settings["labelSmoothing"]}
+    else:
+        grad, options = spo_prob_grad, {"linear_below": settings["linearBelow"], "reward_gap": gap}
+    sign, log_abs = grad(zero, rejected, zero, zero, beta=beta, **options).policy_rejected
+    return (sign * np.exp(log_abs)).item()
 
 
 SETTINGS = [
@@ -103,33 +98,38 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("margin", [-40.0, -3.3, 0.0, 0.7, 4.0, 10.0, 38.5])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: f"beta={settings['beta']}")
 def test_the_numbers_under_the_cursor_are_those_of_spoloss(
-    page: WebDriver, settings: dict[str, Any]
+    page: WebDriver, settings: dict[str, Any], margin: float
 ) -> None:
-    guard = settings["linearBelow"]
+    guard, beta = settings["linearBelow"], settings["beta"]
     fragment = {**settings, "linearBelow": guard or -1, "guarded": str(guard is not None).lower()}
-    for margin in (-40.0, -3.3, 0.0, 0.7, 4.0, 10.0, 38.5):
-        show(page, **fragment, reach=50, margin=margin)
-        for name, numbers in expected(margin, settings).items():
-            assert row(page, name) == pytest.approx(numbers, rel=1e-6, abs=1e-14), (name, margin)
+    show(page, **fragment, reach=50, margin=margin)
+    losses: dict[str, tuple[MarginLoss, float]] = {
+        "spo": (SPO(guard), beta / settings["rewardGap"]),
+        "dpo": (DPO(settings["labelSmoothing"]), beta),
+        "squared": (Squared(), beta / settings["rewardGap"]),
+    }
+    h = np.float64(margin)
+    for name, (loss, scale) in losses.items():
+        numbers = [
+            float(loss.value(h, scale)),
+            float(loss.slope(h, scale)),
+            curvature(loss, margin, scale),
+            by_rejected_probability(name, margin, settings),
+        ]
+        assert row(page, name) == pytest.approx(numbers, rel=1e-6, abs=1e-14), name
 
 
-@pytest.mark.parametrize("factor", [4, 2.5])
-def test_the_twins_are_those_of_spoloss(page: WebDriver, factor: float) -> None:
-    for margin in (-6.0, 0.0, 11.0):
-        # Settings that this part of the page leaves aside are not at their defaults.
-        show(page, beta=0.2, factor=factor, margin=margin, rewardGap=2, labelSmoothing=0.3)
-        h, scale, beta = np.float64(margin), 2 / factor, 0.2 * factor
-        assert row(page, "twin-spo") == pytest.approx(
-            [SPO().value(h, 0.2), SPO().slope(h, 0.2)], rel=1e-6, abs=1e-300
-        )
-        assert row(page, "twin-dpo") == pytest.approx(
-            [scale * (DPO().value(h, beta) - math.log(2)), scale * DPO().slope(h, beta)], rel=1e-6
-        )
-
-
-# ------------------------------------------------------------------------------------- curves
+def test_the_twins_are_those_of_spoloss(page: WebDriver) -> None:
+    # Settings that this part of the page leaves aside are not at their defaults.
+    show(page, beta=0.2, factor=2.5, margin=11, rewardGap=2, labelSmoothing=0.3)
+    h, scale, beta = np.float64(11), 2 / 2.5, 0.2 * 2.5
+    spo = [SPO().value(h, 0.2), SPO().slope(h, 0.2)]
+    dpo = [scale * (DPO().value(h, beta) - math.log(2)), scale * DPO().slope(h, beta)]
+    assert row(page, "twin-spo") == pytest.approx(spo, rel=1e-6)
+    assert row(page, "twin-dpo") == pytest.approx(dpo, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -145,33 +145,10 @@ def test_a_slider_moves_the_curves_that_depend_on_it(
     page: WebDriver, slider: str, moved: set[str]
 ) -> None:
     show(page, guarded="true")
-    plots = ("slope", "vanishing") if slider == "linearBelow" else ("value", "slope", "vanishing")
-    before = {plot: curves(page, plot) for plot in plots}
-    for _ in range(8):
-        page.find_element(By.ID, slider).send_keys(Keys.ARROW_RIGHT)
-    after = {plot: curves(page, plot) for plot in plots}
-    for plot in plots:
-        assert set(before[plot]) == set(LOSSES)
-        # linear_below acts at negative margins alone, and there the rejected answer gains.
-        expect = set() if (slider, plot) == ("linearBelow", "vanishing") else moved
-        changed = {name for name in LOSSES if before[plot][name] != after[plot][name]}
-        assert changed == expect, plot
-
-
-def test_linear_below_acts_only_where_it_is_switched_on(page: WebDriver) -> None:
-    before = curves(page, "value")
-    page.find_element(By.ID, "guarded").click()
-    assert curves(page, "value")["spo"] != before["spo"]
-    page.find_element(By.ID, "guarded").click()
-    assert curves(page, "value") == before
-
-
-def test_the_factor_moves_the_scaled_dpo_alone(page: WebDriver) -> None:
-    before = curves(page, "twin-value")
-    page.find_element(By.ID, "factor").send_keys(Keys.PAGE_UP)
-    after = curves(page, "twin-value")
-    assert after["spo"] == before["spo"]
-    assert after["dpo"] != before["dpo"]
+    before = curves(page, "slope")
+    page.find_element(By.ID, slider).send_keys(Keys.ARROW_RIGHT * 8)
+    after = curves(page, "slope")
+    assert {name for name in ("spo", "dpo", "squared") if before[name] != after[name]} == moved
 
 
 def test_a_curve_passes_through_its_number(page: WebDriver) -> None:
@@ -188,42 +165,9 @@ def test_a_curve_passes_through_its_number(page: WebDriver) -> None:
     assert drawn == pytest.approx(-1 / math.e, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------------- cursor
-
-
-def test_a_click_in_a_plot_moves_the_cursor(page: WebDriver) -> None:
-    for plot in MARGIN_PLOTS:
-        show(page, reach=20, margin=-20)
-        picture = page.find_element(By.CSS_SELECTOR, f"#{plot} > svg")
-        frame = page.find_element(By.CSS_SELECTOR, f"#{plot} .window")
-        width = float(frame.get_attribute("width"))
-        centre = float(frame.get_attribute("x")) + width / 2 - picture.size["width"] / 2
-        ActionChains(page).move_to_element_with_offset(
-            picture, round(centre + width / 4), 0
-        ).click().perform()
-        margin = float(page.find_element(By.ID, "at-margin").text)
-        assert margin == pytest.approx(10, abs=40 / width)
-
-
-def test_every_setting_is_reached_and_moved_by_keyboard(page: WebDriver) -> None:
-    show(page, guarded="true")
-    reached = {}
-    page.find_element(By.TAG_NAME, "body").click()
-    for _ in range(30):
-        ActionChains(page).send_keys(Keys.TAB).perform()
-        element = page.switch_to.active_element
-        if element.get_attribute("type") == "range":
-            before = element.get_attribute("aria-valuetext")
-            element.send_keys(Keys.ARROW_UP)
-            reached[element.get_attribute("id")] = element.get_attribute("aria-valuetext") != before
-    settings = ("beta", "rewardGap", "linearBelow", "labelSmoothing", "reach", "margin", "factor")
-    assert reached == dict.fromkeys(settings, True)
-
-
 def test_the_address_keeps_the_settings(page: WebDriver) -> None:
     page.find_element(By.ID, "beta").send_keys(Keys.PAGE_UP)
-    address = page.current_url
-    numbers = row(page, "squared")
+    address, numbers = page.current_url, row(page, "squared")
     show(page)
     assert row(page, "squared") != numbers
     page.get("about:blank")
@@ -231,32 +175,7 @@ def test_the_address_keeps_the_settings(page: WebDriver) -> None:
     assert row(page, "squared") == numbers
 
 
-# --------------------------------------------------------------------------------------- page
-
-
-@pytest.mark.parametrize("width", [360, 800, 1280])
-def test_nothing_sticks_out_sideways(page: WebDriver, width: int) -> None:
-    show(page, width=width)
-    assert page.execute_script("return document.documentElement.scrollWidth") <= width
-
-
-def test_dark_where_the_reader_wants_it(page: WebDriver) -> None:
-    colours = set()
-    for scheme in ("light", "dark"):
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        script = "return getComputedStyle(document.body).backgroundColor"
-        colours.add((scheme, page.execute_script(script)))
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert colours == {("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 24, 30)")}
-
-
-def test_the_page_is_small_and_loads_nothing_from_elsewhere(page: WebDriver) -> None:
-    assert sum(path.stat().st_size for path in EXPLORER.iterdir()) < 300_000
-    script = "return [...document.querySelectorAll('[src], link')].map((e) => e.src || e.href)"
-    loaded = page.execute_script(script)
-    assert len(loaded) == 5  # style, three scripts, and an empty icon
-    assert all(url.startswith((EXPLORER.as_uri(), "data:")) for url in loaded)
+def test_the_page_loads_nothing_from_elsewhere() -> None:
     for path in EXPLORER.iterdir():
         text = path.read_text().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?:|\burl\(|@import|\bfetch\(|XMLHttpRequest", text), path.name

@@ -1,10 +1,12 @@
-"""What a release needs: one version everywhere, and a README that PyPI can show."""
+"""What a release needs: one version everywhere, links that lead somewhere, a README for PyPI."""
 
 from __future__ import annotations
 
 import re
 import runpy
+from pathlib import Path
 
+import pytest
 import tomllib
 import yaml
 from packaging.version import Version
@@ -15,6 +17,7 @@ from helpers.pages import ROOT
 WINGS = ("torch", "jax", "mlx")
 FLOOR = re.compile(r"(?P<name>[\w-]+)(\[.*?\])?>=(?P<floor>[\d.]+)")
 ADDRESS = "https://example.org/someone/spoloss"
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
 
 
 def test_the_version_is_stated_once_or_alike() -> None:
@@ -48,3 +51,23 @@ def test_links_become_absolute_for_pypi() -> None:
     assert f"]({ADDRESS}/raw/v1.0/docs/curves.svg)" in after
     assert f"]({ADDRESS}/blob/v1.0/docs/claims.md)" in after
     assert absolute("[a](#b) [c](https://d)", ADDRESS, "v1") == "[a](#b) [c](https://d)"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'href="([^"]+)"', text)
+    for link in links:
+        path, _, fragment = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if fragment and target.suffix == ".md":
+            assert fragment in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
