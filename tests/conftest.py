@@ -24,7 +24,7 @@ from helpers.interpreter import run_python
 
 TESTS = Path(__file__).parent
 EXTENDED = {
-    *("distributed", "recipes", "study"),
+    *("extended", "study"),
     *("test_explorer.py", "test_more_losses.py", "test_site.py", "test_your_own_loss.py"),
 }
 """Folders and files whose tests are all extended; the default run does not even import them."""

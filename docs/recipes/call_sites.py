@@ -9,8 +9,9 @@ Tested against the call sites of these commits, not with whole runs of the train
 | LLaMA-Factory v1 | ff6d4d1 | src/llamafactory/v1/trainers/dpo_trainer.py, line 325 |
 | open-instruct | e6c3044 | open_instruct/dpo_utils.py, line 657 |
 
-Pitfall: options of the replaced loss are silently ignored, such as label smoothing in all four and
-the IPO switch in OpenRLHF. Leave them off. All four accumulate means of micro-batches.
+Divide the trainer's beta by 4, because SPO(beta) acts like DPO(4 * beta). Pitfall: options of the
+replaced loss are silently ignored, such as label smoothing in all four and the IPO switch in
+OpenRLHF. Leave them off. All four accumulate means of micro-batches.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from spoloss.torch import SPOLoss
 
 
 def openrlhf(trainer: Any) -> None:
-    """`trainer` is the DPOTrainer, before `fit`. --dpo.beta applies (0.01 if it is not given)."""
+    """`trainer` is the DPOTrainer, before `fit`. --dpo.beta is SPO's: give a quarter of DPO's."""
     trainer.loss_fn = SPOLoss(trainer.beta, reduction="mean")
 
 
 def llama_factory_v0(trainer_class: type) -> None:
-    """`trainer_class` is CustomDPOTrainer. Run with `pref_loss: sigmoid`. `pref_beta` applies."""
+    """`trainer_class` is CustomDPOTrainer. Run with `pref_loss: sigmoid`. `pref_beta` is SPO's."""
     trainer_class.dpo_loss = lambda self, *logps: SPOLoss(self.beta)(*logps)
 
 
@@ -48,17 +49,9 @@ if __name__ == "__main__":
     import types
 
     import torch
-    import toy
 
-    from spoloss.torch import sequence_logps
-
-    batch = toy.collate(toy.pairs(6))
-    with torch.no_grad():
-        outputs = [model(batch.ids, batch.mask) for model in toy.models()]
-    logps = [
-        rows for output in outputs for rows in sequence_logps(output.logits, batch.labels).chunk(2)
-    ]
-    trainer = types.SimpleNamespace(beta=0.1)
+    trainer = types.SimpleNamespace(beta=0.1 / 4)  # SPO(0.025), from DPO(0.1)
     openrlhf(trainer)
+    logps = [-20.0 - torch.rand(6) for _ in range(4)]
     loss, chosen_rewards, rejected_rewards = trainer.loss_fn(*logps)
     print(loss, chosen_rewards.mean(), rejected_rewards.mean())

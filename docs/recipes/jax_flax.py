@@ -75,7 +75,7 @@ def nnx_train_step(
 if __name__ == "__main__":
     import toy_jax
 
-    params, reference = toy_jax.params()
+    params = reference = toy_jax.params()
     batch = toy_jax.batch(6)
     optimizer = optax.adamw(1e-2)
     state = optimizer.init(params)
@@ -84,7 +84,7 @@ if __name__ == "__main__":
         params, state, loss = train_step(params, reference, state, batch)
         print("optax", loss)
 
-    policy, reference = toy_jax.models()
+    policy, reference = toy_jax.Model(reference), toy_jax.Model(reference)
     nnx_optimizer = nnx.Optimizer(policy, optimizer, wrt=nnx.Param)
     for _ in range(3):
         print("nnx", nnx_train_step(policy, reference, nnx_optimizer, batch, 0.1))

@@ -86,7 +86,7 @@ if __name__ == "__main__":
 
     count = len(jax.devices())
     mesh = make_mesh(max(1, count // 2), min(2, count))
-    policy, reference = toy_jax.models()
+    policy, reference = (toy_jax.Model(toy_jax.params()) for _ in range(2))
     for model in (policy, reference):
         place(model, mesh)
     both = toy_jax.batch(8)

@@ -70,6 +70,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")  # "nccl" on GPUs
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
     policy, reference = toy_megatron.model(), toy_megatron.model()
+    reference.load_state_dict(policy.state_dict())
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     batch = toy.collate(toy.pairs(4))
     for _ in range(3):

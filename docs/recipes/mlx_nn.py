@@ -69,7 +69,7 @@ if __name__ == "__main__":
     import toy_mlx
     from mlx.optimizers import AdamW
 
-    policy, reference = toy_mlx.models()
+    policy, reference = toy_mlx.model(), toy_mlx.model().freeze()
     batch = toy_mlx.batch(6)
     train_step = make_train_step(policy, reference, AdamW(1e-2))
     for _ in range(3):

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 def models(
     *, tied: bool = False, dtype: torch.dtype = torch.float32
 ) -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
-    """A policy with random weights, and a frozen reference with slightly different weights."""
+    """A policy with random weights, and its frozen copy as the reference."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -50,11 +50,7 @@ def models(
         pad_token_id=2,
     )
     policy = Qwen2ForCausalLM(config).to(dtype)
-    reference = copy.deepcopy(policy).requires_grad_(False).eval()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return policy, reference
+    return policy, copy.deepcopy(policy).requires_grad_(False).eval()
 
 
 def pairs(count: int, seed: int = 1) -> list[Pair]:

@@ -21,15 +21,11 @@ def apply(params: Params, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, j
     return jnp.tanh(states), params["head"]
 
 
-def params(dtype: jnp.dtype = jnp.float32) -> tuple[Params, Params]:
-    """The weights of a policy, and slightly different weights of a reference."""
+def params(dtype: jnp.dtype = jnp.float32) -> Params:
+    """Random weights."""
     random = np.random.default_rng(0)
-    policy = {
-        "embed": random.normal(size=(toy.VOCABULARY, 16)),
-        "head": random.normal(size=(16, toy.VOCABULARY)) / 4,
-    }
-    reference = {name: w + 0.05 * random.normal(size=w.shape) for name, w in policy.items()}
-    return jax.tree.map(lambda w: jnp.asarray(w, dtype), (policy, reference))
+    embed, head = random.normal(size=(2, toy.VOCABULARY, 16))
+    return {"embed": jnp.asarray(embed, dtype), "head": jnp.asarray(head.T / 4, dtype)}
 
 
 class Model(nnx.Module):
@@ -42,12 +38,6 @@ class Model(nnx.Module):
     def __call__(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Hidden states [B, T, D] of token ids [B, T], and the head's kernel [D, V]."""
         return apply({"embed": self.embed[...], "head": self.head[...]}, ids, mask)
-
-
-def models(dtype: jnp.dtype = jnp.float32) -> tuple[Model, Model]:
-    """Policy and reference as modules."""
-    policy, reference = params(dtype)
-    return Model(policy), Model(reference)
 
 
 def batch(count: int) -> toy.Batch:

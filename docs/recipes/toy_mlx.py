@@ -34,19 +34,11 @@ class Batch(NamedTuple):
     labels: mx.array
 
 
-def models(dtype: mx.Dtype = mx.float32) -> tuple[Model, Model]:
-    """A policy with random weights, and a frozen reference with slightly different weights."""
+def model(dtype: mx.Dtype = mx.float32) -> Model:
+    """A model with random weights."""
     random = np.random.default_rng(0)
-    policy = {
-        "embed": random.normal(size=(toy.VOCABULARY, 16)),
-        "head": random.normal(size=(16, toy.VOCABULARY)) / 4,
-    }
-    reference = {name: w + 0.05 * random.normal(size=w.shape) for name, w in policy.items()}
-
-    def model(weights: dict[str, np.ndarray]) -> Model:
-        return Model({name: mx.array(w, dtype) for name, w in weights.items()})
-
-    return model(policy), model(reference).freeze()
+    embed, head = random.normal(size=(2, toy.VOCABULARY, 16))
+    return Model({"embed": mx.array(embed, dtype), "head": mx.array(head.T / 4, dtype)})
 
 
 def batch(count: int) -> Batch:

@@ -58,9 +58,10 @@ class ExactSPOTrainer(SPOTrainer):
     ) -> Any:
         pairs = len(inputs["labels"]) // 2
         mean = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:  # an evaluation is no part of a step, and may come before the first
+            return mean
         # DDP and FSDP average over ranks: times their number is the sum.
-        share = pairs * self.accelerator.num_processes / self.pairs_in_step
-        return mean * share if model.training else mean
+        return mean * (pairs * self.accelerator.num_processes / self.pairs_in_step)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,82 @@
 """SPO in TRL's DPOTrainer: reference model, precomputed references, LoRA, and TRL's log keys.
 
-Tested with TRL 1.16, Transformers 5.23 and PEFT 0.21. It runs unchanged on TRL 1.0 and 1.8. To
-change an existing run: use this class instead of `DPOTrainer`, and keep `DPOConfig(beta=...)`.
+Tested with TRL 1.16, Transformers 5.23 and PEFT 0.21. To change an existing run: use this class
+instead of `DPOTrainer`, and divide `DPOConfig(beta=...)` by 4, because SPO(beta) acts like
+DPO(4 * beta). The columns `weights` and `reward_gap` of a dataset, if there are any, hold a number
+for each pair. `linear_below` is an argument of the class.
 
 Pitfall: `DPOConfig(loss_type="spo")` is accepted but fails at the first step. TRL has no registry
-of losses, so this class overrides `compute_loss`. It does not have what TRL adds to its own losses
-there: f-divergences, WPO's weights, LD-DPO, auxiliary losses, logs of entropy and of logits. As in
-TRL, a step is the mean over its micro-batches.
+of losses, so this class overrides `compute_loss`. It does not compute what TRL adds to its own
+losses there, and raises a ValueError for options such as label smoothing, WPO's weights or LD-DPO.
+It does not log entropy and logits. As in TRL, a step is the mean over its micro-batches.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from spoloss import preference_metrics, spo_loss
 from spoloss.torch import sequence_logps
 
-NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+PER_PAIR = ("weights", "reward_gap")
+NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", *PER_PAIR}
+OF_TRLS_LOSSES = (
+    *("loss_type", "loss_weights", "label_smoothing", "use_weighting", "ld_alpha", "discopop_tau"),
+    *("f_divergence_type", "f_alpha_divergence_coef"),
+)
+
+
+def refuse_other_losses(config: DPOConfig) -> None:
+    """Raises a ValueError for options that change TRL's own losses, which are not computed here."""
+    for field in dataclasses.fields(config):
+        if field.name in OF_TRLS_LOSSES:
+            made = field.default is dataclasses.MISSING
+            default = field.default_factory() if made else field.default
+            value = getattr(config, field.name)
+            if value != default:
+                raise ValueError(
+                    f"SPOTrainer computes only SPO: {field.name} must be {default!r}, got {value!r}"
+                )
+
+
+def collate_with_columns(collate: Callable[..., Any], examples: list[Any]) -> dict[str, Tensor]:
+    """Adds the dataset's columns of a number per pair to the batch of TRL's collator."""
+    columns = [name for name in PER_PAIR if name in examples[0]]
+    numbers = {name: torch.tensor([float(row[name]) for row in examples]) for name in columns}
+    return {**collate(examples), **numbers}
 
 
 class SPOTrainer(DPOTrainer):
     """DPOTrainer with SPO as its loss."""
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        *more: Any,
+        linear_below: float | None = None,
+        **options: Any,
+    ) -> None:
+        if args is not None:
+            refuse_other_losses(args)
+        super().__init__(model, ref_model, args, *more, **options)
+        if getattr(self, "aux_loss_enabled", False):
+            raise ValueError("SPOTrainer has no auxiliary loss: set router_aux_loss_coef=0.0")
+        self.linear_below = linear_below
+        self.data_collator = functools.partial(collate_with_columns, self.data_collator)
+
+    def _set_signature_columns_if_needed(self) -> None:  # the columns that Trainer does not drop
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys((*self._signature_columns, *PER_PAIR))]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
@@ -33,16 +84,16 @@ class SPOTrainer(DPOTrainer):
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         model_inputs = {key: inputs[key] for key in inputs.keys() - NOT_OF_THE_MODEL}
         outputs = model(**model_inputs, use_cache=False)
-        policy_logps = sequence_logps(outputs.logits, labels).chunk(2)
+        logps = sequence_logps(outputs.logits, labels).chunk(2)
         if "ref_chosen_logps" in inputs:
-            ref_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+            logps += inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            ref_logps = self.reference_logps(model, model_inputs, labels)
+            logps += self.reference_logps(model, model_inputs, labels)
+        options = {"beta": self.beta, **{key: inputs[key] for key in PER_PAIR if key in inputs}}
         mode = "train" if self.model.training else "eval"
-        metrics = preference_metrics(*policy_logps, *ref_logps, beta=self.beta)
-        for key, value in metrics.items():
+        for key, value in preference_metrics(*logps, **options).items():
             self._metrics[mode][key].append(self.accelerator.gather(value).mean().item())
-        loss = spo_loss(*policy_logps, *ref_logps, beta=self.beta)
+        loss = spo_loss(*logps, linear_below=self.linear_below, **options)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -64,15 +115,19 @@ if __name__ == "__main__":
 
     import toy
     from datasets import Dataset
-    from trl import DPOConfig
 
     policy, reference = toy.models()
     with tempfile.TemporaryDirectory() as directory:
         trainer = SPOTrainer(
             policy,
             reference,
-            DPOConfig(
-                directory, beta=0.1, max_steps=3, logging_steps=1, save_strategy="no", bf16=False
+            DPOConfig(  # SPO(0.025), from DPO(0.1)
+                directory,
+                beta=0.1 / 4,
+                max_steps=3,
+                logging_steps=1,
+                save_strategy="no",
+                bf16=False,
             ),
             train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
             processing_class=toy.tokenizer(),

@@ -1,7 +1,9 @@
 """SPO in TRL's DPOTrainer with the fused head, without the policy's logits.
 
 Tested with TRL 1.16, Transformers 5.23, PEFT 0.21 and DeepSpeed 0.19.8. To change an existing run:
-use this class instead of `DPOTrainer`, and keep `DPOConfig(beta=...)`.
+use this class instead of `DPOTrainer`, and divide `DPOConfig(beta=...)` by 4, because SPO(beta)
+acts like DPO(4 * beta). The columns `weights` and `reward_gap` of a dataset, if there are any, hold
+a number for each pair. `linear_below` is an argument of the class.
 
 Trainers wrap the model in their engine, so the loss must be computed inside the model's forward.
 There, ZeRO-3 and FSDP2 have the head's whole weight, and DDP detects that it is used.
@@ -11,23 +13,51 @@ under mixed precision, which has steps of 2 near -300.
 
 Pitfalls: as in TRL, a step is the mean of its micro-batches' means and of the ranks' means. The
 loss uses only the head's weight, so `head_options` passes on a soft-cap and scales, and raises an
-error for a bias. This class does not have what TRL adds to its own losses: f-divergences, WPO's
-weights, LD-DPO, auxiliary losses, logs of entropy and logits.
+error for a bias. `check_head` compares the result with the model's own logits. This class does not
+compute what TRL adds to its own losses, and raises a ValueError for options such as label
+smoothing, WPO's weights or LD-DPO. It does not log entropy and logits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from spoloss import preference_metrics
-from spoloss.torch import LinearPairLoss, linear_spo_loss
+from spoloss.torch import LinearPairLoss, linear_logps, linear_spo_loss, sequence_logps
 
-NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+PER_PAIR = ("weights", "reward_gap")
+NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", *PER_PAIR}
+OF_TRLS_LOSSES = (
+    *("loss_type", "loss_weights", "label_smoothing", "use_weighting", "ld_alpha", "discopop_tau"),
+    *("f_divergence_type", "f_alpha_divergence_coef"),
+)
+
+
+def refuse_other_losses(config: DPOConfig) -> None:
+    """Raises a ValueError for options that change TRL's own losses, which are not computed here."""
+    for field in dataclasses.fields(config):
+        if field.name in OF_TRLS_LOSSES:
+            made = field.default is dataclasses.MISSING
+            default = field.default_factory() if made else field.default
+            value = getattr(config, field.name)
+            if value != default:
+                raise ValueError(
+                    f"SPOTrainer computes only SPO: {field.name} must be {default!r}, got {value!r}"
+                )
+
+
+def collate_with_columns(collate: Callable[..., Any], examples: list[Any]) -> dict[str, Tensor]:
+    """Adds the dataset's columns of a number per pair to the batch of TRL's collator."""
+    columns = [name for name in PER_PAIR if name in examples[0]]
+    numbers = {name: torch.tensor([float(row[name]) for row in examples]) for name in columns}
+    return {**collate(examples), **numbers}
 
 
 def add_head_call(model: Any) -> None:
@@ -60,14 +90,52 @@ def head_options(model: Any) -> dict[str, Any]:
     return {"logit_scale": scale / divisor, "softcap": softcap}
 
 
+@torch.no_grad()
+def check_head(model: Any, options: dict[str, Any]) -> None:
+    """Raises a ValueError if the fused log-probabilities are not those of the model's logits."""
+    weight = model.get_output_embeddings().weight
+    if weight.is_meta or not weight.numel():  # the weights are elsewhere: nothing to compare yet
+        return
+    ids = torch.arange(16, device=weight.device)[None] % len(weight)
+    training = model.training
+    model.eval()
+    expected = sequence_logps(model(ids, use_cache=False).logits, ids)
+    found = model(ids, use_cache=False, head_call=lambda h, w: linear_logps(h, w, ids, **options))
+    model.train(training)
+    if not torch.allclose(found, expected, rtol=32.0 * torch.finfo(weight.dtype).eps):
+        raise ValueError(
+            f"the model's logits are not its hidden states times its head's weight with {options}: "
+            f"log-probabilities are {found.item()}, by the model's logits {expected.item()}"
+        )
+
+
 class SPOTrainer(DPOTrainer):
     """DPOTrainer with SPO as its loss, from the policy's hidden states."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        *more: Any,
+        linear_below: float | None = None,
+        **options: Any,
+    ) -> None:
+        if args is not None:
+            refuse_other_losses(args)
+        super().__init__(model, ref_model, args, *more, **options)
+        if getattr(self, "aux_loss_enabled", False):
+            raise ValueError("SPOTrainer has no auxiliary loss: set router_aux_loss_coef=0.0")
+        self.linear_below = linear_below
         policy = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         add_head_call(policy)
         self.head_options = head_options(policy)
+        check_head(policy, self.head_options)
+        self.data_collator = functools.partial(collate_with_columns, self.data_collator)
+
+    def _set_signature_columns_if_needed(self) -> None:  # the columns that Trainer does not drop
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys((*self._signature_columns, *PER_PAIR))]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
@@ -77,17 +145,19 @@ class SPOTrainer(DPOTrainer):
             ref_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:  # with TRL's own head: the reference model, the policy's base or its first adapter
             reference = model if self.ref_model is None else self.ref_model
-            ref_logps = self.compute_ref_log_probs(reference, inputs)
+            of_trl = {key: inputs[key] for key in inputs.keys() - set(PER_PAIR)}
+            ref_logps = self.compute_ref_log_probs(reference, of_trl)
+        options = {"beta": self.beta, **{key: inputs[key] for key in PER_PAIR if key in inputs}}
 
         def pair_loss(hidden: Tensor, weight: Tensor) -> LinearPairLoss:
             sides = *hidden.chunk(2), weight, *labels.chunk(2), *ref_logps
-            return linear_spo_loss(*sides, beta=self.beta, **self.head_options)
+            below = {"linear_below": self.linear_below}
+            return linear_spo_loss(*sides, **below, **options, **self.head_options)
 
         model_inputs = {key: inputs[key] for key in inputs.keys() - NOT_OF_THE_MODEL}
         loss, *policy_logps = model(**model_inputs, use_cache=False, head_call=pair_loss)
         mode = "train" if self.model.training else "eval"
-        metrics = preference_metrics(*policy_logps, *ref_logps, beta=self.beta)
-        for key, value in metrics.items():
+        for key, value in preference_metrics(*policy_logps, *ref_logps, **options).items():
             self._metrics[mode][key].append(self.accelerator.gather(value).mean().item())
         return (loss, model(**model_inputs, use_cache=False)) if return_outputs else loss
 
@@ -97,15 +167,19 @@ if __name__ == "__main__":
 
     import toy
     from datasets import Dataset
-    from trl import DPOConfig
 
     policy, reference = toy.models()
     with tempfile.TemporaryDirectory() as directory:
         trainer = SPOTrainer(
             policy,
             reference,
-            DPOConfig(
-                directory, beta=0.1, max_steps=3, logging_steps=1, save_strategy="no", bf16=False
+            DPOConfig(  # SPO(0.025), from DPO(0.1)
+                directory,
+                beta=0.1 / 4,
+                max_steps=3,
+                logging_steps=1,
+                save_strategy="no",
+                bf16=False,
             ),
             train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
             processing_class=toy.tokenizer(),

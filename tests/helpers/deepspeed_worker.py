@@ -25,7 +25,7 @@ from helpers.distributed_worker import (
     exact_steps,
     run_script,
 )
-from helpers.recipes_oracle import Grads, load, relative_error, toy
+from helpers.recipes_oracle import Grads, load, models, relative_error
 from spoloss import spo_loss
 from spoloss.torch import linear_logps, linear_spo_loss, sequence_logps
 
@@ -146,7 +146,7 @@ def with_reference_engine(engine: Any, setting: Setting) -> None:
     config = recipe.settings(stage=3, micro_batches=1)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     reference, *_ = deepspeed.initialize(
-        model=ReferenceLogps(toy.models()[1]).eval(), config=config
+        model=ReferenceLogps(models(dtype=torch.float32)[1]).eval(), config=config
     )
     assert_empty(reference.module)
     with torch.no_grad():
@@ -316,7 +316,7 @@ def whole(policy: nn.Module) -> Grads:
 
 def run(case: Case) -> list[float] | str:
     """The relative errors of what this rank's steps moved; or the error that is due."""
-    policy, reference = toy.models(tied=case.tied)
+    policy, reference = models(tied=case.tied, dtype=torch.float32)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     setting = Setting(policy, reference)
     errors = []

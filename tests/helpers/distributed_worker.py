@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from helpers.recipes_oracle import RECIPES, exact_step, load, relative_error, toy
+from helpers.recipes_oracle import RECIPES, exact_step, load, models, relative_error, toy
 from spoloss import spo_loss
 from spoloss.torch import linear_spo_loss, sequence_logps
 
@@ -492,7 +492,7 @@ def exact_steps(
     tied: bool, dtype: torch.dtype, rate: float = LEARNING_RATE
 ) -> list[dict[str, Tensor]]:
     """One process's gradients, of two steps of gradient descent."""
-    policy, reference = toy.models(tied=tied, dtype=dtype)
+    policy, reference = models(tied=tied, dtype=dtype)
     steps = []
     for _ in range(2):
         steps.append(exact_step(policy, reference, PAIRS, BETA)[1])
@@ -504,7 +504,7 @@ def exact_steps(
 
 def run(case: Case) -> list[float] | str:
     """The relative errors of this rank's gradients, step by step; or the error that is due."""
-    policy, reference = toy.models(tied=case.tied, dtype=case.dtype)
+    policy, reference = models(tied=case.tied, dtype=case.dtype)
     errors = []
     try:
         step = case.wrap(Setting(policy, reference))

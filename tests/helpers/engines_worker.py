@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as transformers_deepspeed
 
-from helpers.recipes_oracle import Grads, exact_step, load, relative_error, toy
+from helpers.recipes_oracle import Grads, exact_step, load, models, relative_error, toy
 from spoloss.torch import sequence_logps
 
 BETA = 0.1
@@ -100,7 +100,7 @@ def result(wrapped: nn.Module, model: nn.Module, before: Grads, exact: Grads, ra
 
 
 def exact(pairs: Iterable[Any], dtype: torch.dtype) -> Grads:
-    return exact_step(*toy.models(dtype=dtype), pairs, BETA)[1]
+    return exact_step(*models(dtype=dtype), pairs, BETA)[1]
 
 
 def with_end(pairs: Iterable[Any]) -> list[Any]:
@@ -190,7 +190,7 @@ def by_trainer(
     name: str = "ExactSPOTrainer",
     **options: Any,
 ) -> Result:
-    policy, reference = toy.models(dtype=dtype)
+    policy, reference = models(dtype=dtype)
     before = parameters(policy)
     arguments = {
         **step_options(folder),
@@ -235,7 +235,7 @@ def trainer_deepspeed_alone(folder: Path) -> Result:
 def by_trl(
     folder: Path, recipe: str, pairs: list[Any], dtype: torch.dtype, **options: Any
 ) -> Result:
-    policy, reference = toy.models(dtype=dtype)
+    policy, reference = models(dtype=dtype)
     before = parameters(policy)
     trainer = load(recipe).SPOTrainer(
         policy,
@@ -296,7 +296,7 @@ def by_lightning(
     pairs_per_micro_batch: float = 2.5,
 ) -> Result:
     """Micro-batches of 3 + 3 and 3 + 1 pairs, 2.5 in the mean."""
-    policy, reference = toy.models(dtype=torch.float64)
+    policy, reference = models(dtype=torch.float64)
     before = parameters(policy)
     module = (recipe_class or load("lightning_module").SPOModule)(
         policy, reference, pairs_per_micro_batch=pairs_per_micro_batch, beta=BETA
@@ -359,7 +359,7 @@ def by_accelerate(
 ) -> Result:
     """One micro-batch a rank, uneven, by the module that owns the model."""
     accelerator = accelerate.Accelerator(**options)
-    policy, reference = toy.models(dtype=dtype)
+    policy, reference = models(dtype=dtype)
     before = parameters(policy)
     module = owner(policy)
     wrapped, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
@@ -394,7 +394,7 @@ def accelerate_loop(_folder: Path, stage: int, micro_batches: int) -> Result:
     accelerator = accelerate.Accelerator(
         deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=settings)
     )
-    policy, reference = toy.models()
+    policy, reference = models(dtype=torch.float32)
     before = parameters(policy)
     wrapped, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=1.0))
     mine = (UNEVEN[:6], UNEVEN[6:])[dist.get_rank()]
@@ -450,7 +450,7 @@ def with_fsdp2(run: Callable[[], Result]) -> Result:
 
 @way("FSDP1: fused")
 def fsdp1(_folder: Path) -> Result:
-    policy, reference = toy.models(dtype=torch.float64)
+    policy, reference = models(dtype=torch.float64)
     before = parameters(policy)
     owner = FullyShardedDataParallel(
         load("ddp").FusedSPO(policy), device_id=torch.device("cpu"), use_orig_params=True

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from helpers.distributed_worker import BETA, PAIRS, Setting, exact_steps, gradients
-from helpers.recipes_oracle import load, relative_error, toy
+from helpers.recipes_oracle import load, models, relative_error
 from spoloss import spo_loss
 from spoloss.torch import linear_spo_loss
 
@@ -95,7 +95,7 @@ def vocabulary(setting: Setting, mesh: DeviceMesh, factor: int) -> None:
 
 
 def run(case: Case, mesh: DeviceMesh) -> float:
-    policy, reference = toy.models(dtype=torch.float64)
+    policy, reference = models(dtype=torch.float64)
     case(Setting(policy, reference), mesh)
     return relative_error(gradients(policy), exact_steps(False, torch.float64)[0])
 

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
+import re
+import runpy
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -37,6 +43,26 @@ def load(name: str, folder: Path = RECIPES) -> ModuleType:
 
 toy = load("toy")
 Grads = dict[str, Tensor]
+
+BETA = 0.1
+
+
+def models(**options: Any) -> tuple[nn.Module, nn.Module]:
+    """A policy and a reference with slightly different weights, in float64 unless told otherwise.
+
+    Qwen2 normalises in float32, so a gradient is right to 1e-6 or wrong.
+    """
+    policy, reference = toy.models(**{"dtype": torch.float64, **options})
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return policy, reference
+
+
+def moved(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The weights of toy_jax.py or toy_mlx.py, slightly changed, for a reference."""
+    random = np.random.default_rng(1)
+    return {name: w + 0.05 * random.normal(size=w.shape) for name, w in weights.items()}
 
 
 class Recorder(torch.optim.SGD):
@@ -68,19 +94,26 @@ class MeanOfEmbeddings(nn.Module):
 
 
 def exact_step(
-    policy: nn.Module, reference: nn.Module, pairs: Iterable[Any], beta: float
+    policy: nn.Module,
+    reference: nn.Module,
+    pairs: Iterable[Any],
+    beta: float | Sequence[float] = BETA,
+    *,
+    weights: Sequence[float] | None = None,
+    linear_below: float = -math.inf,
 ) -> tuple[float, Grads]:
     """The mean loss of all pairs, and its gradient by each trainable parameter, in float64."""
     policy, reference = copy.deepcopy(policy).double(), copy.deepcopy(reference).double().eval()
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    losses = []
-    for prompt, chosen, rejected in pairs:
-        x = beta * (
-            _log_odds(policy, prompt, chosen, rejected)
-            - _log_odds(reference, prompt, chosen, rejected).detach()
-        )
-        losses.append(-x * torch.exp(-x))
-    loss = torch.stack(losses).mean()
+    h = torch.stack(
+        [_log_odds(policy, *pair) - _log_odds(reference, *pair).detach() for pair in pairs]
+    )
+    x = torch.as_tensor(beta, dtype=h.dtype) * h
+    x0 = x.detach().clamp(min=linear_below)  # below it the tangent: l(x0) + l'(x0) * (x - x0)
+    losses = torch.where(
+        x < linear_below, torch.exp(-x0) * ((x0 - 1.0) * (x - x0) - x0), -x * torch.exp(-x)
+    )
+    loss = (losses if weights is None else torch.tensor(weights, dtype=h.dtype) * losses).mean()
     grads = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
     return loss.item(), dict(zip(trained, grads, strict=True))
 
@@ -103,3 +136,17 @@ def relative_error(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> 
     off = torch.cat([(grads[name].detach().double() - exact[name]).flatten() for name in exact])
     size = torch.cat([exact[name].flatten() for name in exact])
     return (off.norm() / size.norm()).item()
+
+
+def run_script(name: str) -> list[float]:
+    """Starts a recipe as a script in this process: the numbers that it printed.
+
+    Frameworks may warn; the recipe and the package may not.
+    """
+    path = str(RECIPES / f"{name}.py")
+    with warnings.catch_warnings(record=True) as caught, redirect_stdout(StringIO()) as printed:
+        warnings.simplefilter("always")
+        runpy.run_path(path, run_name="__main__")
+    ours = [str(w.message) for w in caught if w.filename == path or "spoloss" in w.filename]
+    assert not ours, ours
+    return [float(number) for number in re.findall(r"-?\d+\.\d+(?:e-\d+)?", printed.getvalue())]

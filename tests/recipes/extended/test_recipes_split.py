@@ -1,4 +1,4 @@
-"""The padding-free and the vocabulary-parallel recipe against each sequence on its own."""
+"""The the vocabulary-parallel recipe against each sequence on its own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from helpers import processes
 from helpers.distributed_worker import run_script
-from helpers.interpreter import run_python
-from helpers.recipes_oracle import RECIPES, exact_step, load, relative_error, toy
+from helpers.recipes_oracle import exact_step, load, models, relative_error, toy
 
-padding_free, vocab_parallel = load("padding_free"), load("vocab_parallel")
+vocab_parallel = load("vocab_parallel")
 
 PAIRS = toy.pairs(5)
 BETA = 0.1
@@ -25,31 +24,8 @@ def grads(policy: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("by", ["loss_by_logits", "loss_by_tiles"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_free(by: str, attention: str) -> None:
-    policy, reference = toy.models(dtype=torch.float64)
-    for model in (policy, reference):
-        model.set_attn_implementation(attention)
-    loss = getattr(padding_free, by)(policy, reference, padding_free.pack(PAIRS), BETA)
-    loss.backward()
-    expected, exact = exact_step(policy, reference, PAIRS, BETA)
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
-    assert relative_error(grads(policy), exact) < 1e-6
-
-
-@pytest.mark.parametrize("by", ["loss_by_logits", "loss_by_tiles"])
-def test_a_packed_row_without_its_borders_is_seen(by: str) -> None:
-    policy, reference = toy.models(dtype=torch.float64)
-    row = padding_free.pack(PAIRS)
-    _, exact = exact_step(policy, reference, PAIRS, BETA)
-    through = torch.arange(row.ids.shape[1])[None]  # attention runs across the sequences
-    getattr(padding_free, by)(policy, reference, row._replace(position_ids=through)).backward()
-    assert relative_error(grads(policy), exact) > 1e-2
-
-
 def split(_rank: int) -> dict[str, Any]:
-    policy, reference = toy.models(dtype=torch.float64)
+    policy, reference = models()
     mesh = init_device_mesh("cpu", (2,))
     for model in (policy, reference):
         vocab_parallel.split_head(model, mesh)
@@ -70,7 +46,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_vocab_parallel(ranks: list[dict[str, Any]]) -> None:
-    policy, reference = toy.models(dtype=torch.float64)
+    policy, reference = models()
     expected, exact = exact_step(policy, reference, PAIRS, BETA)
     for rank in ranks:
         assert rank["rows"] == toy.VOCABULARY // 2
@@ -81,12 +57,6 @@ def test_vocab_parallel(ranks: list[dict[str, Any]]) -> None:
 def test_vocab_parallel_runs_as_a_script(ranks: list[dict[str, Any]]) -> None:
     first, second = (falling(rank["printed"]) for rank in ranks)
     assert first == second
-
-
-def test_padding_free_runs_as_a_script() -> None:
-    done = run_python(RECIPES / "padding_free.py")
-    assert done.returncode == 0, done.stderr
-    falling(done.stdout)
 
 
 def falling(printed: str) -> list[float]:

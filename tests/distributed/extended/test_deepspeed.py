@@ -13,7 +13,7 @@ import pytest
 
 from helpers import deepspeed_worker, processes
 
-PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "distributed.md").read_text()
 
 # |moved - exact| / |exact| of the first step, as docs/distributed.md states it.
 WRONG = {
@@ -35,8 +35,6 @@ REFUSED = {
     "ZeRO-3: gather closed before the backward pass": "RuntimeError: The size of",
 }
 RIGHT = deepspeed_worker.CASES.keys() - WRONG.keys() - REFUSED.keys()
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from helpers import engines_worker, processes
 from helpers.engines_worker import Result
 
-PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "distributed.md").read_text()
 
 DDP, FSDP1, ZERO = "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"
 FSDP2 = "FSDP"  # prefixed to the class of the module that is sharded
@@ -63,7 +63,6 @@ REFUSED = {
 }
 EXACT = 1e-5  # ZeRO-3 has no float64
 
-pytestmark = pytest.mark.slow
 
 Ranks = list[dict[str, Result | str]]
 

@@ -9,7 +9,7 @@ import pytest
 
 from helpers import processes
 
-PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "distributed.md").read_text()
 
 RIGHT = ("untied", "tied", "sequence parallel", "sequence parallel, tied")
 # |g - g of the whole model| / |g of the whole model|, as docs/distributed.md states it.
@@ -17,8 +17,6 @@ WRONG = {
     "loss * ranks": 1.00,
     "gathered with the default gradient": 0.89,
 }
-
-pytestmark = pytest.mark.slow
 
 
 def work(rank: int) -> dict[str, Any]:

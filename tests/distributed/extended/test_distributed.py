@@ -13,7 +13,7 @@ import pytest
 
 from helpers import distributed_worker, processes
 
-PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "distributed.md").read_text()
 
 # |g - g of one process| / |g of one process|, as docs/distributed.md states it.
 WRONG = {

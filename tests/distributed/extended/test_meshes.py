@@ -8,7 +8,7 @@ import pytest
 
 from helpers import mesh_worker, processes
 
-PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "distributed.md").read_text()
 
 RIGHT = (
     "hybrid sharding: sum * ranks / pairs",
@@ -21,8 +21,6 @@ WRONG = {
     "sequence x data parallel: sum * ranks / pairs": 1.00,
     "vocabulary parallel x FSDP2: sum * ranks / pairs": 1.00,
 }
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

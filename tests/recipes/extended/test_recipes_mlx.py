@@ -1,0 +1,87 @@
+"""The MLX recipe makes the gradient of equation 6, on the CPU, and sees a reference that changes.
+
+Arrays are float64, but MLX 0.32 takes float64's exponential on the CPU in single precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx.optimizers import SGD
+
+from helpers.recipes_oracle import (
+    BETA,
+    MeanOfEmbeddings,
+    exact_step,
+    load,
+    moved,
+    relative_error,
+    run_script,
+    toy,
+)
+
+EXACT = 1e-6
+PAIRS = toy.pairs(6)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    with mx.stream(mx.cpu):  # a GPU of Apple has no float64
+        yield
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Without the seconds that a C++ compiler takes for each new shape."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def weights(model: Any) -> dict[str, np.ndarray]:
+    return {name: np.array(model[name]) for name in ("embed", "head")}
+
+
+def setup() -> tuple[Any, Any, Any]:
+    """Policy, reference, and the compiled step of descent at rate 1."""
+    policy, reference = (load("toy_mlx").model(mx.float64) for _ in range(2))
+    new = moved(weights(reference))
+    reference.update({name: mx.array(w, mx.float64) for name, w in new.items()})
+    reference.freeze()
+    return policy, reference, load("mlx_nn").make_train_step(policy, reference, SGD(1.0), BETA)
+
+
+def assert_exact(policy: Any, reference: Any, train_step: Any, count: int) -> None:
+    before = weights(policy)
+    loss, exact = exact_step(
+        MeanOfEmbeddings(before), MeanOfEmbeddings(weights(reference)), PAIRS[:count]
+    )
+    value = train_step(*load("toy_mlx").batch(count)).item()
+    grads = {name: torch.tensor(before[name] - w) for name, w in weights(policy).items()}
+    assert value == pytest.approx(loss, rel=EXACT)
+    assert relative_error(grads, exact) < EXACT
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_every_step_makes_the_gradient_of_equation_6() -> None:
+    policy, reference, train_step = setup()
+    for count in (6, 6, 4):
+        assert_exact(policy, reference, train_step, count)
+
+
+def test_the_compiled_step_sees_a_reference_that_changes() -> None:
+    policy, reference, train_step = setup()
+    train_step(*load("toy_mlx").batch(6))
+    reference.update({"head": reference.head * 2.0})
+    assert_exact(policy, reference, train_step, 6)
+
+
+def test_recipe_runs_as_a_script() -> None:
+    losses = run_script("mlx_nn")
+    assert losses[0] == pytest.approx(0.0, abs=1e-6)  # the reference is a copy of the policy
+    assert losses == sorted(losses, reverse=True)
