@@ -1,43 +1,114 @@
-"""Errors of values and slopes against 60-digit arithmetic, in eps: python -m benchmarks.accuracy.
+"""Errors of values and slopes against 60-digit arithmetic, in eps.
 
-Each row of the result holds the median and the worst error over the same points of one range, of
-one way to compute one loss. An error is |result - exact| / (eps * size), where the size is what the
-rounding of one operation scales with: the exact value, or, where a difference cancels, its terms
-(`tests/helpers/oracles.py`).
+    python -m benchmarks.accuracy            results/accuracy.csv
+    python -m benchmarks.accuracy --quick    a few points; the table alone
+
+Each row has the median and the worst error over the same points of one range, of one way to compute
+one loss. An error is |result - exact| / (eps * size), where the size is what the rounding of one
+operation scales with: the exact value, or, where a difference cancels, its terms.
 """
 
 from __future__ import annotations
 
-import csv
+import argparse
+import functools
 import math
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import mlx.core as mx
+import mpmath
 import numpy as np
 import torch
+from mpmath import mpf
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import machine
+from benchmarks.record import RESULTS, Table, machine
+from spoloss import DPO, SPO, Squared
 
-ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "accuracy.csv"
-sys.path.append(str(ROOT / "tests"))
-
-from helpers.oracles import LOSSES  # noqa: E402
-
-COLUMNS = ("loss", "beta", "way", "dtype", "range", *(
-    f"{what}_{which}" for what in ("value", "slope") for which in ("median", "worst")
-))  # fmt: skip
 POINTS = 400
 BETAS = (1.0, 0.1)
-NAMES = ("SPO", "SPO, linear below -1", "DPO", "DPO, smoothing 0.1", "Squared")
+PACKAGES = ("torch", "numpy", "jax", "mlx", "mpmath", "trl", "spoloss")
 Way = Callable[[np.ndarray, float], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to compute one loss, over one range of x."""
+
+    loss: str
+    beta: float
+    way: str
+    dtype: str
+    range: str
+
+
+# ------------------------------------------------------------------------------------ the oracles
+
+
+class Truth(NamedTuple):
+    """Exact value and slope at one margin, and the sizes that their rounding errors scale with."""
+
+    value: Any
+    slope: Any
+    value_size: Any
+    slope_size: Any
+
+
+def exact_spo(h: float, beta: float) -> Truth:
+    """Equation 6."""
+    b = mpf(beta)
+    x = b * mpf(h)
+    e = mpmath.exp(-x)
+    return Truth(-x * e, b * (x - 1) * e, abs(x) * e, b * (1 + abs(x)) * e)
+
+
+def exact_spo_linear(h: float, beta: float) -> Truth:
+    """The same with its tangent below x = -1: e + (-2e)(x + 1)."""
+    x, b = mpf(beta) * mpf(h), mpf(beta)
+    if x >= -1:
+        return exact_spo(h, beta)
+    rise = -2 * mpmath.e * (x + 1)
+    return Truth(mpmath.e + rise, -2 * b * mpmath.e, 2 * mpmath.e + rise, 2 * b * mpmath.e)
+
+
+def exact_dpo(h: float, beta: float, smoothing: float = 0.0) -> Truth:
+    """DPO eq. 7 of labels that are wrong with probability `smoothing`."""
+    b, wrong = mpf(beta), mpf(smoothing)
+    x, right = b * mpf(h), 1 - wrong
+    agree, flip = mpmath.log1p(mpmath.exp(-x)), mpmath.log1p(mpmath.exp(x))
+    up, down = 1 / (1 + mpmath.exp(x)), 1 / (1 + mpmath.exp(-x))
+    value, terms = right * agree + wrong * flip, (right * up, wrong * down)
+    return Truth(value, b * (terms[1] - terms[0]), value, b * sum(terms))
+
+
+def exact_dpo_smooth(h: float, beta: float) -> Truth:
+    """The same with smoothing 0.1."""
+    return exact_dpo(h, beta, 0.1)
+
+
+def exact_squared(h: float, beta: float) -> Truth:
+    """The squared error of section 2.2; at beta = 1, h - 1 rounds once."""
+    h, target = mpf(h), 1 / mpf(beta)
+    error = h - target
+    size = abs(error) if beta == 1.0 else abs(h) + target
+    return Truth(error**2, 2 * error, size**2, 2 * size)
+
+
+LOSSES: dict[str, tuple[Any, Callable[[float, float], Truth]]] = {
+    "SPO": (SPO(), exact_spo),
+    "SPO, linear below -1": (SPO(linear_below=-1.0), exact_spo_linear),
+    "DPO": (DPO(), exact_dpo),
+    "DPO, smoothing 0.1": (DPO(label_smoothing=0.1), exact_dpo_smooth),
+    "Squared": (Squared(), exact_squared),
+}
+
+
+# --------------------------------------------------------------------------------------- the ways
 
 
 def ranges(dtype: str) -> dict[str, float]:
@@ -132,52 +203,66 @@ def ways(name: str) -> dict[str, Way]:
     }
 
 
-def rows() -> Iterator[tuple[object, ...]]:
-    """The table, way by way."""
-    for name in NAMES:
-        for beta in BETAS:
-            for dtype in ("float32", "float64"):
-                for title, limit in ranges(dtype).items():
-                    margins = points(dtype, limit / beta)
-                    truths = [LOSSES[name][1](float(h), beta) for h in margins]
-                    for way, compute in ways(name).items():
-                        errors = errors_of(compute(margins, beta), truths, dtype)
-                        yield (name, beta, way, dtype, title, *errors)
+# -------------------------------------------------------------------------------------- the table
 
 
-def points(dtype: str, limit: float) -> np.ndarray:
-    """Margins of both signs, uniform and by decades."""
+def cells() -> list[Cell]:
+    """Every loss, beta, dtype and range, way by way."""
+    return [
+        Cell(loss, beta, way, dtype, title)
+        for loss in LOSSES
+        for beta in BETAS
+        for dtype in ("float32", "float64")
+        for title in ranges(dtype)
+        for way in ways(loss)
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def exact(
+    loss: str, beta: float, dtype: str, limit: float, count: int
+) -> tuple[np.ndarray, list[Truth]]:
+    """Margins of both signs up to |x| = limit, uniform and by decades; and the exact results."""
     rng = np.random.default_rng(0)
-    decades = limit * 10.0 ** rng.uniform(-6.0, 0.0, POINTS // 2) * rng.choice((-1, 1), POINTS // 2)
-    return np.concatenate([rng.uniform(-limit, limit, POINTS // 2), decades]).astype(dtype)
+    decades = 10.0 ** rng.uniform(-6.0, 0.0, count // 2) * rng.choice((-1, 1), count // 2)
+    uniform = rng.uniform(-1.0, 1.0, count // 2)
+    margins = (limit / beta * np.concatenate([uniform, decades])).astype(dtype)
+    return margins, [LOSSES[loss][1](float(h), beta) for h in margins]
 
 
-def errors_of(results: Any, truths: Any, dtype: str) -> list[str]:
-    """Median and worst error of values, then of slopes."""
-    eps, out = float(np.finfo(dtype).eps), []
-    for got, exact, size in zip(
-        results,
-        ([t.value for t in truths], [t.slope for t in truths]),
-        ([t.value_scale for t in truths], [t.slope_scale for t in truths]),
-        strict=True,
-    ):
+def errors_of(
+    got: tuple[np.ndarray, np.ndarray], truths: Sequence[Truth], dtype: str
+) -> dict[str, str]:
+    """Median and worst error of values and of slopes."""
+    eps, found = float(np.finfo(dtype).eps), {}
+    for what, results in zip(("value", "slope"), got, strict=True):
         errors = [
-            float(abs(float(g) - e) / (eps * s)) if math.isfinite(g) else math.inf
-            for g, e, s in zip(got, exact, size, strict=True)
-            if s > 0
+            float(abs(float(result) - getattr(truth, what)) / (eps * size))
+            if math.isfinite(result)
+            else math.inf
+            for result, truth in zip(results, truths, strict=True)
+            if (size := getattr(truth, f"{what}_size")) > 0
         ]
-        out += [f"{np.median(errors):.3g}", f"{max(errors):.3g}"]
-    return out
+        found[f"{what}_median"], found[f"{what}_worst"] = (
+            f"{each:.3g}" for each in (np.median(errors), max(errors))
+        )
+    return found
 
 
-def main() -> None:
-    """Write the result file."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compute, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few points; no file")
+    quick = parser.parse_args(argv).quick
     jax.config.update("jax_enable_x64", True)
     mx.set_default_device(mx.cpu)
-    versions = ("torch", "numpy", "jax", "mlx", "mpmath", "trl", "spoloss")
-    with RESULT.open("w", newline="") as file:
-        print(f"# {machine.describe(*versions)}", file=file)
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows()])
+    mpmath.mp.dps = 60
+    table = Table(None if quick else RESULTS / "accuracy.csv", machine(*PACKAGES), Cell)
+    for cell in table.todo(cells()):
+        limit, count = ranges(cell.dtype)[cell.range], 10 if quick else POINTS
+        margins, truths = exact(cell.loss, cell.beta, cell.dtype, limit, count)
+        results = ways(cell.loss)[cell.way](margins, cell.beta)
+        table.add(cell, **errors_of(results, truths, cell.dtype))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""The problem that every way solves in `bench_fused`, and its solution in float64."""
+"""The problem of `benchmarks.fused`: hidden states, head, labels, reference; and its solution."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.real_head import IGNORED, RealHead
-
 BETA = 0.1
+IGNORED = -100
+"""The label of tokens that do not count."""
 EXACT_ROWS = 256
 
 
@@ -70,15 +73,7 @@ class Problem:
 
 
 def random_problem(
-    pairs: int,
-    tokens: int,
-    width: int,
-    vocab: int,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    frozen: bool,
-    ignored: float,
+    pairs: int, tokens: int, width: int, vocab: int, *, dtype: torch.dtype, device: str
 ) -> Problem:
     """A random problem, the same at each call; logits and hidden states have unit variance."""
     generator = torch.Generator(device).manual_seed(0)
@@ -87,17 +82,8 @@ def random_problem(
         return torch.randn(shape, generator=generator, device=device)
 
     hidden = normal(2 * pairs, tokens, width).to(dtype)
-    weight = (normal(vocab, width) / math.sqrt(width)).to(dtype).requires_grad_(not frozen)
+    weight = (normal(vocab, width) / math.sqrt(width)).to(dtype)
     labels = torch.randint(vocab, (2 * pairs, tokens), generator=generator, device=device)
-    ignore(labels, ignored)
-    return Problem.over(hidden, weight, labels, _reference(hidden, weight, labels))
-
-
-def real_problem(head: RealHead, *, dtype: torch.dtype, device: str, frozen: bool) -> Problem:
-    """The problem that a language model's head sets on its hidden states of real text."""
-    hidden = torch.as_tensor(head.hidden, dtype=dtype, device=device)
-    weight = head.weight().to(device, dtype).requires_grad_(not frozen)
-    labels = torch.as_tensor(head.labels, device=device)
     return Problem.over(hidden, weight, labels, _reference(hidden, weight, labels))
 
 
@@ -114,37 +100,106 @@ def _reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return reference + torch.cat([-nats, nats])
 
 
-def ignore(labels: Tensor, share: float) -> None:
-    """Ignore a share of each row's labels: a prompt in front and padding at the end.
+# ------------------------------------------------------------------------------ a real model's head
 
-    Both vary from pair to pair: the prompt takes half to four fifths of what is ignored.
+
+class Shape(NamedTuple):
+    """What `write_states` found: P, T, D and V, and the share of the labels that are ignored."""
+
+    size: tuple[int, int, int, int]
+    ignored: float
+
+
+def write_states(model: str, pairs: Path, count: int, path: Path) -> Shape:
+    """Run a language model over preference pairs, and keep its head, last states and labels.
+
+    Args:
+      model: a Transformers folder, or a name on the Hugging Face Hub.
+      pairs: JSON lines with prompt, chosen and rejected.
+      count: how many of them.
+      path: the .safetensors file to write; the states are 0 where the label is ignored.
     """
-    pairs, tokens = len(labels) // 2, labels.shape[1]
-    total = round(share * tokens)
-    for pair, part in enumerate(torch.linspace(0.5, 0.8, pairs).tolist()):
-        prompt = round(part * total)
-        for row in (labels[pair], labels[pairs + pair]):
-            row[:prompt] = IGNORED
-            row[tokens - (total - prompt) :] = IGNORED
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()[:count]]
+    found = [
+        _states(whole.base_model, tokenizer, row["prompt"], row[side])
+        for side in ("chosen", "rejected")
+        for row in rows
+    ]
+    padded = torch.nn.utils.rnn.pad_sequence
+    hidden = padded([states for states, _ in found], batch_first=True)
+    labels = padded([labels for _, labels in found], batch_first=True, padding_value=IGNORED)
+    hidden = hidden.masked_fill(labels[..., None] == IGNORED, 0.0)
+    weight = whole.get_output_embeddings().weight.detach()
+    save_file({"hidden": hidden, "labels": labels, "weight": weight.clone()}, path)
+    vocab, width = weight.shape
+    ignored = (labels == IGNORED).float().mean().item()
+    return Shape((len(rows), labels.shape[1], width, vocab), ignored)
+
+
+def _states(
+    model: torch.nn.Module, tokenizer: object, prompt: str, completion: str
+) -> tuple[Tensor, Tensor]:
+    """Hidden states [T, D] and labels [T] of a prompt with its completion."""
+    turns = [{"role": "user", "content": prompt}]
+    start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    end = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    with torch.no_grad():
+        states = model(torch.tensor([start + end])).last_hidden_state[0, :-1]
+    return states, torch.tensor([IGNORED] * (len(start) - 1) + end)
+
+
+def real_problem(path: Path, *, dtype: torch.dtype, device: str) -> Problem:
+    """The problem of a file that `write_states` has written."""
+    from safetensors.torch import load_file
+
+    found = load_file(path, device=device)
+    hidden, weight = found["hidden"].to(dtype), found["weight"].to(dtype)
+    return Problem.over(
+        hidden, weight, found["labels"], _reference(hidden, weight, found["labels"])
+    )
 
 
 # ------------------------------------------------------------------------------------- the losses
 
 
-def dpo(x: Tensor) -> Tensor:
-    """DPO eq. 7 of x = beta * margin."""
-    return -F.logsigmoid(x)
+def dpo(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """DPO eq. 7 of the log-ratios [P] of both sides."""
+    return -F.logsigmoid(BETA * (chosen - rejected))
 
 
-def spo(x: Tensor) -> Tensor:
-    """SPO, paper eq. 6, of x = beta * margin."""
+def spo(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """SPO, paper eq. 6."""
+    x = BETA * (chosen - rejected)
     return -x * torch.exp(-x)
 
 
-def mean_loss(formula: Callable[[Tensor], Tensor], logps: Tensor, reference: Tensor) -> Tensor:
+def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """APO-down, as in TRL: a loss of the two log-ratios, not of their difference alone."""
+    return torch.sigmoid(BETA * chosen) - torch.sigmoid(BETA * (chosen - rejected)) + 1.0
+
+
+def kto(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """KTO eq. 8 with the batch's mean log-ratio as its reference point: a loss of completions."""
+    ratios = torch.cat([chosen, rejected])
+    point = ratios.mean().clamp(min=0.0).detach()
+    signs = torch.cat([torch.ones_like(chosen), -torch.ones_like(rejected)])
+    return 1.0 - torch.sigmoid(BETA * signs * (ratios - point))
+
+
+Formula = Callable[[Tensor, Tensor], Tensor]
+
+
+def mean_loss(formula: Formula, logps: Tensor, reference: Tensor) -> Tensor:
     """The mean loss of sequence log-probabilities [2P], chosen first."""
-    chosen, rejected = (logps - reference).chunk(2)
-    return formula(BETA * (chosen - rejected)).mean()
+    return formula(*(logps - reference).chunk(2)).mean()
+
+
+# --------------------------------------------------------------------------- the solution, checked
 
 
 def logps_in_tiles(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -162,13 +217,13 @@ def logps_in_tiles(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([logp(*row) for row in zip(hidden, labels, strict=True)])
 
 
-def max_error(problem: Problem, loss: float, formula: Callable[[Tensor], Tensor]) -> float:
+def max_error(problem: Problem, loss: float, formula: Formula) -> float:
     """The largest error of a solution against full logits in float64, relative to the largest.
 
     Args:
       problem: solved: its gradients are in place.
       loss: as the way found it.
-      formula: the loss of x that the way computes.
+      formula: the loss that the way computes.
 
     Returns:
       The maximum over loss, hidden and head gradient of max|got - want| / max|want|.

@@ -1,16 +1,27 @@
-"""The ways from hidden states to the gradients of a preference loss, for `bench_fused`."""
+"""The ways from hidden states to the gradients of a preference loss, for `benchmarks.fused`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.fused_problem import BETA, IGNORED, Problem, dpo, mean_loss, spo
+from benchmarks.fused_problem import (
+    BETA,
+    IGNORED,
+    Formula,
+    Problem,
+    apo_down,
+    dpo,
+    kto,
+    mean_loss,
+    spo,
+)
 
 FLOOR_ROWS = (None, 256, 512, 1024)
 """Heights of the floor's row tiles that are tried; None is all rows in one piece."""
@@ -57,12 +68,71 @@ def _backwards(loss: Callable[[Problem], Tensor]) -> Step:
 
 
 def _dpo_of(token_logps: Callable[[Problem], Tensor]) -> Step:
-    """DPO by hand after a way to the log-probabilities [2P, T], 0 where the label is ignored."""
+    """DPO by hand after a way to the log-probabilities [2P, T], 0 where the label is ignored.
+
+    Any other loss of log-probabilities would take the same time: it has 2P numbers to work on.
+    """
     return _backwards(
         lambda problem: mean_loss(
             dpo, token_logps(problem).view(problem.labels.shape).sum(1), problem.reference
         )
     )
+
+
+# ------------------------------------------------------------------------------------------- ours
+
+
+class _APODown:
+    """`apo_down` as a pair loss of the package."""
+
+    @staticmethod
+    def value(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+        return torch.sigmoid(beta * chosen) - torch.sigmoid(beta * (chosen - rejected)) + 1.0
+
+    @staticmethod
+    def slopes(chosen: Tensor, rejected: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+        alone, both = torch.sigmoid(beta * chosen), torch.sigmoid(beta * (chosen - rejected))
+        apart = beta * both * (1.0 - both)
+        return beta * alone * (1.0 - alone) - apart, apart
+
+
+def spoloss(formula: Formula) -> Step:
+    """This package: one pass for a loss of pairs, `linear_logps` for any other loss.
+
+    Version 0.2 has other signatures, and pair losses of the margin alone. It is still called, so
+    that `benchmarks.versions` can compare the versions.
+    """
+    import spoloss
+    import spoloss.torch as wing
+
+    old = not hasattr(wing, "Head")
+    pair_losses = {dpo: spoloss.DPO(), spo: spoloss.SPO()} | ({} if old else {apo_down: _APODown()})
+
+    def by_pair(problem: Problem) -> Tensor:
+        sides, labels = (problem.chosen, problem.rejected), problem.labels.chunk(2)
+        options = {"beta": BETA}
+        if old:
+            given = *sides, problem.weight, *labels
+            options["shift"] = False
+        else:
+            both = map(partial(wing.Completions, shift=False), sides, labels)
+            given = wing.Head(problem.weight), *both
+        pair_loss = pair_losses[formula]
+        return wing.linear_pair_loss(pair_loss, *given, *problem.reference.chunk(2), **options).loss
+
+    def by_logps(problem: Problem) -> Tensor:
+        hidden, weight, labels = problem.hidden, problem.weight, problem.labels
+        if old:
+            logps = wing.linear_logps(hidden, weight, labels, shift=False)
+        else:
+            completions = wing.Completions(hidden, labels, shift=False)
+            logps = wing.linear_logps(wing.Head(weight), completions)
+        return mean_loss(formula, logps, problem.reference)
+
+    return _backwards(by_pair if formula in pair_losses else by_logps)
+
+
+# ------------------------------------------------------------------------------------- the others
 
 
 def full_logits() -> Step:
@@ -148,74 +218,44 @@ def cut_cross_entropy(impl: str) -> Step:
     return _dpo_of(token_logps)
 
 
-def spoloss(name: str) -> Step:
-    """The one-pass loss of this package, by name."""
-    import spoloss.torch
-
-    if not hasattr(spoloss.torch, name):
-        raise UnavailableError(f"spoloss.torch has no {name}")
-    function = getattr(spoloss.torch, name)
-
-    def loss(problem: Problem) -> Tensor:
-        return function(
-            problem.chosen,
-            problem.rejected,
-            problem.weight,
-            *problem.labels.chunk(2),
-            *problem.reference.chunk(2),
-            beta=BETA,
-            shift=False,
-        ).loss
-
-    return _backwards(loss)
-
-
 @dataclass(frozen=True)
 class Way:
     """A way from hidden states to loss and gradients.
 
     Attributes:
       load: imports what the way needs and returns its step.
-      color: of its bars.
-      formula: the loss of x = beta * margin that it computes.
+      formula: the loss that it computes.
       takes_reference: whether it accepts the reference's log-probabilities.
       note: what its row in the table should say.
     """
 
     load: Callable[[], Step]
-    color: str
-    formula: Callable[[Tensor], Tensor] = dpo
+    formula: Formula = dpo
     takes_reference: bool = True
     note: str = ""
 
 
 FLOOR = "matmul_floor"
-FULL = "full_logits"
 WAYS = {
-    FLOOR: Way(lambda: floor(None), "black"),
-    FULL: Way(full_logits, "tab:gray"),
-    "trl": Way(trl, "tab:blue"),
+    FLOOR: Way(partial(floor, None)),
+    "full_logits": Way(full_logits),
+    "trl": Way(trl),
     "liger": Way(
-        lambda: liger(compiled=False),
-        "tab:cyan",
+        partial(liger, compiled=False),
         takes_reference=False,
         note="no reference: takes the reference's hidden states, not its log-probabilities",
     ),
     "liger_compiled": Way(
-        lambda: liger(compiled=True),
-        "tab:purple",
-        takes_reference=False,
-        note="no reference, as liger",
+        partial(liger, compiled=True), takes_reference=False, note="no reference, as liger"
     ),
-    "torch_linear_ce": Way(torch_linear_ce, "tab:green"),
+    "torch_linear_ce": Way(torch_linear_ce),
     "cut_cross_entropy": Way(
-        lambda: cut_cross_entropy("cce"),
-        "tab:olive",
+        partial(cut_cross_entropy, "cce"),
         note="leaves small gradients out; the head's is summed in its own dtype",
     ),
-    "cut_cross_entropy_exact": Way(lambda: cut_cross_entropy("cce_exact"), "tab:brown"),
-    "spoloss": Way(lambda: spoloss("linear_dpo_loss"), "tab:red"),
-    "spoloss_spo": Way(lambda: spoloss("linear_spo_loss"), "tab:orange", formula=spo),
+    "cut_cross_entropy_exact": Way(partial(cut_cross_entropy, "cce_exact")),
+    "spoloss": Way(partial(spoloss, dpo)),
+    "spoloss_spo": Way(partial(spoloss, spo), spo),
+    "spoloss_apo_down": Way(partial(spoloss, apo_down), apo_down),
+    "spoloss_kto": Way(partial(spoloss, kto), kto),
 }
-IGNORING_WAYS = (FLOOR, FULL, "spoloss", "spoloss_spo")
-"""The ways that also run with most labels ignored."""

@@ -1,31 +1,34 @@
-"""One way on one problem in this process, which `Apart` keeps between the calls."""
+"""A process of its own for what `benchmarks.fused` measures, and the gauges of time and memory."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import importlib
+import multiprocessing
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from benchmarks.fused_problem import Problem, max_error, random_problem, real_problem
 from benchmarks.fused_ways import FLOOR, FLOOR_ROWS, WAYS, Step, Way, floor
-from benchmarks.gauges import CardGauge, HostGauge, Timed, gauge_of
-from benchmarks.real_head import RealHead
+from benchmarks.record import Others
 
 SETTLE_SECONDS = 0.05
 """The other process's threads spin for a moment after its turn, so a turn starts later."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: a way, on a shape, with a trained or a frozen head.
-
-    `real_head` is a file of `benchmarks.real_head`, whose shape the others state; "" for random
-    numbers.
-    """
+    """What is measured: a way, on a shape, with a trained or a frozen head."""
 
     way: str
     pairs: int
@@ -35,8 +38,111 @@ class Cell:
     dtype: str
     device: str
     frozen: bool
-    ignored: float = 0.0
-    real_head: str = ""
+
+
+class Apart:
+    """A fresh process that calls functions by name, and keeps what they leave in their modules.
+
+    An exception in the process is raised here; if the process dies, BrokenProcessPool is.
+    """
+
+    def __init__(self) -> None:
+        # Forked from a server that has imported torch and done nothing else: as clean as a new
+        # interpreter, without its seconds of start-up.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch"])
+        self._pool = ProcessPoolExecutor(1, context)
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """What `function(*args)` returns in the process."""
+        return self._pool.submit(function, *args).result()
+
+
+# ------------------------------------------------------------------------------------- the gauges
+
+
+class Timed(NamedTuple):
+    """What one call took.
+
+    Attributes:
+      seconds: with one CPU thread the processor time of this process, which other processes hardly
+        disturb; with several, where waiting takes processor time as well, the time by the clock;
+        on a GPU the time between two events.
+      others: the share of the processor's cores that other processes took meanwhile.
+    """
+
+    seconds: float
+    others: float
+
+
+class HostGauge:
+    """Time of the CPU, memory by the peak that Linux keeps for a process."""
+
+    def reset(self) -> None:
+        """Forget the peak so far, so that growth counts from what is held now."""
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):
+            # Freed memory that the C library keeps would hide that much growth.
+            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._status("VmRSS")
+
+    def growth_mib(self) -> float | None:
+        """The peak since the reset minus what was held then; None where the system keeps none."""
+        peak = self._status("VmHWM")
+        return None if peak is None or self._before is None else (peak - self._before) / 1024
+
+    def timed(self, call: Callable[[], object]) -> Timed:
+        """How long one call takes."""
+        now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        with Others() as others:
+            start = now()
+            call()
+            seconds = now() - start
+        return Timed(seconds, others.share)
+
+    @staticmethod
+    def _status(name: str) -> int | None:
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith(name):
+                    return int(line.split()[1])
+        return None
+
+
+class CardGauge:
+    """Time by CUDA's events, memory by PyTorch's allocator."""
+
+    def reset(self) -> None:
+        """Forget the peak so far, so that growth counts from what is held now."""
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+
+    def growth_mib(self) -> float:
+        """The peak since the reset minus what was held then."""
+        return (torch.cuda.max_memory_allocated() - self._before) / 2**20
+
+    def timed(self, call: Callable[[], object]) -> Timed:
+        """How long one call takes on the GPU."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with Others() as others:
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+        return Timed(start.elapsed_time(end) / 1e3, others.share)
+
+
+# ------------------------------------------------------------------------ called in the process
 
 
 @dataclass
@@ -64,12 +170,13 @@ def use_checkout(path: Path) -> None:
         raise RuntimeError(f"expected spoloss from {path}, got {found}")
 
 
-def set_up(cell: Cell, threads: int) -> str:
+def set_up(cell: Cell, threads: int, states: Path | None = None) -> str:
     """Load the way, build the problem, and do a tiny one, so that every library is loaded.
 
     Args:
       cell: what is measured.
       threads: how many the CPU's operations use.
+      states: a file of `write_states`, whose shape the cell states; None for random numbers.
 
     Returns:
       What the way's row in the table should say.
@@ -81,15 +188,15 @@ def set_up(cell: Cell, threads: int) -> str:
     torch.set_num_threads(threads)
     way = WAYS[cell.way]
     step = way.load()
-    problem = _problem_of(cell)
+    problem = _problem_of(cell, states)
+    problem.weight.requires_grad_(not cell.frozen)
     if not way.takes_reference:
         problem = problem.without_reference()
-    _benches[:] = [_Bench(way, step, problem, gauge_of(cell.device))]
+    gauge = CardGauge() if cell.device == "cuda" else HostGauge()
+    _benches[:] = [_Bench(way, step, problem, gauge)]
     step(problem.tiny())
     problem.clear()
-    if cell.way == FLOOR:
-        return _choose_height(_benches[0])
-    return way.note
+    return _choose_height(_benches[0]) if cell.way == FLOOR else way.note
 
 
 def timed() -> Timed:
@@ -117,21 +224,11 @@ def error() -> float:
     return max_error(bench.problem, loss, bench.way.formula)
 
 
-def _problem_of(cell: Cell) -> Problem:
-    dtype = getattr(torch, cell.dtype)
-    if cell.real_head:
-        head = RealHead.load(Path(cell.real_head))
-        return real_problem(head, dtype=dtype, device=cell.device, frozen=cell.frozen)
-    return random_problem(
-        cell.pairs,
-        cell.tokens,
-        cell.width,
-        cell.vocab,
-        dtype=dtype,
-        device=cell.device,
-        frozen=cell.frozen,
-        ignored=cell.ignored,
-    )
+def _problem_of(cell: Cell, states: Path | None) -> Problem:
+    kind = {"dtype": getattr(torch, cell.dtype), "device": cell.device}
+    if states is not None:
+        return real_problem(states, **kind)
+    return random_problem(cell.pairs, cell.tokens, cell.width, cell.vocab, **kind)
 
 
 def _choose_height(bench: _Bench) -> str:

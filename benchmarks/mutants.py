@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import record
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -349,7 +349,7 @@ def load(path: Path) -> list[Row]:
 def save(rows: list[Row], path: Path) -> None:
     """The outcomes so far, with machine and versions."""
     with path.open("w", newline="") as file:
-        print(f"# {machine.describe('torch', 'jax', 'spoloss')}", file=file)
+        print(f"# {record.machine('torch', 'jax', 'spoloss')}", file=file)
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 

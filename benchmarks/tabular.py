@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe
+from benchmarks.record import machine as describe
 from spoloss import DPO, SPO, MarginLoss, Squared, pair_grad
 
 Array = np.ndarray

@@ -30,6 +30,8 @@ WAYS = {
     "torch_linear_ce": "`F.linear_cross_entropy`",
     "spoloss": "**`linear_dpo_loss`**",
     "spoloss_spo": "**`linear_spo_loss`**",
+    "spoloss_apo_down": "**`linear_pair_loss`, APO-down**",
+    "spoloss_kto": "**`linear_logps`, then KTO**",
 }
 JAX_WAYS = {
     "full_logits": "full logits, `log_softmax`",

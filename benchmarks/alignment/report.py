@@ -23,7 +23,7 @@ from benchmarks.alignment.results import (
 )
 from benchmarks.alignment.results import rewards_win_rate as win_rate
 from benchmarks.alignment.store import Store, write_atomically
-from benchmarks.machine import describe
+from benchmarks.record import machine as describe
 
 PACKAGES = ("torch", "numpy", "spoloss")
 PAPER_DPOS, PAPER_SPO = (Arm("dpo", 0.1), Arm("dpo", 0.4)), Arm("spo", 0.1)

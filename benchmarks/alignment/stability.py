@@ -35,7 +35,7 @@ from benchmarks.alignment.results import rewards_win_rate
 from benchmarks.alignment.runner import Job
 from benchmarks.alignment.store import Store, write_atomically
 from benchmarks.alignment.training import Stage
-from benchmarks.machine import describe
+from benchmarks.record import machine as describe
 
 PROGRAM = "python -m benchmarks.alignment.stability"
 OUTPUT = Path("runs/alignment-stability")

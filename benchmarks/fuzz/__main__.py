@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import record
 from benchmarks.fuzz import calls, libraries
 from benchmarks.fuzz.checks import Finding, check_refusal, check_result
 
@@ -103,7 +103,7 @@ def save(campaign: Campaign, seed: int) -> None:
     """The table so far, with machine and versions."""
     versions = (*libraries.LIBRARIES, "spoloss")
     with RESULT.open("w", newline="") as file:
-        print(f"# {machine.describe(*versions)}, first seed {seed}", file=file)
+        print(f"# {record.machine(*versions)}, first seed {seed}", file=file)
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *campaign.rows()])
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from benchmarks.alignment.arms import Arm
 from benchmarks.alignment.report import PACKAGES, Row, markdown, publish
 from benchmarks.alignment.store import Store
-from benchmarks.machine import describe
 from benchmarks.real_pairs.material import FOLDS, LENGTH, Material
 from benchmarks.real_pairs.task import ARMS, MEASURED_PAIRS, STAGE, result_name
+from benchmarks.record import machine as describe
 
 BASELINE = Arm("dpo", 0.4)
 """The arm that all others are compared with."""

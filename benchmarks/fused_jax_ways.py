@@ -1,8 +1,4 @@
-"""The problem that `bench_fused_jax` sets, and the ways to solve it.
-
-A way is a function of (chosen hidden, rejected hidden, weight) and of what is constant, to the mean
-DPO or SPO loss; `bench_fused_jax` differentiates it.
-"""
+"""The problem of `benchmarks.fused_jax`, and the ways from it to a mean preference loss."""
 
 from __future__ import annotations
 
@@ -17,14 +13,14 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+import spoloss.jax as wing
 from spoloss import DPO, SPO
-from spoloss.jax import linear_pair_loss
 
 BETA = 0.1
 ROWS = 512
 """Tokens of a tile of those ways that choose it: 62.5 MiB of float32 logits at V = 32,000."""
-WORDS = 4096
-"""Words of a block where the vocabulary is cut, too."""
+BLOCK = 4096
+"""Vocabulary entries of a block where the vocabulary is cut, too."""
 
 
 class Problem(NamedTuple):
@@ -58,15 +54,15 @@ class Problem(NamedTuple):
 Way = Callable[[Problem], Array]
 
 
-def make_problem(pairs: int, tokens: int, width: int, words: int) -> Problem:
+def make_problem(pairs: int, tokens: int, width: int, vocab: int) -> Problem:
     """A random problem in float32, whose logits and hidden states have unit variance."""
     random = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
     problem = Problem(
         normal(pairs, tokens, width),
         normal(pairs, tokens, width),
-        normal(words, width) / np.float32(np.sqrt(width)),
-        jnp.asarray(random.integers(0, words, (2, pairs, tokens)), jnp.int32),
+        normal(vocab, width) / np.float32(np.sqrt(width)),
+        jnp.asarray(random.integers(0, vocab, (2, pairs, tokens)), jnp.int32),
         jnp.zeros((2, pairs)),
     )
     # Margins between 1 and 6 nats: a reference without the policy's own log-probabilities would
@@ -121,7 +117,7 @@ def scan_and_checkpoint(problem: Problem) -> Array:
 
 
 def easydel(problem: Problem) -> Array:
-    """EasyDeL's way, written out: chunks of the sequence checkpointed, log-sum-exp by words."""
+    """EasyDeL's way, written out: chunks of the sequence checkpointed, log-sum-exp by blocks."""
     hidden, labels = problem.hidden, problem.flat_labels
     length = min(hidden.shape[1], max(1, ROWS // len(hidden)))
     chunks = hidden.reshape(len(hidden), -1, length, hidden.shape[2]).swapaxes(0, 1)
@@ -133,8 +129,8 @@ def easydel(problem: Problem) -> Array:
         logits = states @ problem.weight.T
         found = jnp.take_along_axis(logits, ids[..., None], axis=2)[..., 0]
         total = jnp.full(ids.shape, -jnp.inf)
-        for start in range(0, logits.shape[2], WORDS):
-            block = logits[..., start : start + WORDS]
+        for start in range(0, logits.shape[2], BLOCK):
+            block = logits[..., start : start + BLOCK]
             total = jnp.logaddexp(total, jax.nn.logsumexp(block, axis=-1))
         return None, found - total
 
@@ -143,17 +139,14 @@ def easydel(problem: Problem) -> Array:
 
 
 def spoloss(loss: Any, problem: Problem) -> Array:
-    """One pass."""
-    return linear_pair_loss(
-        loss,
-        problem.chosen,
-        problem.rejected,
-        problem.weight,
-        *problem.labels,
-        *problem.reference,
-        beta=BETA,
-        shift=False,
-    ).loss
+    """This package, in one pass."""
+    sides = problem.chosen, problem.rejected
+    if hasattr(wing, "Head"):
+        both = map(functools.partial(wing.Completions, shift=False), sides, problem.labels)
+        given = wing.Head(problem.weight), *both
+        return wing.linear_pair_loss(loss, *given, *problem.reference, beta=BETA).loss
+    given = *sides, problem.weight, *problem.labels, *problem.reference
+    return wing.linear_pair_loss(loss, *given, beta=BETA, shift=False).loss  # version 0.2
 
 
 WAYS: dict[str, Way] = {
@@ -164,12 +157,6 @@ WAYS: dict[str, Way] = {
     "spoloss": functools.partial(spoloss, DPO()),
     "spoloss_spo": functools.partial(spoloss, SPO()),
 }
-FULL, SPO_WAY = "full_logits", "spoloss_spo"
-TOKAMAX = (
-    "tokamax",
-    "not measured: tokamax 0.0.12, the newest on PyPI, has no chunked_xla, and reduces over all "
-    "tokens, so that it cannot give the log-probability of a sequence",
-)
 
 
 @dataclass(frozen=True)
@@ -202,8 +189,8 @@ class Floor:
                 return by_hidden, by_weight
 
             def add(j: Any, by_weight: Array) -> Array:
-                words = lax.dynamic_slice_in_dim(logits, j * width, width, axis=1)
-                part = lax.dot_general(words, tile, (((0,), (0,)), ((), ())))
+                block = lax.dynamic_slice_in_dim(logits, j * width, width, axis=1)
+                part = lax.dot_general(block, tile, (((0,), (0,)), ((), ())))
                 grown = lax.dynamic_slice_in_dim(by_weight, j * width, width) + part
                 return lax.dynamic_update_slice_in_dim(by_weight, grown, j * width, 0)
 

@@ -1,12 +1,10 @@
-"""Draws a result file of bench_fused: every other way over spoloss, in time and in memory.
+"""Draws a result file of the fused head: every other way over ours, in time and in memory.
 
-python -m benchmarks.figure_fused                       # benchmarks/results/fused_cpu.csv
-python -m benchmarks.figure_fused FILE                  # another file of whole answers
+python -m benchmarks.figure       redraws results/fused_cpu.svg and fused_jax_cpu.svg
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 from pathlib import Path
 
@@ -17,61 +15,62 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.record import RESULTS
+
 OURS = "spoloss"
 PEERS = {  # from the top of the figure
     "full_logits": "full logits",
+    "optax": "full logits, Optax",
     "trl": "TRL, chunked",
     "liger": "Liger, eager",
     "liger_compiled": "Liger, compiled",
     "torch_linear_ce": "F.linear_cross_entropy",
     "cut_cross_entropy": "cut-cross-entropy",
+    "scan_checkpoint": "scan and checkpoint",
+    "easydel": "EasyDeL's chunks",
 }
 LOOKS = {
     False: {"marker": "o", "color": "#1f63b5", "label": "head trained"},
     True: {"marker": "D", "color": "#c2362b", "fillstyle": "none", "label": "head frozen"},
 }
 STYLE = {"font.size": 14, "lines.markersize": 8, "lines.linestyle": "", "svg.hashsalt": "spoloss"}
+MEMORY = {"fused_cpu.csv": "memory_mib", "fused_jax_cpu.csv": "temp_mib"}
 
 Ratios = dict[tuple[str, bool], list[float]]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The measurements without ignored labels."""
-    with path.open(newline="") as file:
-        rows = csv.DictReader(line for line in file if not line.startswith("#"))
-        return [row for row in rows if float(row["ignored"]) == 0.0]
-
-
 def ratios(rows: list[dict[str, str]], column: str) -> Ratios:
-    """Peer over spoloss, one number per shape of the batch, by (way, frozen)."""
+    """Peer over ours, one number per shape of the batch, by (way, frozen)."""
 
     def shape(row: dict[str, str]) -> tuple[str, ...]:
-        return tuple(row[name] for name in ("pairs", "tokens", "width", "vocab", "dtype", "frozen"))
+        return tuple(row[name] for name in ("pairs", "tokens", "width", "vocab", "frozen"))
 
     ours = {shape(row): float(row[column]) for row in rows if row["way"] == OURS}
     found: Ratios = {}
     for row in rows:
-        if row["way"] in PEERS and row[column]:
+        if row["way"] in PEERS and row[column] and shape(row) in ours:
             key = (row["way"], row["frozen"] == "True")
             found.setdefault(key, []).append(float(row[column]) / ours[shape(row)])
     return found
 
 
-def draw(path: Path, target: Path) -> None:
-    """Two panels, time and memory; a dot is a shape of the batch."""
-    rows = read(path)
-    measured = [way for way in PEERS if any(row["way"] == way and row["seconds"] for row in rows)]
+def draw(path: Path, memory: str) -> None:
+    """Two panels, time and memory, in an SVG beside the file; a dot is a shape of the batch."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    rows = [row for row in rows if float(row.get("ignored") or 0.0) == 0.0]
+    panels = {"time": ratios(rows, "of_floor"), "growth of peak memory": ratios(rows, memory)}
+    measured = [way for way in PEERS if any(way == key[0] for key in panels["time"])]
+    if not measured:
+        return
     with mpl.rc_context(STYLE):
         size = (10.0, 1.5 + 0.6 * len(measured))
-        figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-        for axes, column, title in zip(
-            panels, ("of_floor", "memory_mib"), ("time", "growth of peak memory"), strict=True
-        ):
-            _draw_panel(axes, ratios(rows, column), measured, title)
-        panels[1].legend(loc="lower right")
+        figure, both = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+        for axes, (title, found) in zip(both, panels.items(), strict=True):
+            _draw_panel(axes, found, measured, title)
+        both[1].legend(loc="lower right")
         figure.supxlabel("as a multiple of linear_dpo_loss (the line at 1)", fontsize=14)
-        figure.savefig(target, metadata={"Date": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         plt.close(figure)
 
 
@@ -82,7 +81,7 @@ def _draw_panel(axes: Axes, found: Ratios, measured: list[str], title: str) -> N
             for place, way in enumerate(measured)
             for ratio in found.get((way, frozen), [])
         ]
-        axes.plot(*zip(*points, strict=True), gid=f"{title} {frozen}", **look)
+        axes.plot([x for x, _ in points], [y for _, y in points], **look)
     axes.set_xscale("log")
     axes.axvline(1.0, color="0.2", linewidth=1.5, linestyle="-")
     axes.grid(axis="x", which="both", color="0.9")
@@ -97,12 +96,9 @@ def _draw_panel(axes: Axes, found: Ratios, measured: list[str], title: str) -> N
 
 
 def main() -> None:
-    """Draw next to the result file."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "fused_cpu.csv")
-    path = parser.parse_args().results
-    draw(path, path.with_suffix(".svg"))
-    print(f"wrote {path.with_suffix('.svg')}")
+    """Draw the committed results."""
+    for name, memory in MEMORY.items():
+        draw(RESULTS / name, memory)
 
 
 if __name__ == "__main__":
