@@ -58,6 +58,22 @@ def is_number(value: Any) -> bool:
     return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
+def is_finite(number: float) -> bool:
+    """Whether a number is neither infinite nor nan.
+
+    `math.isfinite` does not accept the symbolic numbers of torch.compile.
+    """
+    return -math.inf < number < math.inf
+
+
+def filled(like: Any, value: float) -> Any:
+    """An array of `like`'s shape and dtype with one value.
+
+    torch.compile makes one graph for every value of a product, and one per value of `full_like`.
+    """
+    return namespace(like).ones_like(like) * value
+
+
 def cast(xp: Any, array: Any, dtype: Any) -> Any:
     """`array` in `dtype`, without a copy if it already has that dtype."""
     if array.dtype == dtype:
@@ -124,8 +140,7 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
     if is_number(value):
         if positive:
             check_positive(name, value)
-        # A comparison, because math.isfinite does not accept the symbolic floats of torch.compile.
-        elif not -math.inf < value < math.inf:
+        elif not is_finite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         return float(value)
     xp = namespace(like, "the log-probabilities")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from spoloss._arrays import check_positive, is_number
+from spoloss._arrays import check_positive, is_finite, is_number
 
 
 def check_head_options(
@@ -36,8 +36,7 @@ def check_head_options(
         _check_number("softcap", softcap)
         check_positive("softcap", softcap)
     _check_number("logit_scale", logit_scale)
-    # Comparisons, because math.isfinite does not accept the symbolic floats of torch.compile.
-    if not -math.inf < logit_scale < math.inf or logit_scale == 0.0:
+    if not is_finite(logit_scale) or logit_scale == 0.0:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
     _check_number("temperature", temperature)
     check_positive("temperature", temperature)

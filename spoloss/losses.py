@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from spoloss._arrays import at_least, is_number, namespace, quiet, softplus
+from spoloss._arrays import at_least, filled, is_number, namespace, quiet, softplus
 
 
 class MarginLoss(Protocol):
@@ -95,35 +95,37 @@ class SPO:
         """l(h) = -x * e^(-x), elementwise. It is linear in h for x < linear_below."""
         xp = namespace(margin, "margin")
         z = at_least(xp, margin * -beta, _VANISHED)  # z = -x, so that l = z * e^z
-        if self.linear_below is None:
+        # Where the curve is inf before the tangent begins, the tangent changes nothing.
+        if self._greatest_z > math.log(float(xp.finfo(z.dtype).max)):
             return z * xp.exp(z)
-        # Near the largest float, z * e^z is already inf, so a later tangent changes nothing.
-        z0 = min(self._greatest_z, math.log(float(xp.finfo(margin.dtype).max)) - 1.0)
-        below = z > z0
-        # The branch that is not taken must be finite, because 0 * inf in its gradient is nan.
-        curve, rise = xp.where(below, z0, z), xp.where(below, z - z0, 0.0)
-        # Not math.exp, for which torch.compile makes a graph per value of linear_below.
-        tangent = math.e**z0 * (z0 + (1.0 + z0) * rise)
-        return xp.where(below, tangent, curve * xp.exp(curve))
+        curve = self._on_the_curve(xp, z)
+        rise = xp.where(z > self._greatest_z, z - self._greatest_z, 0.0)
+        return xp.exp(curve) * (curve + (1.0 + curve) * rise)
 
     @quiet
     def slope(self, margin: Any, beta: Any) -> Any:
         """dl/dh = beta * (x - 1) * e^(-x), elementwise. It is constant for x < linear_below."""
         xp = namespace(margin, "margin")
-        z = xp.clip(margin * -beta, _VANISHED, self._greatest_z)
+        z = self._on_the_curve(xp, at_least(xp, margin * -beta, _VANISHED))
         return -beta * (1.0 + z) * xp.exp(z)
 
     @quiet
     def log_slope(self, margin: Any, beta: Any) -> SignedLog:
         """dl/dh as sign and log-magnitude, for margins at which e^(-x) is out of range."""
         xp = namespace(margin, "margin")
-        z = xp.clip(margin * -beta, None, self._greatest_z)
+        z = self._on_the_curve(xp, margin * -beta)
         factor = -beta * (1.0 + z)
         return SignedLog(xp.sign(factor), xp.log(xp.abs(factor)) + z)
 
     @property
     def _greatest_z(self) -> float:
         return math.inf if self.linear_below is None else -self.linear_below
+
+    def _on_the_curve(self, xp: Any, z: Any) -> Any:
+        """min(z, -linear_below): the point that the tangent touches, where there is a tangent."""
+        if self.linear_below is None:
+            return z
+        return xp.where(z > self._greatest_z, filled(z, self._greatest_z), z)
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class DPO:
             slope = self.slope(margin, beta)
             return SignedLog(xp.sign(slope), xp.log(xp.abs(slope)))
         x = margin * beta
-        log_beta = math.log(beta) if is_number(beta) else xp.log(beta)
+        log_beta = xp.log(filled(x, beta) if is_number(beta) else beta)
         return SignedLog(-xp.ones_like(x), log_beta - softplus(xp, x))
 
 

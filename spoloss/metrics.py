@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from spoloss._arrays import ArrayT, cast, detach, is_number, namespace, per_pair, quiet, reduce
+from spoloss._arrays import (
+    ArrayT,
+    cast,
+    detach,
+    filled,
+    is_number,
+    namespace,
+    per_pair,
+    quiet,
+    reduce,
+)
 from spoloss.pairs import implicit_rewards
 
 
@@ -88,7 +98,7 @@ def preference_metrics(
     if weights is None:
         return {key: reduce(value, "mean") for key, value in values.items()}
     weights = per_pair("weights", weights, chosen, positive=False)
-    weights = xp.full_like(chosen, weights) if is_number(weights) else detach(weights)
+    weights = filled(chosen, weights) if is_number(weights) else detach(weights)
     total = reduce(weights, "mean")
     return {
         # weights * value alone would be nan for a padded pair, because 0 * nan is nan.

@@ -19,6 +19,7 @@ from spoloss._arrays import (
     check_reduction,
     conform,
     detach,
+    filled,
     is_number,
     namespace,
     per_pair,
@@ -540,7 +541,7 @@ def inputs(loss: MarginLoss, margin: Any, beta: Any, reward_gap: Any, weights: A
     xp = namespace(margin)
     weights = per_pair("weights", weights, margin, positive=False)
     if is_number(weights):
-        weights = xp.full_like(margin, weights)
+        weights = filled(margin, weights)
     usable = _usable(loss, margin, beta, reward_gap)
     left_out = xp.logical_and(weights == 0.0, xp.logical_not(usable))
     margin, beta, reward_gap = (
