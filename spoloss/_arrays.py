@@ -67,11 +67,12 @@ def is_finite(number: float) -> bool:
 
 
 def filled(like: Any, value: float) -> Any:
-    """An array of `like`'s shape and dtype with one value.
-
-    torch.compile makes one graph for every value of a product, and one per value of `full_like`.
-    """
-    return namespace(like).ones_like(like) * value
+    """An array of `like`'s shape and dtype with one value."""
+    xp = namespace(like)
+    if xp.__name__ == "torch":
+        # torch.compile makes one graph for all factors, and one for each value of full_like.
+        return xp.ones_like(like) * value
+    return xp.full_like(like, value)
 
 
 def cast(xp: Any, array: Any, dtype: Any) -> Any:

@@ -98,9 +98,11 @@ class SPO:
         # Where the curve is inf before the tangent begins, the tangent changes nothing.
         if self._greatest_z > math.log(float(xp.finfo(z.dtype).max)):
             return z * xp.exp(z)
-        curve = self._on_the_curve(xp, z)
-        rise = xp.where(z > self._greatest_z, z - self._greatest_z, 0.0)
-        return xp.exp(curve) * (curve + (1.0 + curve) * rise)
+        below, z0 = z > self._greatest_z, filled(z, self._greatest_z)
+        # The branch that is not taken must be finite, because 0 * inf in its gradient is nan.
+        curve, rise = self._on_the_curve(xp, z), xp.where(below, z - z0, 0.0)
+        tangent = xp.exp(z0) * (z0 + (1.0 + z0) * rise)
+        return xp.where(below, tangent, curve * xp.exp(curve))
 
     @quiet
     def slope(self, margin: Any, beta: Any) -> Any:

@@ -37,6 +37,8 @@ def token_logps(
     if options.shard is not None:
         refuse_compilation()
     if torch.compiler.is_compiling():
+        softcap = None if options.softcap is None else _number(options.softcap)
+        numbers = (softcap, _number(options.logit_scale), _number(options.temperature))
         return [
             _forward_operator(
                 states,
@@ -45,11 +47,9 @@ def token_logps(
                 side.targets,
                 side.cu_seqlens,
                 side.left_out,
+                *numbers,
                 side.name,
                 side.ignore_index,
-                options.softcap,
-                options.logit_scale,
-                options.temperature,
                 options.chunk_size,
                 options.dtype,
             )[0]
@@ -62,6 +62,11 @@ def token_logps(
         _TokenLogps.apply(states, weight, bias, table, options)[0]  # type: ignore[no-untyped-call]
         for states, table in zip(hidden, tables, strict=True)
     ]
+
+
+def _number(value: float) -> Tensor:
+    """A number as a tensor: torch.compile makes one graph per value of an operator's floats."""
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -154,7 +159,12 @@ def _backward(
     )
 
 
-@torch.library.custom_op("spoloss::token_logps", mutates_args=())
+# The operators read the labels on the host, which a CUDA graph cannot record. Inductor keeps an
+# operator with this tag outside of its graphs. Old versions of PyTorch have no such tag.
+_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+
+
+@torch.library.custom_op("spoloss::token_logps", mutates_args=(), tags=_TAGS)
 def _forward_operator(
     hidden: Tensor,
     weight: Tensor,
@@ -162,17 +172,17 @@ def _forward_operator(
     targets: Tensor,
     cu_seqlens: Tensor | None,
     left_out: Tensor | None,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    temperature: Tensor,
     name: str,
     ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
     chunk_size: int | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     sequences = Sequences(name, targets, ignore_index, cu_seqlens, left_out)
     table = make_table([sequences], vocabulary=len(weight))
-    options = HeadOptions(softcap, logit_scale, temperature, chunk_size, dtype)
+    options = _options(softcap, logit_scale, temperature, chunk_size, dtype)
     return _forward(hidden, weight, bias, table, options)
 
 
@@ -183,7 +193,7 @@ def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return logps, logps.new_empty(2, logps.numel())
 
 
-@torch.library.custom_op("spoloss::token_logps_backward", mutates_args=())
+@torch.library.custom_op("spoloss::token_logps_backward", mutates_args=(), tags=_TAGS)
 def _backward_operator(
     wanted: list[bool],
     logps: Tensor,
@@ -195,17 +205,17 @@ def _backward_operator(
     targets: Tensor,
     cu_seqlens: Tensor | None,
     left_out: Tensor | None,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    temperature: Tensor,
     name: str,
     ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
     chunk_size: int | None,
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
     sequences = Sequences(name, targets, ignore_index, cu_seqlens, left_out)
     table = make_table([sequences], vocabulary=len(weight))
-    options = HeadOptions(softcap, logit_scale, temperature, chunk_size, dtype)
+    options = _options(softcap, logit_scale, temperature, chunk_size, dtype)
     grads = _backward(hidden, weight, bias, table, options, logps, lse, upstream, Wanted(*wanted))
     return [grad for grad in grads if grad is not None]
 
@@ -218,15 +228,34 @@ def _(
     upstream: Tensor,  # noqa: ARG001
     *inputs: Any,
 ) -> list[Tensor]:
-    return [
-        tensor.new_empty(tensor.shape)
-        for tensor, want in zip(inputs[:3], wanted, strict=True)
-        if want
-    ]
+    hidden, weight, bias = inputs[:3]
+    # The real gradients of the head have its strides, those of the hidden states are contiguous.
+    grads = (
+        hidden.new_empty(hidden.shape),
+        torch.empty_like(weight),
+        None if bias is None else torch.empty_like(bias),
+    )
+    return [grad for grad, want in zip(grads, wanted, strict=True) if want]
+
+
+def _options(
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    temperature: Tensor,
+    chunk_size: int | None,
+    dtype: torch.dtype | None,
+) -> HeadOptions:
+    return HeadOptions(
+        None if softcap is None else softcap.item(),
+        logit_scale.item(),
+        temperature.item(),
+        chunk_size,
+        dtype,
+    )
 
 
 def _set_up_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.others = inputs[:6], inputs[6:]
+    tensors, ctx.others = inputs[:9], inputs[9:]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 

@@ -1,0 +1,129 @@
+"""torch.compile: numbers that change, the operators of the fused head, CUDA graphs, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import spoloss
+from spoloss.torch import _recompute, linear_dpo_loss, linear_logps, linear_spo_loss
+
+GENERATOR = torch.Generator().manual_seed(0)
+LOGPS = torch.randn(4, 3, generator=GENERATOR, dtype=torch.float64)
+HIDDEN = [torch.randn(2, 5, 8, generator=GENERATOR, requires_grad=True) for _ in range(2)]
+WEIGHT = torch.randn(30, 8, generator=GENERATOR, requires_grad=True)
+LABELS = torch.randint(0, 30, (2, 2, 5), generator=GENERATOR)
+
+
+def core(function: Callable[..., Any], **numbers: float) -> Tensor:
+    result = function(*LOGPS, **{"beta": 0.1, **numbers})
+    if isinstance(result, dict):
+        return torch.stack(list(result.values()))
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def fused(function: Callable[..., Any], **numbers: float) -> Tensor:
+    return function(*HIDDEN, WEIGHT, *LABELS, 0.0, 0.0, **{"beta": 0.01, **numbers}).loss
+
+
+def head(function: Callable[..., Any], **numbers: float) -> Tensor:
+    return function(HIDDEN[0], WEIGHT, LABELS[0], **numbers).sum()
+
+
+OF_THE_HEAD = ["softcap", "logit_scale", "temperature"]
+NUMBERS: list[tuple[Callable[..., Tensor], Callable[..., Any], list[str]]] = [
+    (core, spoloss.spo_loss, ["beta", "weights", "reward_gap", "linear_below"]),
+    (core, spoloss.spo_grad, ["beta", "weights", "reward_gap", "linear_below"]),
+    (core, spoloss.dpo_grad, ["beta", "label_smoothing"]),
+    (core, spoloss.squared_loss, ["beta", "reward_gap"]),
+    (core, spoloss.preference_metrics, ["beta", "weights"]),
+    (head, linear_logps, OF_THE_HEAD),
+    (fused, linear_dpo_loss, ["beta", "label_smoothing"]),
+    (fused, linear_spo_loss, ["weights", "reward_gap", "linear_below", "nll_weight", *OF_THE_HEAD]),
+]
+
+
+@pytest.mark.parametrize(("call", "function", "names"), NUMBERS)
+def test_two_graphs_serve_any_number_of_values(
+    call: Callable[..., Tensor], function: Callable[..., Any], names: list[str]
+) -> None:
+    """A schedule changes beta, weights or the temperature in each step."""
+    graphs = 0
+
+    def backend(graph: Any, example: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        # The backend "eager" keeps numbers that the others turn into constants.
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    torch.compiler.reset()
+    step = lambda *values: call(function, **dict(zip(names, values, strict=True)))  # noqa: E731
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for value in (0.1, 0.2, 0.3, 0.37):
+        # Numbers that are equal in one step would be one number in the graph.
+        values = [value + 0.01 * i for i in range(len(names))]
+        got, want = compiled(*values), step(*values)
+        torch.testing.assert_close(got, want)
+        if want.requires_grad:
+            leaves = (*HIDDEN, WEIGHT)
+            grads = (torch.autograd.grad(x, leaves, allow_unused=True) for x in (got, want))
+            torch.testing.assert_close(*grads)
+    assert graphs == 2
+
+
+def strided(name: str, tensor: Tensor) -> Tensor:
+    """The same numbers, stored in another order or with gaps."""
+    other = {
+        "contiguous": lambda: tensor,
+        "transposed": lambda: tensor.mT.contiguous().mT,
+        "gaps": lambda: torch.stack([tensor, tensor], dim=-1)[..., 0],
+    }[name]()
+    return other.detach().requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "gaps"])
+def test_the_operators_are_what_the_compiler_assumes(strides: str, softcap: float | None) -> None:
+    hidden, weight = strided(strides, HIDDEN[0]), strided(strides, WEIGHT)
+    bias = torch.stack([WEIGHT[:, 0], WEIGHT[:, 1]], dim=1)[:, 1].detach().requires_grad_()
+    number = lambda value: torch.tensor(value, dtype=torch.float64)  # noqa: E731
+    options = (None if softcap is None else number(softcap), number(0.5), number(2.0))
+    inputs = (hidden, weight, bias, strided(strides, LABELS[0]), None, None, *options)
+    others = ("labels", -100, None, None)
+    torch.library.opcheck(_recompute._forward_operator, (*inputs, *others))
+    logps, lse = _recompute._forward_operator(*inputs, *others)
+    found = (logps.detach(), lse, torch.ones_like(logps))
+    for wanted in ([True, True, True], [False, True, False]):
+        arguments = (wanted, *found, *inputs, *others)
+        with torch.no_grad():  # it is a gradient, which has none itself
+            torch.library.opcheck(
+                _recompute._backward_operator,
+                [x.detach() if isinstance(x, Tensor) else x for x in arguments],
+            )
+
+
+def test_cuda_graphs_leave_the_operators_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators read labels on the host. Inductor takes this machine for a GPU."""
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this version of PyTorch has no tag for operators outside of CUDA graphs")
+    from torch._inductor import config, scheduler
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(scheduler.BaseSchedulerNode, "is_gpu", lambda node: True)  # noqa: ARG005
+    torch.compiler.reset()
+    options = {"triton.cudagraphs": True, "graph_partition": True}
+    compiled = torch.compile(
+        lambda hidden: linear_logps(2 * hidden, WEIGHT, LABELS[0]).exp(), options=options
+    )
+    with config.patch(fx_graph_cache=False):  # another machine's partition may be there
+        _, codes = run_and_get_code(lambda: compiled(HIDDEN[0]).sum().backward())
+    for operator, code in zip(("token_logps", "token_logps_backward"), codes, strict=True):
+        inside, outside = code.split("def call(")
+        call = f"torch.ops.spoloss.{operator}.default("
+        assert "def partition_0(" in inside
+        assert call not in inside
+        assert call in outside
