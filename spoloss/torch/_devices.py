@@ -43,12 +43,17 @@ CUDA = Device(
     compiles=importlib.util.find_spec("triton") is not None,
 )
 BEFORE_AMPERE = CUDA._replace(wide_sums=False, compiles=False)
+# A GPU needs larger tiles than a CPU. A Mac shares its memory with everything else.
+OTHERS = {
+    "xpu": BEFORE_AMPERE,
+    "mps": Device(128 * 2**20, 2048, 512 * 2**20, wide_sums=False, compiles=False),
+}
 
 
 def device_of(tensor: Tensor) -> Device:
     """The kind of device that a tensor is on."""
     if not tensor.is_cuda:
-        return CPU
+        return OTHERS.get(tensor.device.type, CPU)
     # NVIDIA GPUs before Ampere do not support a wider result, nor did ROCm before PyTorch 2.10.
     ampere = torch.cuda.get_device_properties(tensor.device).major >= 8
     wide = ampere and (torch.version.hip is None or WIDE_TOTALS)

@@ -53,7 +53,7 @@ def _narrowed(b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """Add rows at an index that may repeat, deterministically to the last bit."""
     rows = rows.to(total.dtype)
-    if total.is_cuda:
-        total.index_put_((index,), rows, accumulate=True)
-    else:  # on a CPU, index_add_ adds in order and is faster
+    if total.device.type == "cpu":  # where index_add_ adds in order and is faster
         total.index_add_(0, index, rows)
+    else:
+        total.index_put_((index,), rows, accumulate=True)

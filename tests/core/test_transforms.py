@@ -75,23 +75,6 @@ def test_torch_compile_without_a_break_or_a_warning(name: str, torch_backend: st
     np.testing.assert_allclose(compiled_grad(*logps).policy_chosen, grad(*four()).policy_chosen)
 
 
-@pytest.mark.parametrize("name", ["beta", "weights", "reward_gap", "linear_below"])
-def test_a_number_that_changes_each_step_is_no_constant_of_the_graph(name: str) -> None:
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    logps = [torch.tensor(array) for array in four()]
-    call = lambda number: spoloss.spo_loss(*logps, **{"beta": 0.1, name: number})  # noqa: E731
-    compiled = torch.compile(call, fullgraph=True, backend=backend)
-    for number in (0.1, 0.2, 0.3, 0.15):
-        torch.testing.assert_close(compiled(number), call(number))
-    assert len(graphs) == 2
-
-
 @pytest.mark.slow
 def test_torch_compile_of_the_probability_gradients() -> None:
     logps = [torch.tensor(array) for array in four()]
