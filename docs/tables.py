@@ -172,18 +172,6 @@ def accuracy(name: str, beta: float = 1.0) -> None:
     listed(found.values(), columns)
 
 
-def example(name: str) -> None:
-    """The example's documented commands: their time, memory and held-out accuracy."""
-    columns = {
-        "model": "{model}",
-        "whole run": "{seconds:.0f} s",
-        "first step done": "{first_step_seconds:.0f} s",
-        "peak memory": "{peak_mib:,} MiB",
-        "held-out pairs in the right order": "{accuracy:.0%} of {held_out}",
-    }
-    listed(measured(name), columns)
-
-
 def pages() -> list[Path]:
     """Every page that may hold a table."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

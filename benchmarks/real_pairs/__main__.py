@@ -5,10 +5,10 @@
     python -m benchmarks.real_pairs --pairs FILE --model FOLDER --folds 5
     python -m benchmarks.real_pairs --pairs FILE --model FOLDER --report
 
-The pairs file is that of docs/examples/train.py, with `reward_gap` or `p_chosen` on every line. The
-last two blocks of the model are trained, all else is frozen. Each fold holds out a fifth of the
-prompts. All arms are trained on the others, and then tell which answers of the held-out pairs are
-the better ones. The same command goes on where it was interrupted.
+Each line of the pairs file is a JSON object with prompt, chosen, rejected, and reward_gap or
+p_chosen. The last two blocks of the model are trained, all else is frozen. Each fold holds out a
+fifth of the prompts. All arms are trained on the others, and then tell which answers of the
+held-out pairs are the better ones. The same command goes on where it was interrupted.
 """
 
 from __future__ import annotations

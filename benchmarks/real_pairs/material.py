@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,13 +20,7 @@ from benchmarks.alignment.pretrained import (
     reference_policy,
 )
 from benchmarks.alignment.training import Answers, StepHook, score
-
-if TYPE_CHECKING:
-    from pairs import Pair
-    from tokens import Text, TokenPair
-
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples"
-sys.path.append(str(EXAMPLE))  # its files are a folder of scripts, not a package
+from benchmarks.real_pairs.judged import Pair, Text, TokenPair, encode_pair, read_pairs
 
 LENGTH = 160
 """The most tokens of a prompt and its answer. Longer ones lose the end of the answer."""
@@ -43,7 +35,7 @@ class Material:
     """A file of preference pairs, and the model that is trained on them.
 
     Attributes:
-      file: JSON lines as docs/examples/train.py reads them, plain or .gz; `split` is ignored.
+      file: JSON lines, as `judged.read_pairs` reads them.
       model: a Transformers folder, or a name on the Hugging Face Hub.
     """
 
@@ -89,8 +81,6 @@ class Material:
 
     def tokens_of(self, rows: range) -> list[TokenPair]:
         """Some of the pairs as token ids, cut at `LENGTH`."""
-        from tokens import encode_pair
-
         pairs = self.pairs[rows.start : rows.stop]
         return [encode_pair(pair, self.base.tokenizer, LENGTH) for pair in pairs]
 
@@ -120,13 +110,7 @@ class Material:
 @cache
 def read_once(file: Path) -> list[Pair]:
     """The pairs of a file."""
-    from errors import InputError as UnreadableError
-    from pairs import read_pairs
-
-    try:
-        found = read_pairs(file, with_gap=True)
-    except UnreadableError as error:
-        raise InputError(str(error)) from error
+    found = read_pairs(file)
     prompts = len({pair.prompt for pair in found})
     if prompts < FOLDS or len(found) < LEAST_PAIRS:
         raise InputError(

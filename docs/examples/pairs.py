@@ -1,163 +1,150 @@
-"""Preference pairs: JSON lines, checked line by line, split into training and held-out pairs."""
+"""From a file of preference pairs to padded batches of token ids."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import math
 import random
-import re
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NamedTuple
 
-from arguments import Options
-from errors import InputError
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
-HELD_OUT_SHARE = 0.1
-MAX_REWARD_GAP = 1e9  # its square fits a float32
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-T = TypeVar("T")
+IGNORED = -100  # the label of a token that does not count
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One line of the pairs file.
+class InputError(Exception):
+    """The pairs, the model or the output folder cannot be used."""
 
-    Attributes:
-      prompt: the question.
-      chosen: the better answer.
-      rejected: the other answer.
-      split: "train", "test", or None if the line has no split.
-      line: the number of the line, from 1.
-      reward_gap: how much better the chosen answer is, > 0, or None without --reward-gap.
-    """
+
+class Pair(NamedTuple):
+    """One line of the file: a prompt with the better and the worse completion."""
 
     prompt: str
     chosen: str
     rejected: str
-    split: str | None
-    line: int
-    reward_gap: float | None = None
 
 
-@dataclass(frozen=True)
-class Split:
-    """The pairs to train on and those held out."""
+class Text(NamedTuple):
+    """A prompt with one completion as token ids, [tokens] each. The labels ignore the prompt."""
 
-    train: list[Pair]
-    held_out: list[Pair]
+    ids: Tensor
+    labels: Tensor
 
 
-def read_pairs(path: Path, *, with_gap: bool = False) -> list[Pair]:
-    """Reads the pairs of a JSONL file, plain or .gz. Skips blank lines.
+class EncodedPair(NamedTuple):
+    """A pair as token ids."""
+
+    chosen: Text
+    rejected: Text
+
+
+class Batch(NamedTuple):
+    """Texts that are padded on the right to the longest, [texts, tokens] each."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Reads a JSON Lines file with the keys prompt, chosen and rejected, as TRL and datasets do.
+
+    Raises:
+      InputError: the file cannot be read, or a line is not a pair. The message names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--pairs: expected a readable UTF-8 file, got: {error}") from error
+    return [
+        parse_pair(line, f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def parse_pair(line: str, where: str) -> Pair:
+    """Reads one line. Keys other than the three are ignored."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: expected a JSON object, got malformed JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, got {record!r:.40}")
+    for key in ("prompt", "chosen", "rejected"):
+        if not isinstance(record.get(key), str) or not record[key].strip():
+            got = f"{record[key]!r:.40}" if key in record else f"only the keys {list(record)}"
+            raise InputError(f"{where}: expected text under the key {key!r}, got {got}")
+    if record["chosen"] == record["rejected"]:
+        raise InputError(f"{where}: expected two different completions, got the same text twice")
+    return Pair(record["prompt"], record["chosen"], record["rejected"])
+
+
+def hold_out(pairs: Sequence[Pair], prompts: int) -> tuple[list[Pair], list[Pair]]:
+    """Splits pairs by prompt, because completions of one prompt are similar.
 
     Args:
-      path: the file.
-      with_gap: whether each line must have `reward_gap` or `p_chosen`. Otherwise they are ignored.
+      pairs: all pairs.
+      prompts: the number of prompts to hold out.
+
+    Returns:
+      The pairs to train on, and the pairs to hold out.
 
     Raises:
-      InputError: the file cannot be read, or a line is not a pair.
+      InputError: no prompt is left to train on.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            lines = enumerate(file, start=1)
-            return [parse_pair(text, path, line, with_gap) for line, text in lines if text.strip()]
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: expected a readable file of pairs, got: {reason}") from error
+    different = sorted({pair.prompt for pair in pairs})
+    if len(different) <= prompts:
+        got = f"{len(different)} with --held-out {prompts}"
+        raise InputError(f"--pairs: expected more prompts than are held out, got {got}")
+    chosen = set(random.sample(different, prompts))
+    return (
+        [pair for pair in pairs if pair.prompt not in chosen],
+        [pair for pair in pairs if pair.prompt in chosen],
+    )
 
 
-def parse_pair(text: bytes, path: Path, line: int, with_gap: bool) -> Pair:
-    """Reads one line of the pairs file."""
-
-    def refuse(expected: str, got: str) -> NoReturn:
-        raise InputError(f"{path}:{line}: expected {expected}, got {got}")
-
-    record = parse_object(text, refuse)
-    for key in ("prompt", "chosen", "rejected"):
-        if key not in record:
-            refuse(f"the key {key!r}", f"the keys {list(record)!r:.60}")
-        if not isinstance(record[key], str):
-            refuse(f"a string as {key!r}", f"{record[key]!r:.40}")
-        if LONE_SURROGATE.search(record[key]):
-            refuse(f"text as {key!r}", "half a character: a lone surrogate")
-        if key != "prompt" and not record[key].strip():
-            refuse(f"text as {key!r}", repr(record[key]))
-    if record["chosen"] == record["rejected"]:
-        refuse("a rejected completion that differs from the chosen one", "the same twice")
-    split = record.get("split")
-    if "split" in record and split not in ("train", "test"):
-        refuse("'train' or 'test' as 'split'", f"{split!r:.40}")
-    gap = parse_gap(record, refuse) if with_gap else None
-    return Pair(record["prompt"], record["chosen"], record["rejected"], split, line, gap)
+def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedPair:
+    """Returns a pair as token ids, each text cut to `max_length` tokens."""
+    prompt = encode_prompt(pair.prompt, tokenizer)
+    # Prompt and completion are encoded apart, so that no token crosses their boundary.
+    chosen, rejected = (
+        [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
+        for completion in (pair.chosen, pair.rejected)
+    )
+    # The question is usually at the end of a prompt, so the prompt loses its beginning, down to
+    # half of the length. Only then does a completion lose its end.
+    room = max_length - max(len(chosen), len(rejected))
+    prompt = prompt[-max(room, max_length // 2) :]
+    return EncodedPair(join(prompt, chosen, max_length), join(prompt, rejected, max_length))
 
 
-def parse_object(text: bytes, refuse: Callable[[str, str], NoReturn]) -> dict[str, object]:
-    """Reads the JSON object of one line."""
-    try:
-        record = json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        refuse("UTF-8 text", f"a byte that is not: {error.reason}")
-    except json.JSONDecodeError as error:
-        refuse("a JSON object", f"malformed JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError):
-        refuse("a JSON object", "numbers or nesting that Python does not read")
-    if not isinstance(record, dict):
-        refuse("a JSON object", f"{record!r:.40}")
-    return record
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns a prompt in the model's chat template, or as a line if the model has none."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(prompt + "\n")
+    chat = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
-def parse_gap(record: dict[str, object], refuse: Callable[[str, str], NoReturn]) -> float:
-    """Reads the reward gap of one line."""
-    given = [key for key in ("reward_gap", "p_chosen") if key in record]
-    if len(given) != 1:
-        refuse("one of the keys 'reward_gap' and 'p_chosen'", " and ".join(given) or "neither")
-    key = given[0]
-    low, high = (0.0, MAX_REWARD_GAP) if key == "reward_gap" else (0.5, 1.0)
-    value = record[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-        refuse(f"a number above {low:g} and below {high:g} as {key!r}", f"{value!r:.40}")
-    return float(value) if key == "reward_gap" else math.log(value / (1.0 - value))
+def join(prompt: list[int], completion: list[int], max_length: int) -> Text:
+    """Joins a prompt with as much of a completion as fits."""
+    ids = torch.tensor([*prompt, *completion][:max_length])
+    labels = ids.clone()
+    labels[: len(prompt)] = IGNORED
+    return Text(ids, labels)
 
 
-def split_pairs(pairs: list[Pair], options: Options) -> Split:
-    """Splits the pairs by their `split`, or by prompt if no line has one.
-
-    Raises:
-      InputError: some lines have a split and others do not, or one side is empty.
-    """
-    unmarked = [pair for pair in pairs if pair.split is None]
-    if unmarked and len(unmarked) < len(pairs):
-        raise InputError(
-            f"{options.pairs}:{unmarked[0].line}: expected 'split' on every line or on none, "
-            "got a line without it"
-        )
-    if unmarked:
-        # Hold out whole prompts, because the answers to one prompt are similar.
-        prompts = sorted({pair.prompt for pair in pairs})
-        random.Random(options.seed).shuffle(prompts)
-        chosen = set(prompts[: max(1, round(HELD_OUT_SHARE * len(prompts)))])
-        held_out = [pair for pair in pairs if pair.prompt in chosen]
-        train = [pair for pair in pairs if pair.prompt not in chosen]
-    else:
-        held_out = [pair for pair in pairs if pair.split == "test"]
-        train = [pair for pair in pairs if pair.split == "train"]
-    if not (train and held_out):
-        raise InputError(
-            f"{options.pairs}: expected pairs to train on and pairs to hold out, "
-            f"got {len(train)} and {len(held_out)}"
-        )
-    if options.held_out is not None:
-        held_out = draw_subset(held_out, options.held_out, options.seed)
-    return Split(train, held_out)
-
-
-def draw_subset(items: Sequence[T], size: int, seed: int) -> list[T]:
-    """Draws at most `size` of the items, in their original order."""
-    if size >= len(items):
-        return list(items)
-    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), size))]
+def pad(texts: Sequence[Text], device: torch.device) -> Batch:
+    """Pads texts for one forward pass. The mask hides the padding, so any token id will do."""
+    columns = (
+        ([text.ids for text in texts], 0),
+        ([torch.ones_like(text.ids) for text in texts], 0),
+        ([text.labels for text in texts], IGNORED),
+    )
+    return Batch(*(pad_sequence(rows, True, filler).to(device) for rows, filler in columns))

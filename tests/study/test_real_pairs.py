@@ -193,8 +193,8 @@ def test_bad_input_is_one_sentence(
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({"reward_gap": -1.0}, "a number above 0"),
-        ({"reward_gap": None}, "a number above 0"),
+        ({"reward_gap": -1.0}, "expected a finite reward gap above 0"),
+        ({"reward_gap": None}, "and reward_gap or p_chosen, got"),
         (
             {"prompt": "the sea is calm?"},
             "expected at least 10 pairs of at least 5 prompts, got 1 of 1",
