@@ -25,7 +25,7 @@ from helpers.interpreter import run_python
 TESTS = Path(__file__).parent
 EXTENDED = {
     *("extended", "study"),
-    *("test_explorer.py", "test_more_losses.py", "test_site.py", "test_your_own_loss.py"),
+    *("test_more_losses.py", "test_your_own_loss.py"),
 }
 """Folders and files whose tests are all extended; the default run does not even import them."""
 
@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def is_extended(path: Path) -> bool:
     """Whether all tests of a file or folder are extended."""
-    return not EXTENDED.isdisjoint(path.relative_to(TESTS).parts)
+    return TESTS in path.parents and not EXTENDED.isdisjoint(path.relative_to(TESTS).parts)
 
 
 @pytest.fixture(scope="module")
