@@ -1,7 +1,7 @@
 """Layer 0: checks of the numeric options that the PyTorch and JAX wings share.
 
 The options are plain Python numbers. An array raises an error, because the wings do not
-differentiate by these options.
+differentiate with respect to these options.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Layer 2: the gradients of the losses in closed form.
 
 They serve NumPy, which has no automatic differentiation, and as a check of other libraries'
-autograd. `spo_grad`, `dpo_grad`, `squared_grad`, `ipo_grad` and `pair_grad` return gradients by the
-policy's log-probabilities, from which a network backpropagates. `spo_prob_grad` and `dpo_prob_grad`
-return the derivatives by probabilities in the paper's equations 7 and 8.
+autograd. `spo_grad`, `dpo_grad`, `squared_grad`, `ipo_grad` and `pair_grad` return gradients with
+respect to the policy's log-probabilities, from which a network backpropagates. `spo_prob_grad` and
+`dpo_prob_grad` return derivatives with respect to probabilities, the paper's equations 7 and 8.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ def spo_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
-    The function needs no automatic differentiation. l is the paper's eq. 6, l = -x * e^(-x).
+    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
+    to `policy_rejected_logps`. The function needs no automatic differentiation. l is the paper's
+    eq. 6, l = -x * e^(-x).
 
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
-    August 2025 ("the paper").
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
+    arXiv:2508.07137v1 ("the paper").
 
     Under `jax.jit`, `linear_below` and `reduction` are static arguments.
 
@@ -80,10 +81,10 @@ def spo_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
-      log-probabilities are their negatives. float64 if any of the four log-probabilities is
-      float64, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives with
+      respect to `policy_chosen_logps` and `policy_rejected_logps`. The derivatives with respect to
+      the reference's log-probabilities are their negatives. float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
       TypeError: An array is not real floating point or not from the library of
@@ -123,9 +124,9 @@ def dpo_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
-    The function needs no automatic differentiation. l is the loss of eq. 7 in arXiv:2305.18290,
-    which is -log s(x) for e = 0.
+    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
+    to `policy_rejected_logps`. The function needs no automatic differentiation. l is the loss of
+    eq. 7 in arXiv:2305.18290, which is -log s(x) for e = 0.
 
     Under `jax.jit`, `label_smoothing` and `reduction` are static arguments.
 
@@ -148,10 +149,10 @@ def dpo_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
-      log-probabilities are their negatives. float64 if any of the four log-probabilities is
-      float64, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives with
+      respect to `policy_chosen_logps` and `policy_rejected_logps`. The derivatives with respect to
+      the reference's log-probabilities are their negatives. float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
       TypeError: An array is not real floating point or not from the library of
@@ -190,12 +191,12 @@ def squared_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
-    The function needs no automatic differentiation. l = (h - reward_gap / beta)^2 is in the paper's
-    section 2.2.
+    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
+    to `policy_rejected_logps`. The function needs no automatic differentiation.
+    l = (h - reward_gap / beta)^2 is in the paper's section 2.2.
 
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
-    August 2025 ("the paper").
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
+    arXiv:2508.07137v1 ("the paper").
 
     Under `jax.jit`, `reduction` is a static argument.
 
@@ -219,10 +220,10 @@ def squared_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
-      log-probabilities are their negatives. float64 if any of the four log-probabilities is
-      float64, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives with
+      respect to `policy_chosen_logps` and `policy_rejected_logps`. The derivatives with respect to
+      the reference's log-probabilities are their negatives. float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
       TypeError: An array is not real floating point or not from the library of
@@ -261,9 +262,9 @@ def ipo_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
-    The function needs no automatic differentiation. l = (h - 1 / (2 * beta))^2 is eq. 17 in
-    arXiv:2310.12036.
+    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
+    to `policy_rejected_logps`. The function needs no automatic differentiation.
+    l = (h - 1 / (2 * beta))^2 is eq. 17 in arXiv:2310.12036.
 
     Under `jax.jit`, `reduction` is a static argument.
 
@@ -284,10 +285,10 @@ def ipo_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
-      log-probabilities are their negatives. float64 if any of the four log-probabilities is
-      float64, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives with
+      respect to `policy_chosen_logps` and `policy_rejected_logps`. The derivatives with respect to
+      the reference's log-probabilities are their negatives. float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
       TypeError: An array is not real floating point or not from the library of
@@ -327,8 +328,8 @@ def pair_grad(
     (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
     and pi_ref the reference.
 
-    dl/dh is the derivative by `policy_chosen_logps`, and -dl/dh the one by `policy_rejected_logps`.
-    The function needs no automatic differentiation.
+    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
+    to `policy_rejected_logps`. The function needs no automatic differentiation.
 
     Under `jax.jit`, `loss` and `reduction` are static arguments.
 
@@ -350,10 +351,10 @@ def pair_grad(
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives by
-      `policy_chosen_logps` and `policy_rejected_logps`. The derivatives by the reference's
-      log-probabilities are their negatives. float64 if any of the four log-probabilities is
-      float64, else float32.
+      PairGrad(policy_chosen, policy_rejected) of shape [B] each, which are the derivatives with
+      respect to `policy_chosen_logps` and `policy_rejected_logps`. The derivatives with respect to
+      the reference's log-probabilities are their negatives. float64 if any of the four
+      log-probabilities is float64, else float32.
 
     Raises:
       TypeError: An array is not real floating point or not from the library of
@@ -396,8 +397,8 @@ def spo_prob_grad(
     pi(y_l)). The paper says that it vanishes. That is true only for b > 1, and for the usual beta
     it diverges.
 
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
-    August 2025 ("the paper").
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
+    arXiv:2508.07137v1 ("the paper").
 
     Under `jax.jit`, `linear_below` is a static argument.
 
@@ -459,8 +460,8 @@ def dpo_prob_grad(
     With label smoothing e, (1 - e) * s(-x) - e * s(x) replaces s(-x). As pi(y_l) -> 0 with the rest
     fixed, |dl/dpi(y_l)| behaves like pi(y_l)^(beta - 1).
 
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
-    August 2025 ("the paper").
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
+    arXiv:2508.07137v1 ("the paper").
 
     Under `jax.jit`, `label_smoothing` is a static argument.
 

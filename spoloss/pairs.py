@@ -69,8 +69,8 @@ def spo_loss(
     The loss has its minimum, -1/e per pair, at h = reward_gap / beta. It is 0 if the policy equals
     the reference, and negative in between. Near the reference, SPO(beta) acts like DPO(4 * beta).
 
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
-    August 2025 ("the paper").
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
+    arXiv:2508.07137v1 ("the paper").
 
     Under `jax.jit`, `linear_below` and `reduction` are static arguments.
 
@@ -92,8 +92,9 @@ def spo_loss(
         dl/dx = -(1 - x0) * e^(-x0). None is equation 6 as published.
       weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
         negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
-        log-probabilities, beta or reward gap are nan or inf, or the gap is 0. The gradient by a
-        weight is the loss of its pair, even at weight 0 (0 if that loss is not finite). None is 1.
+        log-probabilities, beta or reward gap are nan or inf, or the gap is 0. The gradient with
+        respect to a weight is the loss of its pair, even at weight 0 (0 if that loss is not
+        finite). None is 1.
       reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
@@ -158,8 +159,8 @@ def dpo_loss(
         (conservative DPO).
       weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
         negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
-        log-probabilities or beta are nan or inf. The gradient by a weight is the loss of its pair,
-        even at weight 0 (0 if that loss is not finite). None means 1.
+        log-probabilities or beta are nan or inf. The gradient with respect to a weight is the loss
+        of its pair, even at weight 0 (0 if that loss is not finite). None means 1.
       reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
@@ -206,8 +207,8 @@ def squared_loss(
 
     The loss has its minimum, 0, at h = reward_gap / beta. A gap of 0.5 is IPO (`ipo_loss`).
 
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
-    August 2025 ("the paper").
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
+    arXiv:2508.07137v1 ("the paper").
 
     Under `jax.jit`, `reduction` is a static argument.
 
@@ -226,8 +227,9 @@ def squared_loss(
         paper's choice for an unknown gap.
       weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
         negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
-        log-probabilities, beta or reward gap are nan or inf, or the gap is 0. The gradient by a
-        weight is the loss of its pair, even at weight 0 (0 if that loss is not finite). None is 1.
+        log-probabilities, beta or reward gap are nan or inf, or the gap is 0. The gradient with
+        respect to a weight is the loss of its pair, even at weight 0 (0 if that loss is not
+        finite). None is 1.
       reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
@@ -290,8 +292,8 @@ def ipo_loss(
         is 0-d or of shape [B].
       weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
         negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
-        log-probabilities or beta are nan or inf. The gradient by a weight is the loss of its pair,
-        even at weight 0 (0 if that loss is not finite). None means 1.
+        log-probabilities or beta are nan or inf. The gradient with respect to a weight is the loss
+        of its pair, even at weight 0 (0 if that loss is not finite). None means 1.
       reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
@@ -354,8 +356,8 @@ def pair_loss(
       beta: Passed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
       weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
         negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
-        log-probabilities or beta are nan or inf. The gradient by a weight is the loss of its pair,
-        even at weight 0 (0 if that loss is not finite). None means 1.
+        log-probabilities or beta are nan or inf. The gradient with respect to a weight is the loss
+        of its pair, even at weight 0 (0 if that loss is not finite). None means 1.
       reduction: "mean" (the sum over the pairs divided by B, not by the sum of the weights; nan for
         an empty batch), "sum", or "none".
 
@@ -395,8 +397,8 @@ def log_ratio_margin(
     y_w is the chosen completion and y_l the rejected one; pi is the policy and pi_ref the
     reference.
 
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
-    August 2025 ("the paper").
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
+    arXiv:2508.07137v1 ("the paper").
 
     Args:
       policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
@@ -440,8 +442,8 @@ def implicit_rewards(
     rewards of a pair, so it does not change their difference. The result is for logging, and
     automatic differentiation treats it as a constant.
 
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment", 12
-    August 2025 ("the paper").
+    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
+    arXiv:2508.07137v1 ("the paper").
 
     Args:
       policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
