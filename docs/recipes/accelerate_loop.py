@@ -1,11 +1,11 @@
 """SPO in an Accelerate loop, exact over uneven micro-batches and ranks.
 
 Tested with Accelerate 1.15 and PyTorch 2.13. To change an existing loop: the 5 lines that compute
-the loss, 2 that count the pairs of the optimiser step, and the factor for the ranks.
+the loss, 2 that count the pairs of the optimizer step, and the factor for the ranks.
 
 Pitfalls: `reduction="mean"` gives a mean of means, over micro-batches and over ranks. With
 `accelerator.accumulate`, do not fetch the batches of a step in advance. Once the loader's last
-batch is fetched, every backward counts as the last of a step, and the optimiser steps at each
+batch is fetched, every backward counts as the last of a step, and the optimizer steps at each
 micro-batch. Under DeepSpeed, use one micro-batch per step, or deepspeed_zero.py.
 """
 
@@ -34,7 +34,7 @@ def train(
     micro_batches: int,
     beta: float = 0.1,
 ) -> Iterator[float]:
-    """Yields the mean loss per pair of each optimiser step, over all ranks."""
+    """Yields the mean loss per pair of each optimizer step, over all ranks."""
     if micro_batches > 1 and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             "micro_batches must be 1 under DeepSpeed, because its engine steps at each backward "

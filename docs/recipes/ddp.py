@@ -38,7 +38,7 @@ class LogitsSPO(FusedSPO):
 
 
 def backward(ddp: DistributedDataParallel, micro_batches: list[tuple[Tensor, ...]]) -> None:
-    """Computes the gradient of an optimiser step. DDP averages over the ranks."""
+    """Computes the gradient of an optimizer step. DDP averages over the ranks."""
     pairs = sum((labels.chunk(2)[0] != -100).any(1).sum() for _, _, labels, _ in micro_batches)
     dist.all_reduce(pairs)
     for number, batch in enumerate(micro_batches, start=1):

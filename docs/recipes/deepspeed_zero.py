@@ -44,13 +44,13 @@ def settings(stage: int, micro_batches: int) -> dict[str, Any]:
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 0.0,  # without this line, gradients are clipped to a norm of 1.0
         "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,  # these two allow an optimiser of torch.optim
+        "zero_allow_untested_optimizer": True,  # these two allow an optimizer of torch.optim
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
 def train_step(engine: Any, micro_batches: list[tuple[Tensor, ...]]) -> None:
-    """Does one optimiser step. Every rank has `gradient_accumulation_steps` micro-batches."""
+    """Does one optimizer step. Every rank has `gradient_accumulation_steps` micro-batches."""
     pairs = sum((labels.chunk(2)[0] != -100).any(1).sum() for _, _, labels, _ in micro_batches)
     dist.all_reduce(pairs)
     # DeepSpeed divides the sum of the gradients by the ranks and by the micro-batches.

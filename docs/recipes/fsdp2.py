@@ -40,7 +40,7 @@ def shard(model: nn.Module, **options: object) -> FusedSPO:
 
 
 def backward(sharded: nn.Module, micro_batches: list[tuple[Tensor, ...]]) -> None:
-    """Computes the gradient of an optimiser step. All ranks need as many micro-batches."""
+    """Computes the gradient of an optimizer step. All ranks need as many micro-batches."""
     pairs = sum((labels.chunk(2)[0] != -100).any(1).sum() for _, _, labels, _ in micro_batches)
     dist.all_reduce(pairs)
     for batch in micro_batches:  # FSDP2 averages over the ranks

@@ -4,7 +4,7 @@ Tested with PyTorch 2.13 and Transformers 5.23. To change an existing loop: the 
 `loss_by_logits`. With gradient accumulation, 2 more lines: the count and the division.
 
 Pitfall: a mean of the micro-batches' means gives the pairs of a small micro-batch larger weights.
-Divide the sum by the number of pairs in the whole optimiser step.
+Divide the sum by the number of pairs in the whole optimizer step.
 """
 
 from __future__ import annotations

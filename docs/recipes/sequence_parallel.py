@@ -103,7 +103,7 @@ def ulysses(
 
 
 def backward(ddp: nn.Module, ids: Tensor, labels: Tensor, ref: Tensor) -> None:
-    """Computes the gradient of an optimiser step. `ref` is for whole sequences."""
+    """Computes the gradient of an optimizer step. `ref` is for whole sequences."""
     logps = SumOverRanks.apply(ddp(*cut(ids, labels)))
     spo_loss(*logps.chunk(2), *ref.chunk(2), beta=0.1).backward()
 

@@ -2,7 +2,7 @@
 
 In a checkout: torchrun --standalone --nproc_per_node 2 docs/recipes/vocab_parallel.py
 
-All ranks get the same batch. The head's weight, its gradient, its optimiser state and the tile of
+All ranks get the same batch. The head's weight, its gradient, its optimizer state and the tile of
 logits are split over the ranks. Tested with PyTorch 2.13, two processes on gloo. To change an
 existing loop: the split, `to_local()` and `vocab_parallel_group`. Pitfalls: all ranks need the same
 batch (each call compares the labels and raises an error if they differ, but does not compare hidden
