@@ -94,13 +94,13 @@ def conform(
 
     Raises:
       TypeError: an array is from another library, or not real floating.
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a tensor is on another device.
     """
     leader_name, leader = names[0], values[0]
     xp = namespace(leader, leader_name)
     _check_real(xp, leader_name, leader)
     dtype = _compute_dtype(xp, leader.dtype)
-    if dtype == leader.dtype and _all_alike(values):
+    if dtype == leader.dtype and _all_alike(xp, values):
         return values  # the usual case, in every training step
     may_be_number = names[numbers_from:]
     arrays = {
@@ -110,6 +110,7 @@ def conform(
     }
     for name, array in arrays.items():
         _check_kind(xp, name, array, leader_name, or_number=name in may_be_number)
+        _check_device(xp, name, array, leader_name, leader)
         dtype = _compute_dtype(xp, dtype, array.dtype)
     if any(array.shape != leader.shape for array in arrays.values()):
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
@@ -136,7 +137,7 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
 
     Raises:
       TypeError: `value` is an array from another library, or not real floating.
-      ValueError: a number out of range, or an array of another shape.
+      ValueError: a number out of range, an array of another shape, or a tensor on another device.
     """
     if is_number(value):
         if positive:
@@ -146,6 +147,7 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
         return float(value)
     xp = namespace(like, "the log-probabilities")
     _check_kind(xp, name, value, "the log-probabilities", or_number=True)
+    _check_device(xp, name, value, "the log-probabilities", like)
     if len(value.shape) > 0 and value.shape != like.shape:
         raise ValueError(
             f"{name} must be a number or have the log-probabilities' shape "
@@ -259,13 +261,13 @@ def detach(array: Any) -> Any:
     return array
 
 
-def _all_alike(values: tuple[Any, ...]) -> bool:
+def _all_alike(xp: Any, values: tuple[Any, ...]) -> bool:
     leader, *others = values
     kind, dtype, shape = type(leader), leader.dtype, leader.shape
     for value in others:
         if type(value) is not kind or value.dtype != dtype or value.shape != shape:
             return False
-    return True
+    return xp.__name__ != "torch" or all(value.device == leader.device for value in others)
 
 
 def _check_kind(xp: Any, name: str, array: Any, leader: str, *, or_number: bool) -> None:
@@ -277,6 +279,14 @@ def _check_kind(xp: Any, name: str, array: Any, leader: str, *, or_number: bool)
             f"got {other.__name__}. Convert it with {converter}"
         )
     _check_real(xp, name, array)
+
+
+def _check_device(xp: Any, name: str, array: Any, leader_name: str, leader: Any) -> None:
+    if xp.__name__ != "torch" or array.device == leader.device:
+        return
+    if array.ndim == 0 and array.device.type == "cpu":
+        return  # PyTorch treats it as a number on any device
+    raise ValueError(f"{name} must be on the {leader.device} of {leader_name}, got {array.device}")
 
 
 def _check_real(xp: Any, name: str, array: Any) -> None:

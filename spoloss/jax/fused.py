@@ -24,6 +24,7 @@ def linear_pair_loss(
     reference_rejected_logps: Array | float,
     *,
     beta: Array | float,
+    reward_gap: Array | float | None = None,
     bias: Array | None = None,
     weights: Array | float | None = None,
     nll_weight: float = 0.0,
@@ -74,6 +75,8 @@ def linear_pair_loss(
       reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
       reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
       beta: what the loss takes as beta, 1 / nats, > 0: a number or [P].
+      reward_gap: known reward difference r_w - r_l > 0: a number or [P]. The loss is then evaluated
+        with beta / reward_gap. None means 1.
       bias: the head's bias, [V].
       weights: factor of each pair and of its NLL: a number or [P]. A pair of weight 0 adds nothing
         to the loss or the gradients, even if it contains nan. "mean" still divides by P.
@@ -120,7 +123,7 @@ def linear_pair_loss(
         reference_chosen_logps,
         reference_rejected_logps,
         beta=beta,
-        reward_gap=None,
+        reward_gap=reward_gap,
         bias=bias,
         weights=weights,
         nll_weight=nll_weight,

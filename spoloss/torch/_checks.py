@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,9 +59,12 @@ def head_options(
       RuntimeError: a split head is used in a compiled graph.
     """
     check_head_options(softcap, logit_scale, temperature, chunk_size)
+    check_floating("weight", weight)
+    for side in sides:
+        check_floating(f"{side.prefix}hidden", side.hidden)
     _check_whole(sides, weight)
-    _check_weight(weight, bias)
     dtype = _autocast_dtype(sides, weight)
+    _check_weight(weight, bias, same_dtype=dtype is None)
     for side in sides:
         _check_hidden(f"{side.prefix}hidden", side.hidden, weight, same_dtype=dtype is None)
         labels = f"{side.prefix}labels"
@@ -142,19 +145,36 @@ def _join(
     )
 
 
-def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be real floating, got {weight.dtype}")
+def check_floating(name: str, value: Any) -> None:
+    """Raise an error for anything but a real floating tensor.
+
+    Raises:
+      TypeError: `value` is not a tensor, or not real floating.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a PyTorch tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be real floating, got {value.dtype}")
+
+
+def _check_weight(weight: Tensor, bias: Tensor | None, *, same_dtype: bool) -> None:
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape [V, D], got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is None:
+        return
+    check_floating("bias", bias)
+    if same_dtype and bias.dtype != weight.dtype:
+        raise TypeError(f"bias must have the weight's dtype {weight.dtype}, got {bias.dtype}")
+    if bias.shape != weight.shape[:1]:
         raise ValueError(
             f"bias must have shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}"
         )
+    if bias.device != weight.device:
+        raise ValueError(f"bias must be on the weight's {weight.device}, got {bias.device}")
 
 
 def _check_hidden(name: str, hidden: Tensor, weight: Tensor, *, same_dtype: bool) -> None:
-    if not hidden.is_floating_point() or (same_dtype and hidden.dtype != weight.dtype):
+    if same_dtype and hidden.dtype != weight.dtype:
         raise TypeError(f"{name} must have the weight's dtype {weight.dtype}, got {hidden.dtype}")
     if hidden.ndim != 3 or hidden.shape[2] != weight.shape[1]:
         raise ValueError(

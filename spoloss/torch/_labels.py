@@ -23,9 +23,11 @@ def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
     """Check that labels are integers of shape [B, T], the first two axes of `states`.
 
     Raises:
-      TypeError: the labels are not integer.
+      TypeError: the labels are no tensor, or not integer.
       ValueError: the shape or the device does not fit.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a PyTorch tensor, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must be integer, got {labels.dtype}")
     if labels.shape != states.shape[:2]:

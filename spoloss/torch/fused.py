@@ -33,6 +33,7 @@ def linear_pair_loss(
     reference_rejected_logps: Tensor | float,
     *,
     beta: Tensor | float,
+    reward_gap: Tensor | float | None = None,
     bias: Tensor | None = None,
     weights: Tensor | float | None = None,
     nll_weight: float = 0.0,
@@ -78,6 +79,8 @@ def linear_pair_loss(
       reference_chosen_logps: log pi_ref(y_w|x), nats, shape [P]; 0.0 for no reference.
       reference_rejected_logps: log pi_ref(y_l|x), nats, shape [P]; 0.0 for no reference.
       beta: passed to the loss, 1 / nats, > 0: a number or shape [P].
+      reward_gap: known reward difference r_w - r_l > 0: a number or [P]. The loss is then evaluated
+        with beta / reward_gap. None means 1.
       bias: the head's bias, shape [V].
       weights: factor of each pair and of its NLL: a number or shape [P]. A pair of weight 0 adds
         nothing to the loss or the gradients, even if it contains nan. "mean" still divides by P.
@@ -108,7 +111,7 @@ def linear_pair_loss(
       TypeError: a dtype does not fit, an option is not a number, `loss` is not a loss object, or
         the weight is a sharded DTensor.
       ValueError: a shape, device or number does not fit, a label is outside [0, V), offsets are out
-        of order, a constant argument (references, `beta`, `weights`) requires a gradient, the
+        of order, a constant (references, `beta`, `reward_gap`, `weights`) requires a gradient, the
         weight is partitioned by ZeRO-3, or the ranks of `vocab_parallel_group` do not agree or have
         too few rows for the labels.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
@@ -136,6 +139,7 @@ def linear_pair_loss(
         "reference_chosen_logps": reference_chosen_logps,
         "reference_rejected_logps": reference_rejected_logps,
         "beta": beta,
+        "reward_gap": reward_gap,
         "weights": weights,
     }
     like = _like_margins(
@@ -157,7 +161,7 @@ def linear_pair_loss(
         loss,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta,
+        beta_for_gap(beta, reward_gap, like),
         weights,
         nll_weight,
         reduction,
@@ -166,21 +170,6 @@ def linear_pair_loss(
     )
     inputs = Inputs(chosen_hidden, rejected_hidden, weight, bias)
     return fused_loss(inputs, sequences, objective, options)
-
-
-def beta_for_margins(
-    beta: Tensor | float,
-    reward_gap: Tensor | float | None,
-    hidden: Tensor,
-    cu_seqlens: Tensor | None,
-    *references: Tensor | float,
-) -> Tensor | float:
-    """The beta whose target 1 / beta is reward_gap / beta, in the dtype of the margins."""
-    pairs = len(hidden) if cu_seqlens is None else len(cu_seqlens) - 1
-    result: Tensor | float = beta_for_gap(
-        beta, reward_gap, _like_margins(hidden, pairs, *references)
-    )
-    return result
 
 
 def _like_margins(hidden: Tensor, pairs: int, *references: Tensor | float) -> Tensor:
@@ -218,6 +207,6 @@ def _check_constants(like: Tensor, constants: dict[str, Any]) -> None:
             )
     references = (constants["reference_chosen_logps"], constants["reference_rejected_logps"])
     log_ratio_margin(like, like, *references)
-    per_pair("beta", constants["beta"], like)
+    beta_for_gap(constants["beta"], constants["reward_gap"], like)
     if constants["weights"] is not None:
         per_pair("weights", constants["weights"], like, positive=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spoloss.losses import SPO
 from spoloss.torch._fused import LinearPairLoss
-from spoloss.torch.fused import beta_for_margins, linear_pair_loss
+from spoloss.torch.fused import linear_pair_loss
 
 
 def linear_spo_loss(
@@ -88,14 +88,6 @@ def linear_spo_loss(
         (references, `beta`, `reward_gap`, `weights`) requires a gradient.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
-    gapped_beta = beta_for_margins(
-        beta,
-        reward_gap,
-        chosen_hidden,
-        chosen_cu_seqlens,
-        reference_chosen_logps,
-        reference_rejected_logps,
-    )
     return linear_pair_loss(
         SPO(linear_below),
         chosen_hidden,
@@ -105,7 +97,8 @@ def linear_spo_loss(
         rejected_labels,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta=gapped_beta,
+        beta=beta,
+        reward_gap=reward_gap,
         bias=bias,
         weights=weights,
         nll_weight=nll_weight,

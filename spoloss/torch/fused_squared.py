@@ -9,7 +9,7 @@ from torch import Tensor
 from spoloss.losses import Squared
 from spoloss.pairs import IPO_GAP
 from spoloss.torch._fused import LinearPairLoss
-from spoloss.torch.fused import beta_for_margins, linear_pair_loss
+from spoloss.torch.fused import linear_pair_loss
 
 
 def linear_squared_loss(
@@ -87,14 +87,6 @@ def linear_squared_loss(
         (references, `beta`, `reward_gap`, `weights`) requires a gradient.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
-    gapped_beta = beta_for_margins(
-        beta,
-        reward_gap,
-        chosen_hidden,
-        chosen_cu_seqlens,
-        reference_chosen_logps,
-        reference_rejected_logps,
-    )
     return linear_pair_loss(
         Squared(),
         chosen_hidden,
@@ -104,7 +96,8 @@ def linear_squared_loss(
         rejected_labels,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta=gapped_beta,
+        beta=beta,
+        reward_gap=reward_gap,
         bias=bias,
         weights=weights,
         nll_weight=nll_weight,
@@ -195,14 +188,6 @@ def linear_ipo_loss(
         (references, `beta`, `weights`) requires a gradient.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
-    gapped_beta = beta_for_margins(
-        beta,
-        IPO_GAP,
-        chosen_hidden,
-        chosen_cu_seqlens,
-        reference_chosen_logps,
-        reference_rejected_logps,
-    )
     return linear_pair_loss(
         Squared(),
         chosen_hidden,
@@ -212,7 +197,8 @@ def linear_ipo_loss(
         rejected_labels,
         reference_chosen_logps,
         reference_rejected_logps,
-        beta=gapped_beta,
+        beta=beta,
+        reward_gap=IPO_GAP,
         bias=bias,
         weights=weights,
         nll_weight=nll_weight,

@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor
 
 from spoloss.torch._autograd import is_batched, refuse_batched
-from spoloss.torch._checks import Side, head_options
+from spoloss.torch._checks import Side, check_floating, head_options
 from spoloss.torch._labels import (
     IGNORED,
     check_cu_seqlens,
@@ -62,8 +62,7 @@ def sequence_logps(
       TypeError: `logits` are not real floating, or `labels` or `cu_seqlens` are not integer.
       ValueError: a shape or a device does not fit, or, on the CPU, `cu_seqlens` are out of order.
     """
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be real floating, got {logits.dtype}")
+    check_floating("logits", logits)
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape [B, T, V], got {tuple(logits.shape)}")
     check_labels("labels", labels, "logits", logits)

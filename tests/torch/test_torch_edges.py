@@ -129,7 +129,7 @@ def test_float64_stays_float64_under_autocast() -> None:
 def test_autocast_equals_inputs_that_are_rounded_beforehand() -> None:
     case, rounded = Case(dtype=torch.float32), Case(dtype=torch.float32)
     for name in ("chosen_hidden", "rejected_hidden", "weight"):
-        rounded.tensors[name] = case.tensors[name].detach().bfloat16().requires_grad_()
+        rounded.tensors[name] = case.tensors[name].detach().bfloat16().float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = case.fused(SPO())
     want = rounded.fused(SPO())
