@@ -305,6 +305,7 @@ def _check_real(xp: Any, name: str, array: Any) -> None:
 
 
 def _compute_dtype(xp: Any, dtype: Any, other: Any = None) -> Any:
-    if other is not None and other != dtype:
-        dtype = (xp.promote_types if xp.__name__ == "torch" else xp.result_type)(dtype, other)
+    # By width, because JAX can be told to refuse promotion (jax_numpy_dtype_promotion="strict").
+    if other is not None and xp.finfo(other).bits > xp.finfo(dtype).bits:
+        dtype = other
     return dtype if xp.finfo(dtype).bits >= 32 else xp.float32

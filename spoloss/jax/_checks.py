@@ -38,6 +38,11 @@ def check_head(weight: Array, bias: Array | None) -> None:
     if bias is None:
         return
     check_floating("bias", bias)
+    if bias.dtype != weight.dtype:
+        raise TypeError(
+            f"bias must have the weight's dtype {weight.dtype}, got {bias.dtype}. "
+            "Cast one of them with astype"
+        )
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [V] = {weight.shape[:1]}, got {bias.shape}")
 

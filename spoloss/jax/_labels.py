@@ -95,4 +95,5 @@ def sum_by(values: Array, ids: Array, count: int) -> Array:
     A reduction has less rounding error than the scatter of `jax.ops.segment_sum`, which adds the
     thousands of numbers of a sequence one by one.
     """
-    return jnp.where(ids == jnp.arange(count)[:, None], values, 0).sum(axis=1)
+    belongs = ids[None] == jnp.arange(count, dtype=ids.dtype)[:, None]
+    return jnp.where(belongs, values[None], jnp.zeros_like(values[None])).sum(axis=1)

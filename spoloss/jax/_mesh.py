@@ -3,6 +3,10 @@
 The differentiation rules are outside of `shard_map`, so no derivative passes through it. The
 communication between devices is explicit: sums over the words, and the sum of the head's gradient
 over the pairs.
+
+Inside a `shard_map` of the user's own, JAX tracks over which axes of the mesh an array varies, and
+a loop must start with what it ends with. So all arrays of a call vary over the same axes, and the
+zeros that a loop starts with vary like them.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax import lax
+from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 Axis = str | tuple[str, ...] | None
@@ -59,3 +63,31 @@ class Split:
     def sum_pairs(self, values: Any) -> Any:
         """The sum over the devices that have different pairs."""
         return lax.psum(values, self.pairs_axis) if self.pairs_axis else values  # type: ignore[no-untyped-call]
+
+
+def vary_alike(values: Any) -> Any:
+    """A tree of arrays that all vary over the axes over which any of them varies."""
+    axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(values)))
+    return _vary(values, axes)
+
+
+def vary_like(values: Any, like: Array) -> Any:
+    """A tree of arrays that also vary over the axes over which `like` varies."""
+    return _vary(values, _varying(like))
+
+
+def _vary(values: Any, axes: frozenset[str]) -> Any:
+    def vary(array: Array) -> Array:
+        missing = tuple(axes - _varying(array))
+        if not missing:
+            return array
+        if hasattr(lax, "pcast"):
+            return lax.pcast(array, missing, to="varying")
+        return lax.pvary(array, missing)  # before JAX 0.9
+
+    return jax.tree.map(vary, values)
+
+
+def _varying(array: Array) -> frozenset[str]:
+    kind = jax.typeof(array)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # before JAX 0.10

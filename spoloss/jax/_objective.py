@@ -86,7 +86,7 @@ class Objective:
         per_token = sums[:, 0] / _at_least_1(lengths[:, 0])
         pairs = inputs(_NLL(), per_token, 1.0, None, constants.weights)
         nll: Array = pairs.weigh(-pairs.margin)
-        total: Array = value + self.nll_weight * reduce(nll, self.reduction)
+        total: Array = value + self.nll_weight * reduce(nll, self.reduction).astype(value.dtype)
         return total
 
     def slopes(self, sums: Array, lengths: Array, constants: Constants, scale: float) -> Array:
@@ -107,10 +107,8 @@ class Objective:
 
     def shares(self, lengths: Array) -> Array:
         """The derivative of the margin by a token's log-probability, [P, 2]: +-1 (/ length)."""
-        signs = jnp.array([1.0, -1.0], lengths.dtype)
-        return (
-            signs / _at_least_1(lengths) if self.average else jnp.broadcast_to(signs, lengths.shape)
-        )
+        signs = jnp.broadcast_to(jnp.array([1.0, -1.0], lengths.dtype), lengths.shape)
+        return signs / _at_least_1(lengths) if self.average else signs
 
     def nll_slopes(self, lengths: Array, constants: Constants, scale: float) -> Array:
         """`scale` times the derivative of each pair's NLL term by a chosen token, [P]."""

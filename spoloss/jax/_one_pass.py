@@ -33,13 +33,13 @@ class Made(NamedTuple):
     """The results of the pass.
 
     Attributes:
-      sums: [P, 2] log-probabilities of both sides, summed over tokens.
+      logps: for each side, the log-probability of each token, [N].
       directions: for each side, the derivative of each token's log-probability by its hidden state,
         [N, D] or None.
       head: the gradients by weight and bias.
     """
 
-    sums: Array
+    logps: tuple[Array, ...]
     directions: tuple[Array | None, ...]
     head: HeadSums
 
@@ -64,7 +64,7 @@ def one_pass(
       constants: the per-pair arguments of the loss.
       scale: the factor of a pair's loss in the reduced loss.
       wanted: which gradients to compute.
-      zero: the initial value of the sums, 0-d: 0, or nan for invalid offsets.
+      zero: added to the sums, 0-d: 0, or nan for invalid offsets.
     """
     lengths = table.lengths.astype(head.dtype)
     alive = constants.alive(lengths)
@@ -73,7 +73,9 @@ def one_pass(
         """The states and the softmax of a tile. Also adds the results that need no slope."""
         states = table.take(hidden, tile)
         softmax = head.softmax(states, tile.targets, tile.of_segment(alive))
-        sums = made.sums + table.sum_segments(softmax.logps, tile)
+        logps = tuple(
+            table.put(array, softmax.logps, tile, side) for side, array in enumerate(made.logps)
+        )
         directions = made.directions
         if any(wanted.hidden):
             rows = head.by_hidden(softmax)
@@ -81,14 +83,15 @@ def one_pass(
                 None if array is None else table.put(array, rows, tile, side)
                 for side, array in enumerate(directions)
             )
-        return states, softmax, Made(sums, directions, made.head)
+        return states, softmax, Made(logps, directions, made.head)
 
     def note(tile: Tile, made: Made) -> Made:
         return look(tile, made)[2]
 
     def share_a_tile(tile: Tile, made: Made) -> Made:
         states, softmax, made = look(tile, made)
-        slopes = objective.token_slopes(made.sums, lengths, constants, scale)
+        sums = table.sum_segments(softmax.logps, tile) + zero
+        slopes = objective.token_slopes(sums, lengths, constants, scale)
         by_head = head.add(made.head, softmax, states, tile.of_segment(slopes))
         return made._replace(head=by_head)
 
@@ -107,11 +110,12 @@ def one_pass(
             nll = objective.nll_slopes(lengths, constants, scale)[pair] / unit[pair, 0]
             made = made._replace(head=made.head.plus(nll, direction))
         made, direction = table.visit(ends[1], ends[2], step, (made, direction))
-        slope = objective.slopes(made.sums, lengths, constants, scale)[pair]
+        sums = table.sum(made.logps) + zero
+        slope = objective.slopes(sums, lengths, constants, scale)[pair]
         return made._replace(head=made.head.plus(slope, direction))
 
     made = Made(
-        jnp.broadcast_to(zero, lengths.shape),
+        tuple(jnp.zeros_like(states, head.dtype, shape=len(states)) for states in hidden),
         tuple(
             jnp.zeros_like(states) if need else None
             for states, need in zip(hidden, wanted.hidden, strict=True)

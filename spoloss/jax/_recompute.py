@@ -7,6 +7,7 @@ see `_one_pass.py`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from spoloss.jax._labels import Labels, Reading
-from spoloss.jax._mesh import Split
-from spoloss.jax._residuals import marks_of, or_empty, or_none, or_zero, wanted_of
+from spoloss.jax._mesh import Split, vary_alike
+from spoloss.jax._plan import on_platform
+from spoloss.jax._residuals import Kinds, marks_of, or_empty, or_none, or_zero, wanted_of
 from spoloss.jax._softmax import Head, HeadOptions, HeadSums, Wanted
-from spoloss.jax._tokens import Table, Tile, table_of_tokens
+from spoloss.jax._tokens import Table, Tile, rows_for_tokens
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,16 @@ class TokenCall:
     reading: Reading
     split: Split
 
-    def table(self, labels: Labels, weight: Array) -> Table:
-        """The table of a call's tokens on this device."""
-        return table_of_tokens((labels,), self.reading, len(weight), self.head.chunk_size)
+    def on_platform(
+        self, run: Callable[..., Any], labels: Labels, weight: Array, *args: Any
+    ) -> Any:
+        """`run(table of the call's tokens on this device, *args)`."""
+
+        def with_tiles(rows: int, *args: Any) -> Any:
+            return run(Table((labels,), self.reading, rows, whole_pairs=False), *args)
+
+        rows = functools.partial(rows_for_tokens, (labels,), self.reading)
+        return on_platform(with_tiles, rows, len(weight), self.head.chunk_size, *args)
 
     @property
     def specs(self) -> tuple[Any, ...]:
@@ -46,7 +55,7 @@ def token_logps(
     call: TokenCall, hidden: Array, weight: Array, bias: Array | None, labels: Labels
 ) -> Array:
     """The log-probabilities [B, T] of the labels that the positions predict."""
-    return _token_logps(call, hidden, weight, bias, labels)
+    return _token_logps(call, *vary_alike((hidden, weight, bias, labels)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,20 +80,23 @@ def _look(
     def on_device(
         hidden: Array, weight: Array, bias: Array | None, labels: Labels
     ) -> tuple[Array, Array | None]:
-        head, table = Head.of(weight, bias, call.head), call.table(labels, weight)
+        head = Head.of(weight, bias, call.head)
         flat = hidden.reshape(-1, hidden.shape[2])
 
-        def step(tile: Tile, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-            logps, by_hidden = carry
-            softmax = head.softmax(table.take((flat,), tile), tile.targets, tile.filled)
-            logps = table.put(logps, softmax.logps, tile)
-            if by_hidden is not None:
-                by_hidden = table.put(by_hidden, head.by_hidden(softmax), tile)
-            return logps, by_hidden
+        def visit(table: Table) -> tuple[Array, Array | None]:
+            def step(tile: Tile, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+                logps, by_hidden = carry
+                softmax = head.softmax(table.take((flat,), tile), tile.targets, tile.filled)
+                logps = table.put(logps, softmax.logps, tile)
+                if by_hidden is not None:
+                    by_hidden = table.put(by_hidden, head.by_hidden(softmax), tile)
+                return logps, by_hidden
 
-        zeros = jnp.broadcast_to(labels.zero(head.dtype), labels.ids.size)
-        start = zeros, jnp.zeros_like(flat) if directions else None
-        logps, by_hidden = table.visit_all(step, start)
+            zeros = jnp.broadcast_to(labels.zero(head.dtype), labels.ids.size)
+            start = zeros, jnp.zeros_like(flat) if directions else None
+            return table.visit_all(step, start)
+
+        logps, by_hidden = call.on_platform(visit, labels, weight)
         return (
             logps.reshape(labels.ids.shape),
             None if by_hidden is None else by_hidden.reshape(hidden.shape),
@@ -107,11 +119,13 @@ def _forward(call: TokenCall, *primals: Any) -> tuple[Array, Any]:
     # A frozen head needs no recomputation, because the forward computes the directions.
     at_once = any(wanted.hidden) and not wanted.head
     logps, directions = _look(call, *values, directions=at_once)
-    return logps, (marks_of(wanted), or_empty(directions, values[0].dtype), values)
+    read = values if wanted.head else jax.tree.map(lambda a: or_empty(None, a.dtype), values)
+    kept = marks_of(wanted), or_empty(directions, values[0].dtype), read
+    return logps, (*kept, Kinds.of(values[:3]))
 
 
 def _backward(call: TokenCall, residual: Any, upstream: Array | SymbolicZero) -> tuple[Any, ...]:
-    marks, directions, inputs = residual
+    marks, directions, inputs, kinds = residual
     wanted = wanted_of(marks)
     gradients: tuple[Array | None, ...] = (None, None, None)
     if not isinstance(upstream, SymbolicZero):
@@ -120,7 +134,7 @@ def _backward(call: TokenCall, residual: Any, upstream: Array | SymbolicZero) ->
             gradients = (by_hidden, *by_head)
         else:
             gradients = (scaled(or_none(directions), upstream), None, None)
-    return *map(or_zero, gradients, inputs[:3]), None
+    return *map(or_zero, gradients, kinds.each), None
 
 
 def scaled(directions: Array | None, factor: Array) -> Array | None:
@@ -128,7 +142,8 @@ def scaled(directions: Array | None, factor: Array) -> Array | None:
     if directions is None:
         return None
     factor = factor[..., None]
-    return jnp.where(factor == 0.0, 0.0, directions * factor).astype(directions.dtype)
+    product = directions.astype(factor.dtype) * factor
+    return jnp.where(factor == 0.0, 0.0, product).astype(directions.dtype)
 
 
 def _look_again(
@@ -142,20 +157,25 @@ def _look_again(
     def on_device(
         hidden: Array, weight: Array, bias: Array | None, labels: Labels, upstream: Array
     ) -> tuple[Array | None, HeadSums]:
-        head, table = Head.of(weight, bias, call.head), call.table(labels, weight)
+        head = Head.of(weight, bias, call.head)
         flat, by_token = hidden.reshape(-1, hidden.shape[2]), upstream.reshape(-1)
+        Carry = tuple[Array | None, HeadSums]
 
-        def step(tile: Tile, carry: tuple[Array | None, HeadSums]) -> tuple[Array | None, HeadSums]:
-            by_hidden, by_head = carry
-            factor = by_token.at[tile.token].get(mode="fill", fill_value=0)
-            states = table.take((flat,), tile)
-            softmax = head.softmax(states, tile.targets, factor != 0.0)
-            if by_hidden is not None:
-                by_hidden = table.put(by_hidden, factor[:, None] * head.by_hidden(softmax), tile)
-            return by_hidden, head.add(by_head, softmax, states, factor)
+        def visit(table: Table) -> Carry:
+            def step(tile: Tile, carry: Carry) -> Carry:
+                by_hidden, by_head = carry
+                factor = by_token.at[tile.token].get(mode="fill", fill_value=0)
+                states = table.take((flat,), tile)
+                softmax = head.softmax(states, tile.targets, factor != 0.0)
+                if by_hidden is not None:
+                    rows = factor[:, None] * head.by_hidden(softmax)
+                    by_hidden = table.put(by_hidden, rows, tile)
+                return by_hidden, head.add(by_head, softmax, states, factor)
 
-        zeros = jnp.zeros_like(flat) if wanted.hidden[0] else None
-        by_hidden, by_head = table.visit_all(step, (zeros, head.zeros(wanted)))
+            zeros = jnp.zeros_like(flat) if wanted.hidden[0] else None
+            return table.visit_all(step, (zeros, head.zeros(wanted)))
+
+        by_hidden, by_head = call.on_platform(visit, labels, weight)
         by_hidden = None if by_hidden is None else by_hidden.reshape(hidden.shape)
         return by_hidden, call.split.sum_pairs(by_head).like(weight, bias)
 

@@ -8,6 +8,8 @@ before 0.7 also requires one tree of gradients: a missing gradient is a symbolic
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -40,8 +42,19 @@ def or_none(array: Array) -> Array | None:
     return array if array.size else None
 
 
-def or_zero(gradient: Array | None, primal: Array | None) -> Any:
-    """A gradient, or a zero that takes no memory in its place; None where there is no primal."""
-    if gradient is None and primal is not None:
-        return SymbolicZero(jax.typeof(primal))
-    return gradient
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Kinds:
+    """Shape and dtype of each argument, for rules that do not read its numbers."""
+
+    each: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, arrays: Iterable[Array | None]) -> Kinds:
+        """The kinds of some arrays; None for None."""
+        return cls(tuple(None if array is None else jax.typeof(array) for array in arrays))
+
+
+def or_zero(gradient: Array | None, kind: Any) -> Any:
+    """A gradient, or a zero that takes no memory in its place; None for no argument."""
+    return SymbolicZero(kind) if gradient is None and kind is not None else gradient

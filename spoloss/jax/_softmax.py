@@ -14,7 +14,7 @@ of logits occur, so a number added to all logits costs no digit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +86,12 @@ class HeadSums(NamedTuple):
     weight: Array | None
     bias: Array | None
 
-    def like(self, weight: Array, bias: Array | None) -> HeadSums:
+    def like(self, weight: Any, bias: Any) -> HeadSums:
         """These sums in the dtypes of weight and bias."""
         return HeadSums(
             *(
-                None if total is None or array is None else total.astype(array.dtype)
-                for total, array in zip(self, (weight, bias), strict=True)
+                None if total is None else total.astype(of.dtype)
+                for total, of in zip(self, (weight, bias), strict=True)
             )
         )
 
@@ -231,7 +231,7 @@ class Head:
 
 def wide(array: Array) -> jnp.dtype:
     """The dtype for sums of products of `array`: at least float32."""
-    return jnp.promote_types(array.dtype, jnp.float32)
+    return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.dtype("float32")
 
 
 def _without(padding: Array | None, logits: Array) -> Array:

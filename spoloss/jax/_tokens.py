@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from spoloss.jax._labels import Labels, Reading, sum_by
+from spoloss.jax._mesh import vary_like
 from spoloss.jax._plan import tile_rows
 
 CarryT = TypeVar("CarryT")
@@ -42,7 +43,8 @@ class Tile(NamedTuple):
 
     def of_segment(self, values: Array) -> Array:
         """Values of pairs and sides [P, 2], repeated for their tokens [n]; 0 in empty places."""
-        return jnp.where(self.filled, values.reshape(-1)[self.segment], 0)
+        of_tokens = values.reshape(-1)[self.segment]
+        return jnp.where(self.filled, of_tokens, jnp.zeros_like(of_tokens))
 
 
 Step = Callable[[Tile, CarryT], CarryT]
@@ -55,7 +57,7 @@ class Table:
     """
 
     def __init__(
-        self, sides: tuple[Labels, ...], reading: Reading, rows: int, longest: int
+        self, sides: tuple[Labels, ...], reading: Reading, rows: int, *, whole_pairs: bool
     ) -> None:
         """Sort the tokens.
 
@@ -63,10 +65,12 @@ class Table:
           sides: the labels of chosen and rejected, or of one side alone.
           reading: how to read them.
           rows: the number of tokens per tile.
-          longest: the largest number of tokens that a pair can have; 0 if a tile may split pairs.
+          whole_pairs: whether pairs that fit in a tile must not be split.
         """
         self.rows, self.pairs, self.sides = rows, sides[0].sequences, len(sides)
-        self.may_be_long = longest > rows
+        self._labels = sides
+        longest = sum(side.longest(reading) for side in sides)
+        self.may_be_long = whole_pairs and longest > rows
         read = [side.targets(reading) for side in sides]
         self.lengths = jnp.stack(
             [side.sum(counts) for side, (_, counts) in zip(sides, read, strict=True)], axis=1
@@ -93,12 +97,12 @@ class Table:
 
     def visit(self, start: Array, stop: Array, step: Step[CarryT], carry: CarryT) -> CarryT:
         """Run carry = step(tile, carry) for the tiles of the places from `start` up to `stop`."""
-        _, carry = lax.while_loop(
-            lambda state: state[0] < stop,
-            lambda state: (state[0] + self.rows, step(self._tile(state[0], stop), state[1])),
-            (start, carry),
+        return self._loop(
+            start,
+            stop,
+            lambda place, carry: (place + self.rows, step(self._tile(place, stop), carry)),
+            carry,
         )
-        return carry
 
     def visit_all(self, step: Step[CarryT], carry: CarryT) -> CarryT:
         """The same for all places. Tiles may split pairs."""
@@ -108,15 +112,12 @@ class Table:
         """The same with tiles of whole pairs, for the pairs that fit in a tile."""
         ends = self.ends[:: self.sides]
 
-        def group(state: tuple[Array, CarryT]) -> tuple[Array, CarryT]:
-            first, carry = state
+        def group(first: Array, carry: CarryT) -> tuple[Array, CarryT]:
             fitting = jnp.sum(ends <= ends[first] + self.rows, dtype=jnp.int32) - 1
             last = jnp.minimum(fitting, self.short_pairs)
             return last, step(self._tile(ends[first], ends[last]), carry)
 
-        zero = jnp.zeros_like(self.short_pairs)
-        _, carry = lax.while_loop(lambda state: state[0] < self.short_pairs, group, (zero, carry))
-        return carry
+        return self._loop(jnp.zeros_like(self.short_pairs), self.short_pairs, group, carry)
 
     def visit_long_pairs(
         self, step: Callable[[Array, Array, CarryT], CarryT], carry: CarryT
@@ -127,15 +128,11 @@ class Table:
         those from ends[1] up to ends[2].
         """
 
-        def one(state: tuple[Array, CarryT]) -> tuple[Array, CarryT]:
-            rank, carry = state
+        def one(rank: Array, carry: CarryT) -> tuple[Array, CarryT]:
             ends = lax.dynamic_slice(self.ends, (rank * self.sides,), (self.sides + 1,))
             return rank + 1, step(self.order[rank], ends, carry)
 
-        _, carry = lax.while_loop(
-            lambda state: state[0] < self.pairs, one, (self.short_pairs, carry)
-        )
-        return carry
+        return self._loop(self.short_pairs, self.pairs, one, carry)
 
     def take(self, hidden: tuple[Array, ...], tile: Tile) -> Array:
         """The hidden states [n, D] of a tile, 0 in empty places; `hidden` is [N, D] by side."""
@@ -150,10 +147,32 @@ class Table:
         rows = self._rows_of(tile)[side]
         return into.at[rows].set(values.astype(into.dtype), mode="drop")
 
+    def sum(self, values: tuple[Array, ...]) -> Array:
+        """The sums [P, sides] over each sequence of values [N] by side."""
+        of_sides = zip(values, self._labels, strict=True)
+        return jnp.stack([side.sum(of.reshape(side.ids.shape)) for of, side in of_sides], axis=1)
+
     def sum_segments(self, values: Array, tile: Tile) -> Array:
         """The sums [P, 2] of a tile's values [n] by pair and side."""
         sums = sum_by(values, tile.segment, self.pairs * self.sides)
         return sums.reshape(self.pairs, self.sides)
+
+    def _loop(
+        self,
+        start: Array,
+        stop: Array | int,
+        step: Callable[[Array, CarryT], tuple[Array, CarryT]],
+        carry: CarryT,
+    ) -> CarryT:
+        """Run (position, carry) = step(position, carry) until the position reaches `stop`."""
+        if len(self._targets) == 0:
+            return carry
+        _, carry = lax.while_loop(
+            lambda state: state[0] < stop,
+            lambda state: step(*state),
+            vary_like((start, carry), self.ends),
+        )
+        return carry
 
     def _tile(self, start: Array, stop: Array) -> Tile:
         filled = start + jnp.arange(self.rows, dtype=jnp.int32) < stop
@@ -173,21 +192,15 @@ class Table:
         ]
 
 
-def table_of_tokens(
-    sides: tuple[Labels, ...], reading: Reading, words: int, chunk_size: int | None
-) -> Table:
-    """The table of one or two sides, for tiles that may split pairs."""
+def rows_for_tokens(sides: tuple[Labels, ...], reading: Reading, most: int) -> int:
+    """The number of tokens per tile, at most `most`, for tiles that may split pairs."""
     tokens = sum(len(side.ids) * side.longest(reading) for side in sides)
-    return Table(sides, reading, tile_rows((tokens,), 1, words, chunk_size), longest=0)
+    return tile_rows((tokens,), 1, most)
 
 
-def table_of_pairs(
-    sides: tuple[Labels, ...], reading: Reading, words: int, chunk_size: int | None
-) -> Table:
-    """The table of two sides, for tiles of whole pairs as far as they fit."""
+def rows_for_pairs(sides: tuple[Labels, ...], reading: Reading, most: int) -> int:
+    """The same for tiles of whole pairs, as far as they fit."""
     longest = tuple(side.longest(reading) for side in sides)
     if sides[0].cu_seqlens is None:
-        rows = tile_rows(longest, sides[0].sequences, words, chunk_size)
-    else:  # a pair may take any part of its row
-        rows = tile_rows((sum(longest),), 1, words, chunk_size)
-    return Table(sides, reading, rows, longest=sum(longest))
+        return tile_rows(longest, sides[0].sequences, most)
+    return tile_rows((sum(longest),), 1, most)  # a pair may take any part of its row

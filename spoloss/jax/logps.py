@@ -160,4 +160,5 @@ def _sum_tokens(logps: Array, labels: Labels, reading: Reading, *, average: bool
     total = labels.sum(logps) + labels.zero(logps.dtype)
     if not average:
         return total
-    return total / jnp.maximum(labels.sum(labels.targets(reading)[1]), 1)
+    lengths = labels.sum(labels.targets(reading)[1]).astype(total.dtype)
+    return total / jnp.maximum(lengths, 1)

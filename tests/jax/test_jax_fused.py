@@ -362,15 +362,35 @@ def test_small_slopes_in_float16() -> None:
     assert jnp.linalg.norm(got - want) <= 2e-3 * jnp.linalg.norm(want)
 
 
-@pytest.mark.slow
-def test_float32_sums_of_long_sequences() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float32_sums_of_long_sequences(*, packed: bool, reduction: str) -> None:
+    """One summation for all ways: 20,000 tokens to a few eps of the sum."""
+    tokens = 20_000
     random = np.random.default_rng(4)
-    hidden = random.normal(size=(1, 4096, 8))
-    weight, labels = random.normal(size=(64, 8)), jnp.asarray(random.integers(0, 64, (1, 4096)))
-    call = lambda dtype, **options: spoloss.jax.linear_logps(  # noqa: E731
-        jnp.asarray(hidden, dtype), jnp.asarray(weight, dtype), labels, **options
-    )
-    exact = call(jnp.float64)
-    cu = {"cu_seqlens": jnp.array([0, 4096])}
-    for options in ({}, cu, {"chunk_size": 100}):
-        assert abs(call(jnp.float32, **options) / exact - 1.0) < 4 * np.finfo(np.float32).eps
+    hidden = jnp.asarray(random.normal(size=(1, tokens, 4)), "float32")
+    weight = jnp.asarray(random.normal(size=(21, 4)), "float32")
+    labels = jnp.asarray(random.integers(0, 21, (1, tokens)))
+    offsets = {"cu_seqlens": jnp.array([0, tokens])} if packed else {}
+    each = spoloss.jax.linear_logps(hidden, weight, labels, per_token=True)
+    exact = np.asarray(each, np.float64).sum()
+
+    def loss(weight: Array) -> tuple[Array, Any]:
+        cu = {f"{side}_{k}": v for side in ("chosen", "rejected") for k, v in offsets.items()}
+        out = linear_pair_loss(
+            *(SPO(), hidden, hidden, weight, labels, labels, 0.0, 0.0),
+            beta=0.1,
+            chunk_size=100,
+            reduction=reduction,
+            **cu,
+        )
+        return out.loss.sum(), out
+
+    _, out = quick_jit(jax.grad(loss, has_aux=True))(weight)
+    ways = [
+        out.chosen_logps,
+        out.rejected_logps,
+        spoloss.jax.linear_logps(hidden, weight, labels, chunk_size=100, **offsets),
+        spoloss.jax.sequence_logps(hidden @ weight.T, labels, **offsets),
+    ]
+    np.testing.assert_allclose(jnp.concatenate(ways), exact, rtol=4 * np.finfo(np.float32).eps)

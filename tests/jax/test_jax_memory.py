@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from spoloss.jax import linear_logps, linear_pair_loss
 from spoloss.jax._labels import Labels, Reading
 from spoloss.jax._plan import evenly, tile_rows
 from spoloss.jax._softmax import Head, HeadOptions, Wanted
-from spoloss.jax._tokens import table_of_pairs
+from spoloss.jax._tokens import rows_for_pairs
 
 D, V = 64, 8192
 ROWS = 128
@@ -71,34 +72,29 @@ def test_log_probabilities_of_a_frozen_head() -> None:
 
 
 def test_rows_of_a_tile() -> None:
-    assert tile_rows((64, 64), 16, 32_000, 512) == 512  # 4 pairs of 128
-    assert tile_rows((63, 63), 16, 32_000, 512) == 504
-    assert tile_rows((64, 64), 5, 32_000, 512) == 3 * 128  # 3 and 2, not 4 and 1
-    assert tile_rows((64, 64), 2, 32_000, 512) == 2 * 128  # all there is
-    assert tile_rows((1024, 1000), 2, 32_000, 512) == 512  # 2 tiles for a side
-    assert tile_rows((300, 300), 2, 32_000, 512) == 300  # longer than a tile: by side
-    assert tile_rows((1024, 1024), 2, 32_000, None) == 512  # 64 MiB
-    assert tile_rows((1024, 1024), 2, 10**6, None) == 256  # at least
-    assert tile_rows((1, 0), 3, 32_000, 512) == 3  # pairs of one token
-    assert tile_rows((0, 0), 1, 32_000, None) >= 1
+    assert tile_rows((64, 64), 16, 512) == 512  # 4 pairs of 128
+    assert tile_rows((63, 63), 16, 512) == 504
+    assert tile_rows((64, 64), 5, 512) == 3 * 128  # 3 and 2, not 4 and 1
+    assert tile_rows((64, 64), 2, 512) == 2 * 128  # all there is
+    assert tile_rows((1024, 1000), 2, 512) == 512  # 2 tiles for a side
+    assert tile_rows((300, 300), 2, 512) == 300  # longer than a tile: by side
+    assert tile_rows((1, 0), 3, 512) == 3  # pairs of one token
+    assert tile_rows((0, 0), 1, 512) >= 1
     assert [evenly(10, 4), evenly(8, 4), evenly(1, 4), evenly(0, 4)] == [4, 4, 1, 1]
 
 
 def test_a_tile_of_a_packed_row_has_no_place_to_leave_empty() -> None:
     """Whole pairs of full length fill a tile of a padded batch; a packed pair has any length."""
 
-    def rows(*sides: Labels, budget: int) -> int:
-        found = []
-        reading = Reading(ignore_index=-100, shift=False)
-        jax.eval_shape(lambda: found.append(table_of_pairs(sides, reading, V, budget).rows))
-        return found[0]
-
+    rows = functools.partial(
+        rows_for_pairs, reading=Reading(ignore_index=-100, shift=False)
+    )
     padded, packed = (
         Labels(jnp.zeros((4, 48), int), None),
         Labels(jnp.zeros((1, 4 * 48), int), jnp.arange(5) * 48),
     )
-    assert rows(padded, padded, budget=200) == 2 * 96
-    assert rows(packed, packed, budget=150) == 4 * 96 // 3
+    assert rows((padded, padded), most=200) == 2 * 96
+    assert rows((packed, packed), most=150) == 4 * 96 // 3
 
 
 @pytest.mark.parametrize("weight", [True, False])
