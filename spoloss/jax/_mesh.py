@@ -77,17 +77,19 @@ def vary_like(values: Any, like: Array) -> Any:
 
 
 def _vary(values: Any, axes: frozenset[str]) -> Any:
-    def vary(array: Array) -> Array:
+    def vary(array: Array) -> Any:
         missing = tuple(axes - _varying(array))
-        if not missing:
-            return array
-        if hasattr(lax, "pcast"):
-            return lax.pcast(array, missing, to="varying")
-        return lax.pvary(array, missing)  # before JAX 0.9
+        return _over(array, missing) if missing else array
 
     return jax.tree.map(vary, values)
 
 
+def _over(array: Array, axes: tuple[str, ...]) -> Any:
+    if hasattr(lax, "pcast"):
+        return lax.pcast(array, axes, to="varying")
+    return getattr(lax, "pvary")(array, axes)  # noqa: B009  # its name in older versions of JAX
+
+
 def _varying(array: Array) -> frozenset[str]:
-    kind = jax.typeof(array)
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # before JAX 0.10
+    kind: Any = jax.typeof(array)
+    return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)  # vma in older ones

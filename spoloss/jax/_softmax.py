@@ -231,7 +231,8 @@ class Head:
 
 def wide(array: Array) -> jnp.dtype:
     """The dtype for sums of products of `array`: at least float32."""
-    return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.dtype("float32")
+    half = jnp.finfo(array.dtype).bits < 32  # type: ignore[no-untyped-call]
+    return jnp.dtype("float32") if half else array.dtype
 
 
 def _without(padding: Array | None, logits: Array) -> Array:

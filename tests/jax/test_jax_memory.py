@@ -85,10 +85,7 @@ def test_rows_of_a_tile() -> None:
 
 def test_a_tile_of_a_packed_row_has_no_place_to_leave_empty() -> None:
     """Whole pairs of full length fill a tile of a padded batch; a packed pair has any length."""
-
-    rows = functools.partial(
-        rows_for_pairs, reading=Reading(ignore_index=-100, shift=False)
-    )
+    rows = functools.partial(rows_for_pairs, reading=Reading(ignore_index=-100, shift=False))
     padded, packed = (
         Labels(jnp.zeros((4, 48), int), None),
         Labels(jnp.zeros((1, 4 * 48), int), jnp.arange(5) * 48),

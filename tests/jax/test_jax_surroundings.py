@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
-from helpers.jax_fused import D, P, T, V, make_inputs, make_labels, quick_jit
+from helpers.jax_fused import D, P, T, make_inputs, make_labels, quick_jit
 from spoloss.jax import _plan, linear_logps, linear_spo_loss, sequence_logps
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -133,10 +133,11 @@ def test_inside_a_shard_map_of_the_users_own(name: str) -> None:
 
     on_mesh = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=whole)
     floating = {n: a for n, a in arrays.items() if "labels" not in n}
-    got, want = (
-        quick_jit(jax.value_and_grad(lambda by: function({**arrays, **by})))(floating)
-        for function in (on_mesh, lambda a: STRICT[name](a).sum())
-    )
+
+    def with_grads(function: Callable[[dict[str, Array]], Array]) -> Any:
+        return quick_jit(jax.value_and_grad(lambda by: function({**arrays, **by})))(floating)
+
+    got, want = with_grads(on_mesh), with_grads(lambda a: STRICT[name](a).sum())
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-14), got, want)
 
 
@@ -186,7 +187,5 @@ def test_weights_do_not_change_the_dtype(references: str) -> None:
     arrays = make_inputs("float32")
     arrays["reference_chosen"] = arrays["reference_chosen"].astype(references)
     assert arrays["weights"].dtype == jnp.float64
-    for nll_weight in (0.0, 0.5):
-        for reduction in ("mean", "none"):
-            loss = jax.eval_shape(lambda a: spo(a, nll_weight=nll_weight, reduction=reduction), arrays)  # noqa: B023
-            assert loss.dtype == references
+    for options in ({}, {"nll_weight": 0.5}, {"nll_weight": 0.5, "reduction": "none"}):
+        assert jax.eval_shape(functools.partial(spo, **options), arrays).dtype == references
