@@ -9,12 +9,20 @@ const SETTINGS = {
   linearBelow: { start: -1, low: -10, high: 0.9, scale: identity },
   labelSmoothing: { start: 0, low: 0, high: 0.45, scale: identity },
   reach: { start: 30, low: 3, high: 300, scale: logarithmic },
-  margin: { start: 0, low: -300, high: 300, scale: identity },
+  margin: { start: 0, low: -750, high: 750, scale: identity },
   factor: { start: 4, low: 1, high: 8, scale: identity },
 };
 const start = () => Object.fromEntries(Object.entries(SETTINGS).map(([name, setting]) => [name, setting.start]));
 const state = {};
 const inputs = {};
+
+// SPO and the squared loss have their minimum here, in nats.
+const target = () => state.rewardGap / state.beta;
+// The plots always show the target.
+const reachOfPlots = () => Math.max(state.reach, 1.5 * target());
+
+// The site's switch between light and dark also counts here.
+document.documentElement.style.colorScheme = { light: "light", dark: "dark" }[localStorage.getItem("theme")] ?? "";
 
 const byId = (id) => document.getElementById(id);
 // Eight significant digits.
@@ -54,12 +62,13 @@ function createControl(host) {
 }
 
 function showControls() {
-  inputs.margin.slider.min = -state.reach;
-  inputs.margin.slider.max = state.reach;
+  const shown = { ...state, reach: reachOfPlots() };
+  inputs.margin.slider.min = -shown.reach;
+  inputs.margin.slider.max = shown.reach;
   for (const [name, { slider, number, scale }] of Object.entries(inputs)) {
-    slider.value = scale.toSlider(state[name]);
-    slider.setAttribute("aria-valuetext", digits(state[name]));
-    number.value = digits(state[name]);
+    slider.value = scale.toSlider(shown[name]);
+    slider.setAttribute("aria-valuetext", digits(shown[name]));
+    number.value = digits(shown[name]);
   }
   byId("guarded").checked = state.guarded;
   inputs.linearBelow.slider.disabled = inputs.linearBelow.number.disabled = !state.guarded;
@@ -75,7 +84,7 @@ const plots = {
   twinSlope: marginPlot("twin-slope", "slope"),
   vanishing: createPlot(byId("vanishing"), {
     xLabel: "π_l / π_ref,l",
-    yLabel: "gradient by the rejected probability",
+    yLabel: "gradient in the rejected probability",
     onPick: (decades) => pickMargin(decades * Math.LN10),
     xTick: (decades) => powerOfTen(-decades),
     yTick: powerOfTen,
@@ -89,15 +98,15 @@ function fillRow(id, values) {
 }
 
 function showLosses(losses) {
-  const { beta, margin, reach } = state;
-  const x = [-reach, reach];
+  const { beta, margin } = state;
+  const x = [-reachOfPlots(), reachOfPlots()];
   const units = { value: [1, [-0.7, 3.3]], slope: [beta, [-3.2, 1.2]], curvature: [beta ** 2, [-0.4, 3.6]] };
   for (const [part, [unit, range]] of Object.entries(units)) {
     const curves = Object.entries(losses).map(([name, loss]) => {
       const factor = name === "squared" ? beta ** 2 : 1;
       return { name, at: (h) => factor * loss[part](h) };
     });
-    plots[part].draw({ x, y: range.map((end) => end * unit), curves, cursor: margin });
+    plots[part].draw({ x, y: range.map((end) => end * unit), curves, cursor: margin, target: target() });
   }
   for (const [name, loss] of Object.entries(losses)) {
     fillRow(name, [loss.value(margin), loss.slope(margin), loss.curvature(margin), byRejectedProbability(loss)(margin)]);
@@ -107,14 +116,14 @@ function showLosses(losses) {
 }
 
 function showTwins() {
-  const { beta, factor, margin, reach } = state;
+  const { beta, factor, margin } = state;
   const published = spo({ beta, rewardGap: 1, linearBelow: null });
   const other = dpo({ beta: factor * beta, labelSmoothing: 0 });
   const scaled = {
     value: (h) => (2 / factor) * (other.value(h) - Math.LN2),
     slope: (h) => (2 / factor) * other.slope(h),
   };
-  const scene = { x: [-reach, reach], cursor: margin };
+  const scene = { x: [-reachOfPlots(), reachOfPlots()], cursor: margin, target: 1 / beta };
   for (const [part, plot, y] of [["value", plots.twinValue, [-0.8, 2.2]], ["slope", plots.twinSlope, [-3.2 * beta, 0.6 * beta]]]) {
     plot.draw({ ...scene, y, curves: [{ name: "spo", at: published[part] }, { name: "dpo", at: scaled[part] }] });
   }
@@ -132,7 +141,7 @@ function showVanishing(losses) {
 }
 
 function update() {
-  state.margin = Math.min(Math.max(state.margin, -state.reach), state.reach);
+  state.margin = Math.min(Math.max(state.margin, -reachOfPlots()), reachOfPlots());
   const settings = { ...state, linearBelow: state.guarded ? state.linearBelow : null };
   const losses = { spo: spo(settings), dpo: dpo(settings), squared: squared(settings) };
   showControls();

@@ -37,6 +37,6 @@ function squared({ beta, rewardGap }) {
   };
 }
 
-// The derivative by the rejected answer's probability, times its reference probability, where only
+// The derivative with respect to the rejected completion's probability, times its reference probability, where only
 // that probability moves: pi_l = pi_ref * e^(-h), so dl/dpi_l = -slope(h) / pi_l (paper eq. 7-8).
 const byRejectedProbability = (loss) => (h) => -loss.slope(h) * Math.exp(h);

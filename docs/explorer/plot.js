@@ -79,7 +79,7 @@ function createPlot(host, { xLabel, yLabel, onPick, xTick = String, yTick = Stri
     const frame = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
     frame.width = frame.right - frame.left;
     frame.height = frame.bottom - frame.top;
-    const { x, y, curves, cursor } = scene;
+    const { x, y, curves, cursor, target } = scene;
     const scaleX = (value) => frame.left + (frame.width * (value - x[0])) / (x[1] - x[0]);
     const scaleY = (value) => frame.bottom - (frame.height * (value - y[0])) / (y[1] - y[0]);
     toX = (pixel) => x[0] + ((x[1] - x[0]) * Math.min(Math.max(pixel - frame.left, 0), frame.width)) / frame.width;
@@ -93,6 +93,10 @@ function createPlot(host, { xLabel, yLabel, onPick, xTick = String, yTick = Stri
       viewBox: `${frame.left} ${frame.top} ${frame.width} ${frame.height}`,
       class: "window",
     });
+    if (target !== undefined) {
+      const at = scaleX(target);
+      window.append(svg("line", { x1: at, x2: at, y1: frame.top, y2: frame.bottom, class: "target" }));
+    }
     for (const curve of curves) window.append(path(curve, scene, frame, scaleX, scaleY));
     if (cursor >= x[0] && cursor <= x[1]) {
       const at = scaleX(cursor);
@@ -108,6 +112,7 @@ function createPlot(host, { xLabel, yLabel, onPick, xTick = String, yTick = Stri
   new ResizeObserver(render).observe(host);
   return {
     // x, y: [low, high] of the axes. curves: {name, at(x)}; name is the CSS class. cursor: an x.
+    // target: an x that is marked, if there is one.
     draw(next) {
       scene = next;
       render();
