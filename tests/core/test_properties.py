@@ -138,6 +138,13 @@ def test_below_0_spo_grows_like_e_to_the_size_of_x_and_has_no_bound(x: float) ->
     close(at(SPO().slope, x), -(1.0 + size) * math.exp(size), (1.0 + size) * math.exp(size))
 
 
+@pytest.mark.parametrize(("dtype", "last"), [(np.float32, -84.3), (np.float64, -703.2)])
+def test_where_spo_overflows(dtype: type, last: float) -> None:
+    value = SPO().value(np.array([last + 0.1, last - 0.1], dtype), 1.0)
+    np.testing.assert_array_equal(np.isfinite(value), [True, False])
+    np.testing.assert_array_equal(SPO().slope(np.array([last - 2.0], dtype), 1.0), -np.inf)
+
+
 @given(x_values, guards, betas)
 def test_the_guard_is_the_tangent_below_x0_and_spo_above_it(
     x: float, x0: float, beta: float

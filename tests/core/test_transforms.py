@@ -1,122 +1,370 @@
-"""What PyTorch and JAX do to the functions: compile, grad, vmap, hessian, jit."""
+"""What PyTorch, JAX and MLX do to the functions of log-probabilities: compile, grad, vmap, hessian.
+
+A subject takes the four, `beta` and `weights`, and returns one number per pair that depends on that
+pair alone (`preference_metrics`: one number). So its derivatives can be had from differences.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 
 import spoloss
-from helpers.pairs import FUNCTIONS, four
+from helpers.backends import mlx_array
+from helpers.pairs import four
+from spoloss import DPO, SPO
+from spoloss._arrays import detach
+from spoloss.torch import SPOLoss
 
-FULL = {
-    "spo": {"weights": np.array([0.5, 2.0, 0.0, 1.0, 3.0]), "linear_below": -1.0},
-    "dpo": {"weights": np.array([0.5, 2.0, 0.0, 1.0, 3.0]), "label_smoothing": 0.1},
-    "squared": {"weights": np.array([0.5, 2.0, 0.0, 1.0, 3.0])},
-    "ipo": {"weights": np.array([0.5, 2.0, 0.0, 1.0, 3.0])},
+Subject = Callable[..., Any]
+Transform = Callable[[Subject, bool], None]
+"""Checks a subject; the flag says that its result must be a constant, whose derivative is 0."""
+
+
+def _loss(function: Callable[..., Any], **options: Any) -> Subject:
+    return lambda *logps, reduction="none", **parameters: function(
+        *logps, reduction=reduction, **parameters, **options
+    )
+
+
+def _grad(function: Callable[..., Any], **options: Any) -> Subject:
+    loss = _loss(function, **options)
+    return lambda *logps, **parameters: loss(*logps, **parameters).policy_chosen
+
+
+def _prob_grad(function: Callable[..., Any], **options: Any) -> Subject:
+    return lambda *logps, beta, **_: function(*logps, beta=beta, **options).policy_chosen.log_abs
+
+
+CONSTANTS: dict[str, Subject] = {
+    "implicit_rewards": lambda *logps, beta, **_: (
+        spoloss.implicit_rewards(*logps, beta=beta).chosen
+    ),
+    "preference_metrics": lambda *logps, beta, weights, **_: spoloss.preference_metrics(
+        *logps, beta=beta, weights=weights
+    )["rewards/margins"],
+}
+"""Functions for logging."""
+
+# ipo_loss, pair_loss and their gradients are other names for the same code.
+SUBJECTS: dict[str, Subject] = CONSTANTS | {
+    "spo_loss": _loss(spoloss.spo_loss, linear_below=-1.0),
+    "dpo_loss": _loss(spoloss.dpo_loss, label_smoothing=0.1),
+    "squared_loss": _loss(spoloss.squared_loss, reward_gap=0.7),
+    "log_ratio_margin": lambda *logps, **_: spoloss.log_ratio_margin(*logps),
+    "spo_grad": _grad(spoloss.spo_grad, linear_below=-1.0),
+    "dpo_grad": _grad(spoloss.dpo_grad, label_smoothing=0.1),
+    "squared_grad": _grad(spoloss.squared_grad, reward_gap=0.7),
+    "spo_prob_grad": _prob_grad(spoloss.spo_prob_grad, reward_gap=0.7),
+    "dpo_prob_grad": _prob_grad(spoloss.dpo_prob_grad, label_smoothing=0.1),
 }
 
 
-def hessian_by_hand(name: str, options: dict[str, Any], beta: float) -> np.ndarray:
-    """d2(mean loss)/d(policy chosen)2, a diagonal, from differences of the analytic slope."""
-    _, grad, _ = FUNCTIONS[name]
-    logps, step = four(), 1e-6
-    up = grad(logps[0] + step, *logps[1:], beta=beta, **options).policy_chosen
-    down = grad(logps[0] - step, *logps[1:], beta=beta, **options).policy_chosen
-    return np.diag((up - down) / (2 * step))
+def each(subjects: dict[str, Subject], transforms: dict[str, Transform]) -> Any:
+    """Every subject under every transform; those that take seconds on a loss and its gradient."""
+    long = ("compile dynamic", "compile shapeless")
+    return pytest.mark.parametrize(
+        ("name", "transform"),
+        [
+            (n, t)
+            for n in subjects
+            for t in transforms
+            if t not in long or n in ("spo_loss", "spo_grad")
+        ],
+    )
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_torch_func(name: str) -> None:
-    loss, grad, _ = FUNCTIONS[name]
-    logps = [torch.tensor(array) for array in four()]
-    options = {k: torch.tensor(v) if k == "weights" else v for k, v in FULL[name].items()}
-    want = grad(*four(), **FULL[name]).policy_chosen
-    np.testing.assert_allclose(torch.func.grad(loss)(*logps, **options), want, rtol=1e-12)
-    each = torch.func.vmap(loss)(*logps)
-    torch.testing.assert_close(each, loss(*logps, reduction="none"))
-    slopes = torch.func.vmap(torch.func.grad(loss))(*logps)
-    np.testing.assert_allclose(slopes, grad(*four(), reduction="none").policy_chosen, rtol=1e-12)
-    hessian = torch.func.hessian(lambda pc: loss(pc, *logps[1:], **options))(logps[0])
-    np.testing.assert_allclose(hessian, hessian_by_hand(name, FULL[name], 0.1), atol=1e-8)
+def arguments(size: int = 5) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Four log-probabilities, a beta per pair and a weight per pair, one of which is 0."""
+    beta, weights = np.linspace(0.1, 0.4, size), np.linspace(-0.5, 2.0, size)
+    weights[size // 2] = 0.0
+    return [array / 4.0 for array in four(seed=7, size=size)], beta, weights
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_torch_gradcheck_twice(name: str) -> None:
-    loss, _, _ = FUNCTIONS[name]
-    logps = [torch.tensor(array, requires_grad=True) for array in four()]
-    beta = torch.tensor([0.05, 0.1, 0.3, 0.2, 0.15], dtype=torch.float64, requires_grad=True)
-    function = lambda *x: loss(*x[:4], beta=x[4], reduction="none")  # noqa: E731
-    assert torch.autograd.gradcheck(function, (*logps, beta))
-    assert torch.autograd.gradgradcheck(function, (*logps, beta))
+def call(array: Callable[..., Any], size: int = 5) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments in a library."""
+    logps, beta, weights = arguments(size)
+    return [array(column) for column in logps], {"beta": array(beta), "weights": array(weights)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("torch_backend", ["aot_eager", "inductor"])
-def test_torch_compile_without_a_break_or_a_warning(name: str, torch_backend: str) -> None:
-    loss, grad, _ = FUNCTIONS[name]
+def of_chosen(subject: Subject, array: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+    """The subject as a function of the policy's chosen log-probabilities, and these."""
+    (chosen, *rest), parameters = call(array)
+    return lambda pc: subject(pc, *rest, **parameters), chosen
+
+
+def differences(subject: Subject, constant: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The first and second derivatives with respect to the policy's chosen, pair by pair."""
+    if constant:
+        return np.zeros(5), np.zeros(5)
+    function, chosen = of_chosen(subject, np.asarray)
+    first = (function(chosen + 1e-5) - function(chosen - 1e-5)) / 2e-5
+    second = (function(chosen + 1e-3) - 2.0 * function(chosen) + function(chosen - 1e-3)) / 1e-6
+    return first, second
+
+
+def check_first(got: Any, subject: Subject, constant: bool, rtol: float = 1e-6) -> None:
+    want = differences(subject, constant)[0]
+    np.testing.assert_allclose(np.asarray(got), want, rtol=rtol, atol=rtol / 10.0)
+
+
+def check_second(got: Any, subject: Subject, constant: bool) -> None:
+    want = differences(subject, constant)[1]
+    np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-5)
+
+
+def check_vmap(subject: Subject, vmap: Callable[..., Any], array: Callable[..., Any]) -> None:
+    logps, parameters = call(array)
+    stacked = [array(np.stack([np.asarray(column) + j for j in range(3)])) for column in logps]
+    function = lambda *logps: subject(*logps, **parameters)  # noqa: E731
+    got = np.asarray(vmap(function)(*stacked))
+    for j in range(3):
+        want = np.asarray(function(*(column[j] for column in stacked)))
+        np.testing.assert_allclose(got[j], want, rtol=2e-6)
+
+
+# PyTorch
+
+
+def torch_compile(subject: Subject, dynamic: bool | None, graphs: int) -> None:
     torch.compiler.reset()
-    options = {k: torch.tensor(v) if k == "weights" else v for k, v in FULL[name].items()}
-    compiled = torch.compile(loss, fullgraph=True, backend=torch_backend)
-    for beta in (0.1, 0.2, 0.3):  # the third is a dynamic float, no longer a constant
-        leaves = [torch.tensor(array, requires_grad=True) for array in four()]
-        got = compiled(*leaves, beta=beta, **options)
-        got.backward()
-        want = grad(*four(), beta=beta, **FULL[name])
-        torch.testing.assert_close(got, loss(*leaves, beta=beta, **options))
-        np.testing.assert_allclose(leaves[0].grad, want.policy_chosen, rtol=1e-12)
-    compiled_grad = torch.compile(grad, fullgraph=True, backend="aot_eager")
-    logps = [torch.tensor(array) for array in four()]
-    np.testing.assert_allclose(compiled_grad(*logps).policy_chosen, grad(*four()).policy_chosen)
+    made = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(subject, fullgraph=True, dynamic=dynamic, backend=backend)
+    for size in (5, 3, 8, 13):
+        logps, parameters = call(torch.tensor, size)
+        leaves = [array.requires_grad_() for array in logps]
+        got = compiled(*leaves, **parameters, reduction="mean")
+        want = subject(*leaves, **parameters, reduction="mean")
+        torch.testing.assert_close(got, want)
+        if want.requires_grad:
+            torch.testing.assert_close(
+                torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves)
+            )
+        assert len(made) <= graphs, "one graph per length"
 
 
-@pytest.mark.slow
-def test_torch_compile_of_the_probability_gradients() -> None:
-    logps = [torch.tensor(array) for array in four()]
-    for function in (spoloss.spo_prob_grad, spoloss.dpo_prob_grad):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*logps), function(*logps))
+def torch_grad(subject: Subject, constant: bool) -> None:
+    function, chosen = of_chosen(subject, torch.tensor)
+    check_first(torch.func.grad(lambda pc: function(pc).sum())(chosen), subject, constant)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_jax(name: str) -> None:
-    loss, grad, _ = FUNCTIONS[name]
-    logps = [jnp.asarray(array) for array in four()]
-    options = {k: jnp.asarray(v) if k == "weights" else v for k, v in FULL[name].items()}
-    static = [k for k in options if k != "weights"]
-    jitted = jax.jit(loss, static_argnames=[*static, "reduction"])
-    # beta is traced here, as a 0-d array.
-    np.testing.assert_allclose(
-        jitted(*logps, beta=0.2, **options), loss(*logps, beta=0.2, **options), rtol=1e-12
+def torch_jacrev(subject: Subject, constant: bool) -> None:
+    function, chosen = of_chosen(subject, torch.tensor)
+    got = torch.func.jacrev(function)(chosen)
+    check_first(got.diagonal() if got.ndim == 2 else got, subject, constant)
+
+
+def torch_hessian(subject: Subject, constant: bool) -> None:
+    function, chosen = of_chosen(subject, torch.tensor)
+    got = torch.func.hessian(lambda pc: function(pc).sum())(chosen)
+    check_second(got.diagonal(), subject, constant)
+    assert torch.equal(got, got.diagonal().diag())
+
+
+def torch_gradchecks(subject: Subject, constant: bool) -> None:
+    logps, parameters = call(torch.tensor)
+    leaves = [array.requires_grad_() for array in (*logps, *parameters.values())]
+    function = lambda *x: subject(*x[:4], beta=x[4], weights=x[5])  # noqa: E731
+    if constant:
+        assert not function(*leaves).requires_grad
+        return
+    try:
+        torch.autograd.gradcheck(function, leaves)
+        torch.autograd.gradgradcheck(function, leaves)
+    except RuntimeError as error:  # GradcheckError
+        raise AssertionError(str(error)) from error
+
+
+TORCH: dict[str, Transform] = {
+    "compile": lambda subject, _: torch_compile(subject, dynamic=None, graphs=2),
+    "compile dynamic": lambda subject, _: torch_compile(subject, dynamic=True, graphs=1),
+    "grad": torch_grad,
+    "vmap": lambda subject, _: check_vmap(subject, torch.func.vmap, torch.tensor),
+    "jacrev": torch_jacrev,
+    "hessian": torch_hessian,
+    "gradcheck and gradgradcheck": torch_gradchecks,
+}
+
+
+@each(SUBJECTS, TORCH)
+def test_pytorch(name: str, transform: str) -> None:
+    TORCH[transform](SUBJECTS[name], name in CONSTANTS)
+
+
+def test_a_module_compiles_to_two_graphs() -> None:
+    module = SPOLoss(0.2, linear_below=-1.0, reduction="mean")
+    subject = lambda *logps, weights, **_: module(*logps, weights=weights).losses  # noqa: E731
+    torch_compile(subject, dynamic=None, graphs=2)
+
+
+def test_inductor_compiles_a_loss_with_everything_in_it() -> None:
+    """One loss, because the others differ by a formula that the graph of "compile" shows."""
+    torch.compiler.reset()
+    logps, parameters = call(torch.tensor)
+    options = parameters | {"linear_below": -1.0, "reward_gap": 0.7}
+    compiled = torch.compile(spoloss.spo_loss, fullgraph=True)
+    leaves = [array.requires_grad_() for array in logps]
+    got = compiled(*leaves, **options)
+    torch.testing.assert_close(got, spoloss.spo_loss(*leaves, **options))
+    got.backward()
+    want = spoloss.spo_grad(*(leaf.detach() for leaf in leaves), **options).policy_chosen
+    torch.testing.assert_close(leaves[0].grad, want)
+
+
+@pytest.mark.parametrize("name", ["beta", "weights", "reward_gap", "linear_below"])
+def test_a_number_that_changes_each_step_is_no_constant_of_the_graph(name: str) -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    logps, _ = call(torch.tensor)
+    function = lambda number: spoloss.spo_loss(*logps, **{"beta": 0.1, name: number})  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for number in (0.1, 0.2, 0.3, 0.15):
+        torch.testing.assert_close(compiled(number), function(number))
+    assert len(graphs) == 2
+
+
+def test_nothing_reads_a_value() -> None:
+    """Meta tensors hold no data: reading one, as .item() or an if does, raises an error."""
+    logps, parameters = call(lambda array: torch.tensor(array, device="meta"))
+    for subject in SUBJECTS.values():
+        assert subject(*logps, **parameters).device.type == "meta"
+
+
+# JAX
+
+
+def jax_jit(subject: Subject, constant: bool) -> None:
+    del constant
+    function, chosen = of_chosen(subject, jnp.asarray)
+    grad = jax.grad(lambda pc: function(pc).sum())
+    np.testing.assert_allclose(jax.jit(grad)(chosen), grad(chosen), rtol=1e-12)
+    logps, beta, weights = arguments()
+    # beta and weights are traced too.
+    everything = jax.jit(lambda *x: subject(*x[:4], beta=x[4], weights=x[5]))
+    want = subject(*logps, beta=beta, weights=weights)
+    np.testing.assert_allclose(everything(*logps, beta, weights), want, rtol=1e-12)
+
+
+def jax_grad(subject: Subject, constant: bool) -> None:
+    function, chosen = of_chosen(subject, jnp.asarray)
+    check_first(jax.grad(lambda pc: function(pc).sum())(chosen), subject, constant)
+
+
+def jax_hessian(subject: Subject, constant: bool) -> None:
+    function, chosen = of_chosen(subject, jnp.asarray)
+    got = jax.hessian(lambda pc: function(pc).sum())(chosen)
+    check_second(got.diagonal(), subject, constant)
+
+
+JAX: dict[str, Transform] = {
+    "jit": jax_jit,
+    "grad": jax_grad,
+    "vmap": lambda subject, _: check_vmap(subject, jax.vmap, jnp.asarray),
+    "hessian": jax_hessian,
+}
+
+
+@each(SUBJECTS, JAX)
+def test_jax(name: str, transform: str) -> None:
+    JAX[transform](SUBJECTS[name], name in CONSTANTS)
+
+
+# MLX, whose exponential is float32's
+
+
+def mlx_compile(subject: Subject, constant: bool) -> None:
+    """One graph for every length, so that no length is in it."""
+    del constant
+    compiled = mx.compile(
+        lambda *x: subject(*x[:4], beta=x[4], weights=x[5], reduction="mean"), shapeless=True
     )
-    want = grad(*four(), beta=0.2, **FULL[name]).policy_chosen
-    np.testing.assert_allclose(
-        jax.jit(jax.grad(lambda pc, beta: loss(pc, *logps[1:], beta=beta, **options)))(
-            logps[0], 0.2
-        ),
-        want,
-        rtol=1e-12,
-    )
-    slopes = jax.vmap(jax.grad(loss))(*logps)
-    np.testing.assert_allclose(slopes, grad(*four(), reduction="none").policy_chosen, rtol=1e-12)
-    hessian = jax.hessian(lambda pc: loss(pc, *logps[1:], **options))(logps[0])
-    np.testing.assert_allclose(hessian, hessian_by_hand(name, FULL[name], 0.1), atol=1e-8)
+    for size in (5, 3, 8):
+        logps, parameters = call(mlx_array, size)
+        got = compiled(*logps, *parameters.values())
+        want = subject(*logps, **parameters, reduction="mean")
+        np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-5)
+
+
+def mlx_grad(subject: Subject, constant: bool) -> None:
+    function, chosen = of_chosen(subject, mlx_array)
+    check_first(mx.grad(lambda pc: function(pc).sum())(chosen), subject, constant, rtol=1e-5)
+
+
+def mlx_grad_twice(subject: Subject, constant: bool) -> None:
+    function, chosen = of_chosen(subject, mlx_array)
+    grad = mx.grad(lambda pc: function(pc).sum())
+    check_second(mx.grad(lambda pc: grad(pc).sum())(chosen), subject, constant)
+
+
+MLX: dict[str, Transform] = {
+    "compile shapeless": mlx_compile,
+    "grad": mlx_grad,
+    "vmap": lambda subject, _: check_vmap(subject, mx.vmap, mlx_array),
+    "grad twice": mlx_grad_twice,
+}
+
+
+@each(SUBJECTS, MLX)
+def test_mlx(name: str, transform: str) -> None:
+    MLX[transform](SUBJECTS[name], name in CONSTANTS)
 
 
 def test_second_derivatives_far_out() -> None:
     """Finite wherever the loss is: log(1 + e^-x) must not reach inf / inf behind the scenes."""
-    for function in (spoloss.SPO(), spoloss.SPO(linear_below=-1.0), spoloss.DPO()):
+    for loss in (SPO(), SPO(linear_below=-1.0), DPO()):
         for dtype in (torch.float32, torch.float64):
             h = torch.tensor([-80.0, 0.0, 100.0, 1e5], dtype=dtype, requires_grad=True)
-            (first,) = torch.autograd.grad(function.value(h, 1.0).sum(), h, create_graph=True)
+            (first,) = torch.autograd.grad(loss.value(h, 1.0).sum(), h, create_graph=True)
             (second,) = torch.autograd.grad(first.sum(), h)
             assert torch.isfinite(second).all()
         far = jnp.asarray([-80.0, 0.0, 100.0, 1e5])
-        second = jax.vmap(jax.grad(jax.grad(lambda h, f=function: f.value(h, 1.0))))(far)
+        second = jax.vmap(jax.grad(jax.grad(lambda h, loss=loss: loss.value(h, 1.0))))(far)
         assert np.isfinite(second).all()
+
+
+# The checks themselves
+
+
+def stray_detach(*logps: Any, **options: Any) -> Any:
+    """A loss that autograd sees half of."""
+    h = SUBJECTS["log_ratio_margin"](*logps, **options)
+    return h * (h if isinstance(h, np.ndarray) else detach(h))
+
+
+def length_in_the_graph(*logps: Any, **options: Any) -> Any:
+    h = SUBJECTS["log_ratio_margin"](*logps, **options)
+    return h + sum(range(len(logps[0]))) / float(logps[0].shape[0])
+
+
+@pytest.mark.parametrize(
+    ("check", "subject", "constant"),
+    [
+        *((TORCH[name], stray_detach, False) for name in list(TORCH)[2:] if name != "vmap"),
+        *((checks[name], stray_detach, False) for checks in (JAX, MLX) for name in ("grad",)),
+        (JAX["hessian"], stray_detach, False),
+        (MLX["grad twice"], stray_detach, False),
+        *((checks["grad"], SUBJECTS["log_ratio_margin"], True) for checks in (TORCH, JAX, MLX)),
+        *((TORCH[name], length_in_the_graph, False) for name in ("compile", "compile dynamic")),
+        (MLX["compile shapeless"], length_in_the_graph, False),
+    ],
+)
+def test_the_checks_see_a_wrong_subject(check: Transform, subject: Subject, constant: bool) -> None:
+    with pytest.raises(AssertionError):
+        check(subject, constant)

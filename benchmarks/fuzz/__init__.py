@@ -1,1 +1,0 @@
-"""Seeded campaigns of generated calls: a documented error that names an argument, or the answer."""

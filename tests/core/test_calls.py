@@ -1,0 +1,147 @@
+"""Calls of every function with arguments of every kind, drawn by hypothesis, and wrong arguments.
+
+JAX is left out, because it compiles each new combination of dtypes and shapes for a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import spoloss
+from helpers.backends import BACKENDS, Backend
+from helpers.pairs import NAMES
+
+LIBRARIES = ("numpy", "torch", "mlx", "strict")
+HALF = {"numpy": np.float16, "torch": "float16", "mlx": "float16"}
+SHAPES = ((), (1,), (4,), (2, 3))
+X0, SMOOTHING = -1.0, 0.1
+
+
+def spo(x: Any) -> Any:
+    return -x * np.exp(-x)
+
+
+def guarded(x: Any) -> Any:
+    return np.where(x < X0, spo(X0) + (X0 - 1.0) * np.exp(-X0) * (x - X0), spo(np.maximum(x, X0)))
+
+
+def dpo(x: Any) -> Any:
+    return np.logaddexp(0.0, -x)
+
+
+# Each loss as the paper writes it, of h and beta; the options that select it; whether it has a gap.
+LOSSES: dict[str, tuple[Any, Any, dict[str, float], bool]] = {
+    "spo": (spoloss.spo_loss, lambda h, b: spo(b * h), {}, True),
+    "guarded": (spoloss.spo_loss, lambda h, b: guarded(b * h), {"linear_below": X0}, True),
+    "dpo": (spoloss.dpo_loss, lambda h, b: dpo(b * h), {}, False),
+    "smoothed": (
+        spoloss.dpo_loss,
+        lambda h, b: (1.0 - SMOOTHING) * dpo(b * h) + SMOOTHING * dpo(-b * h),
+        {"label_smoothing": SMOOTHING},
+        False,
+    ),
+    "squared": (spoloss.squared_loss, lambda h, b: (h - 1.0 / b) ** 2, {}, True),
+    "ipo": (spoloss.ipo_loss, lambda h, b: (h - 0.5 / b) ** 2, {}, False),
+}
+SIZES: dict[str, Any] = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
+Argument = tuple[np.ndarray, str]
+"""Values that every dtype holds exactly, and the dtype of the array, or "number" for a float."""
+
+
+def values(shape: tuple[int, ...], low: int, high: int) -> st.SearchStrategy[np.ndarray]:
+    return arrays(np.float64, shape, elements=st.integers(8 * low, 8 * high).map(lambda i: i / 8))
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[str, list[Argument], dict[str, Argument], str]:
+    """A loss, its four log-probabilities, its parameters and a reduction."""
+    name, shape = draw(st.sampled_from(sorted(LOSSES))), draw(st.sampled_from(SHAPES))
+    dtypes = st.sampled_from(sorted(SIZES))
+    logps = [(draw(values(shape, -20, 0)), draw(dtypes)) for _ in range(2)]
+    for _ in range(2):
+        as_number = draw(st.booleans())
+        size = () if as_number else shape
+        logps.append((draw(values(size, -20, 0)), "number" if as_number else draw(dtypes)))
+    ranges = {"beta": (1, 2), "weights": (-2, 2)} | (
+        {"reward_gap": (1, 3)} if LOSSES[name][3] else {}
+    )
+    parameters = {}
+    for parameter in draw(st.sets(st.sampled_from(sorted(ranges)))) | {"beta"}:
+        kind = draw(st.sampled_from(("number", "0-d", "per pair")))
+        drawn = draw(values(shape if kind == "per pair" else (), *ranges[parameter]))
+        parameters[parameter] = (drawn, "number" if kind == "number" else draw(dtypes))
+    return name, logps, parameters, draw(st.sampled_from(("mean", "sum", "none")))
+
+
+def given_to(backend: Backend, argument: Argument) -> Any:
+    value, dtype = argument
+    if dtype == "number":
+        return float(value)
+    # array-api-strict has no half precision.
+    dtype = "float32" if dtype == "float16" and backend.name == "strict" else dtype
+    if backend.name == "mlx" and dtype == "float64":
+        return backend.array(value)
+    return backend.array(value.astype(SIZES[dtype]))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@given(calls())
+def test_a_call_returns_the_loss_of_the_paper_in_the_widest_dtype(library: str, call: Any) -> None:
+    """Without a warning, which pytest turns into an error."""
+    backend, (name, logps, parameters, reduction) = BACKENDS[library], call
+    function, formula, options, _ = LOSSES[name]
+    four = [given_to(backend, argument) for argument in logps]
+    options = options | {key: given_to(backend, value) for key, value in parameters.items()}
+    got = function(*four, reduction=reduction, **options)
+
+    pc, pr, rc, rr = (value for value, _ in logps)
+    one = np.array(1.0)
+    beta, gap, weights = (
+        parameters.get(key, (one, ""))[0] for key in ("beta", "reward_gap", "weights")
+    )
+    each = weights * formula((pc - rc) - (pr - rr), beta / gap) * np.ones(pc.shape)
+    want = {"none": each, "sum": each.sum(), "mean": each.mean()}[reduction]
+    wide = "float64" in [dtype for _, dtype in logps]
+    assert got.dtype == (backend.float64 if wide else backend.float32)
+    assert tuple(got.shape) == want.shape
+    eps = float(np.finfo(np.float64 if wide and library != "mlx" else np.float32).eps)
+    # |x| is at most 80, and rounding x costs |x| * eps in e^-x. beta / gap rounds in float32.
+    np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=400 * eps * np.abs(each).sum())
+
+
+def wrong_arguments(backend: Backend) -> dict[str, dict[str, Any]]:
+    """For each argument, what it must refuse."""
+    integers, column = backend.array(np.ones(4, np.int64)), backend.array(np.ones((4, 1)))
+    everywhere = {
+        "integers": integers,
+        "shape": column,
+        "list": [1.0] * 4,
+        "text": "1",
+        "True": True,
+    }
+    numbers = {"nan": float("nan"), "infinite": float("inf")}
+    positive = everywhere | numbers | {"zero": 0.0, "negative": -1}
+    wrong = {"beta": positive, "reward_gap": positive, "weights": everywhere | numbers}
+    for name in NAMES:
+        wrong[name] = everywhere | ({} if name.startswith("reference") else {"number": 1.0})
+    return wrong
+
+
+@pytest.mark.parametrize("function", [spoloss.spo_loss, spoloss.spo_grad, spoloss.squared_loss])
+def test_an_error_names_the_wrong_argument(function: Any, backend: Backend) -> None:
+    right = dict.fromkeys((*NAMES, "beta", "reward_gap", "weights"), backend.array(np.ones(4)))
+    function(**right)
+    for name, kinds in wrong_arguments(backend).items():
+        for kind, value in kinds.items():
+            if kind == "shape" and name in NAMES:
+                message = r"^expected one shape for all, got .*\(4, 1\)"
+            else:
+                message = f"^{name} "
+            with pytest.raises((TypeError, ValueError), match=message):
+                function(**right | {name: value})
