@@ -114,7 +114,8 @@ def _backward(call: PairCall, residual: Any, upstream: Output) -> tuple[Inputs, 
     up, objective = upstream.loss, call.objective
     if isinstance(up, SymbolicZero):
         of_constants = jax.tree.map(lambda array: SymbolicZero(jax.typeof(array)), constants)
-        return Inputs(*(or_zero(None, kind) for kind in kinds.each), constants=of_constants), None
+        zeros = [*(or_zero(None, kind) for kind in kinds.each), of_constants]
+        return Inputs(*zeros), None
     scale = reduction_scale(constants.reference_chosen, objective.reduction)
     factor = up.astype(sums.dtype)
     slopes = factor * objective.token_slopes(sums, lengths, constants, scale)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import Array, lax
+from jax import Array, export, lax
 from jax.sharding import AxisType, PartitionSpec
 
 from helpers.jax_fused import D, P, T, make_inputs, make_labels, quick_jit
@@ -121,8 +121,6 @@ def test_no_pairs_and_no_tokens(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", ["loss", "long pairs", "each", "logps", "by logits"])
 def test_inside_a_shard_map_of_the_users_own(name: str) -> None:
     """With `check_vma=True`, the default: the gradients by shared arguments are summed by JAX."""
-    if name == "by logits" and not hasattr(lax, "pcast"):
-        pytest.skip("JAX 0.6 has no rule for the checkpoint in sequence_logps")
     arrays = {**make_inputs(), "chosen_labels": CHOSEN, "rejected_labels": REJECTED}
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     data, whole = PartitionSpec("data"), PartitionSpec()
@@ -149,7 +147,7 @@ def test_tiles_are_those_of_the_platform_that_the_program_is_for() -> None:
     parts = [-(-1023 // -(-1023 // most)) for most in rows]
     assert parts[0] != parts[1]
     for platform, part, other in (("cpu", *parts), ("cuda", *reversed(parts))):
-        program = jax.export.export(jax.jit(linear_logps), platforms=[platform])
+        program = export.export(jax.jit(linear_logps), platforms=[platform])
         text = program(hidden, weight, labels).mlir_module()
         assert f"tensor<{part}x50000xf32>" in text
         assert f"tensor<{other}x50000xf32>" not in text
