@@ -1,44 +1,127 @@
-"""One block of an online softmax: exponentials of the logits [n, C], and running sums of them.
+"""One block of an online softmax: from products [n, C] to exponentials, and running sums of them.
 
 There are two equivalent forms. One works in place, for PyTorch's eager kernels on a CPU. The other
-has no side effects, so that torch.compile can fuse it into a single kernel on a GPU.
+has no side effects, so that torch.compile can fuse all of it into a single kernel on a GPU.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spoloss.torch._vocab_parallel import VocabShard
+
 _VECTOR = 16
 """If the width is a known multiple of 16, the compiled kernel loads and stores 16 bytes at once."""
+
+
+class Transform(NamedTuple):
+    """How the products p = h W^T of a block become logits.
+
+        logits = softcap * tanh(logit_scale * (p + bias) / softcap) / temperature
+
+    A bias of -inf forbids a vocabulary entry, so the soft-capping leaves its logit at -inf.
+
+    Attributes:
+      bias: [C], or None.
+      softcap: None for no soft-capping.
+      logit_scale: factor before the soft-capping.
+      temperature: divisor after the soft-capping.
+    """
+
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+
+    def __call__(self, products: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits, and the soft-capping's derivative 1 - tanh^2."""
+        biased = products if self.bias is None else products + self.bias
+        if self.softcap is None:
+            return biased * (self.logit_scale / self.temperature), None
+        capped = (biased * (self.logit_scale / self.softcap)).tanh()
+        logits = capped * (self.softcap / self.temperature)
+        if self.bias is not None:
+            logits = torch.where(self.bias == -math.inf, -math.inf, logits)
+        return logits, 1.0 - capped * capped
+
+    def in_place(self, products: Tensor) -> Tensor | None:
+        """Overwrite the products with the logits. Returns the soft-capping's derivative."""
+        if self.bias is not None:
+            products.add_(self.bias)
+        if self.softcap is None:
+            if self.logit_scale != self.temperature:
+                products.mul_(self.logit_scale / self.temperature)
+            return None
+        products.mul_(self.logit_scale / self.softcap).tanh_()
+        bend = 1.0 - products * products
+        products.mul_(self.softcap / self.temperature)
+        if self.bias is not None:
+            products.masked_fill_(self.bias == -math.inf, -math.inf)
+        return bend
+
+
+class Sums(NamedTuple):
+    """The running sums of an online softmax for n tokens, after some blocks.
+
+    Attributes:
+      peak: [n] the largest logit, a float that no operation has rounded.
+      others: [n] the sum of exp(logit - peak), without the target.
+      target: [n] the target's logit, -inf if no block so far contains it.
+    """
+
+    peak: Tensor
+    others: Tensor
+    target: Tensor
+
+    @classmethod
+    def start(cls, states: Tensor, dtype: torch.dtype) -> Sums:
+        """Before the first block of a tile [n, D]."""
+        return cls.known(states.new_full((len(states),), torch.finfo(dtype).min, dtype=dtype))
+
+    @classmethod
+    def known(cls, peak: Tensor) -> Sums:
+        """Before the first block of tokens whose largest logit is known."""
+        return cls(peak, torch.zeros_like(peak), torch.full_like(peak, -math.inf))
+
+    def joined(self, shard: VocabShard) -> Sums:
+        """The sums over all shards of the vocabulary."""
+        return Sums(*shard.join_sums(self.peak, self.others, self.target))
+
+    def total(self) -> Tensor:
+        """[n] the sum of exp(logit - peak), with the target."""
+        return self.others + (self.target - self.peak).exp()
+
+    def logps(self) -> Tensor:
+        """[n] log-probabilities of the targets."""
+        gap = self.peak - self.target
+        return -(gap + torch.log1p(self.others + torch.expm1(-gap)))
 
 
 class Exponentials(NamedTuple):
     """The exponentials of a block of n tokens, and the running sums with this block included.
 
     Attributes:
-      exps: [n, C] exp(logit - shift), 0 at the targets.
+      exps: [n, C] exp(logit - shift) times the soft-capping's derivative, 0 at the targets.
       shift: [n] at least the largest logit so far, unless the dtype is float16.
-      peak: [n] the largest logit so far, a float that no operation has rounded.
-      others: [n] the sum of exp(logit - peak) so far, without the target.
+      sums: the running sums.
     """
 
     exps: Tensor
     shift: Tensor
-    peak: Tensor
-    others: Tensor
+    sums: Sums
 
 
 def exponentials_of(
-    logits: Tensor,
+    products: Tensor,
+    transform: Transform,
     column: Tensor,
-    peak: Tensor,
-    others: Tensor,
-    target: Tensor,
+    sums: Sums,
     *,
     dtype: torch.dtype,
     compiles: bool,
@@ -46,64 +129,94 @@ def exponentials_of(
     """The exponentials of a block in `dtype`, and the sums with this block included.
 
     Args:
-      logits: [n, C]; overwritten if nothing is compiled.
+      products: [n, C]; overwritten if nothing is compiled.
+      transform: from products to logits.
       column: [n] the target's column, -1 if it is not in this block.
-      peak: [n] the largest logit of earlier blocks.
-      others: [n] the sum of exp(logit - peak) over earlier blocks, without the target.
-      target: [n] the target's logit, -inf if no block so far contains it.
+      sums: of the earlier blocks.
       dtype: the dtype of the exponentials.
       compiles: whether torch.compile fuses the block.
     """
     if not compiles:
-        exps, peak, others = exponentials_(logits, column, peak, others)
-        return Exponentials(exps.to(dtype), peak, peak, others)
-    fused = _compiled() if logits.shape[1] % _VECTOR == 0 else exponentials
-    return Exponentials(*fused(logits, column, peak, others, target, dtype))
+        return exponentials_(products, transform, column, sums, dtype)
+    return _fused(exponentials, products)(products, transform, column, sums, dtype)
+
+
+def sums_of(
+    products: Tensor, transform: Transform, column: Tensor, sums: Sums, *, compiles: bool
+) -> Sums:
+    """The sums of `exponentials_of` alone. A compiled kernel then writes nothing of size [n, C]."""
+    if not compiles:
+        return exponentials_(products, transform, column, sums, products.dtype).sums
+    return _fused(sums_alone, products)(products, transform, column, sums)
 
 
 def exponentials(
-    logits: Tensor,
-    column: Tensor,
-    peak: Tensor,
-    others: Tensor,
-    target: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    products: Tensor, transform: Transform, column: Tensor, sums: Sums, dtype: torch.dtype
+) -> Exponentials:
     """`exponentials_of` without side effects.
 
     The shift is the log-sum-exp of all logits so far, so the exponentials are at most 1 and fit in
     half precision. The smallest float16 is 6e-8, so in float16 they are scaled by 2**14.
     """
-    before, peak = peak, torch.maximum(peak, logits.amax(dim=1))
-    is_target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
-    exps = torch.where(is_target, 0.0, (logits - peak[:, None]).exp())
-    others = others * (before - peak).exp() + exps.sum(dim=1)
+    exps, bend, found = _block(products, transform, column, sums)
     # The largest term is 1; the total is less only if all logits are -inf or the peak is known.
-    total = (others + (target - peak).exp()).clamp(min=1.0)
+    total = found.total().clamp(min=1.0)
     if dtype == torch.float16:
         total = total * 2.0**-14
-    shift = peak + total.log()
+    shift = found.peak + total.log()
     # The shift is rounded to the size of the peak, so divide by what it adds after rounding.
-    return (exps / (shift - peak).exp()[:, None]).to(dtype), shift, peak, others
+    exps = exps / (shift - found.peak).exp()[:, None]
+    return Exponentials((exps if bend is None else exps * bend).to(dtype), shift, found)
+
+
+def sums_alone(products: Tensor, transform: Transform, column: Tensor, sums: Sums) -> Sums:
+    """`sums_of` without side effects."""
+    return _block(products, transform, column, sums)[2]
 
 
 def exponentials_(
-    logits: Tensor, column: Tensor, peak: Tensor, others: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    products: Tensor, transform: Transform, column: Tensor, sums: Sums, dtype: torch.dtype
+) -> Exponentials:
     """`exponentials_of` in place. The shift is the new peak, which saves a pass."""
-    before, peak = peak, torch.maximum(peak, logits.amax(dim=1))
-    exps = logits.sub_(peak[:, None]).exp_()
-    index = column.clamp(min=0)[:, None]
-    exps.scatter_(1, index, torch.where(column[:, None] >= 0, 0.0, exps.gather(1, index)))
-    return exps, peak, others * (before - peak).exp() + exps.sum(dim=1)
+    bend = transform.in_place(products)
+    here, index = column >= 0, column.clamp(min=0)[:, None]
+    target = torch.where(here, products.gather(1, index).squeeze(1), sums.target)
+    peak = torch.maximum(sums.peak, products.amax(dim=1))
+    exps = products.sub_(peak[:, None]).exp_()
+    exps.scatter_(1, index, torch.where(here[:, None], 0.0, exps.gather(1, index)))
+    others = sums.others * (sums.peak - peak).exp() + exps.sum(dim=1)
+    if bend is not None:
+        exps.mul_(bend)
+    return Exponentials(exps.to(dtype), peak, Sums(peak, others, target))
 
 
-def _aligned_exponentials(logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    # Inductor uses this fact for exactly 16 and does not derive it from a larger multiple.
-    torch._check(logits.shape[1] % _VECTOR == 0)  # type: ignore[no-untyped-call]
-    return exponentials(logits, *others)
+def _block(
+    products: Tensor, transform: Transform, column: Tensor, sums: Sums
+) -> tuple[Tensor, Tensor | None, Sums]:
+    """exp(logit - peak), 0 at the targets; the soft-capping's derivative; the sums."""
+    logits, bend = transform(products)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
+    # A reduction, because a gather would be a kernel of its own.
+    at_target = torch.where(is_target, logits, -math.inf).amax(dim=1)
+    target = torch.where(column >= 0, at_target, sums.target)
+    peak = torch.maximum(sums.peak, logits.amax(dim=1))
+    exps = torch.where(is_target, 0.0, (logits - peak[:, None]).exp())
+    others = sums.others * (sums.peak - peak).exp() + exps.sum(dim=1)
+    return exps, bend, Sums(peak, others, target)
+
+
+def _fused(function: Callable[..., Any], products: Tensor) -> Callable[..., Any]:
+    """The function as one kernel, or as it is if the width is no multiple of `_VECTOR`."""
+    return compiled(function) if products.shape[1] % _VECTOR == 0 else function
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(_aligned_exponentials, dynamic=True)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled for products of any height and of widths that are a multiple of 16."""
+
+    def aligned(products: Tensor, *others: Any) -> Any:
+        # Inductor uses this fact for exactly 16 and does not derive it from a larger multiple.
+        torch._check(products.shape[1] % _VECTOR == 0)  # type: ignore[no-untyped-call]
+        return function(products, *others)
+
+    return torch.compile(aligned, dynamic=True)

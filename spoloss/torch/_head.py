@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spoloss.torch._devices import Device, device_of
+from spoloss.torch._exponentials import Transform
 from spoloss.torch._plan import Budget
 from spoloss.torch._products import product
 from spoloss.torch._vocab_parallel import VocabShard
@@ -77,30 +78,20 @@ class Head:
         """The dtype of the exponentials in the gradient products."""
         return factor_dtype_of(self.weight.dtype, self.device)
 
+    def products(self, states: Tensor, columns: slice, out: Tensor | None) -> Tensor:
+        """H W^T for some columns, [n, C]."""
+        return product(states, self.weight[columns].t(), self.dtype, self.device, out)
+
+    def transform(self, columns: slice) -> Transform:
+        """How the products of some columns become logits."""
+        bias, options = self.bias, self.options
+        bias = None if bias is None else bias[columns]
+        return Transform(bias, options.softcap, options.logit_scale, options.temperature)
+
     @property
     def gain(self) -> float:
         """The derivative of the logits by h W^T + b, without the soft-capping's factor."""
         return self.options.logit_scale / self.options.temperature
-
-    def logits(
-        self, states: Tensor, columns: slice, out: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Some columns of the logits, [n, C], and the soft-capping's derivative 1 - tanh^2.
-
-        A bias of -inf forbids a vocabulary entry, so the soft-capping leaves its logit at -inf.
-        """
-        logits = product(states, self.weight[columns].t(), self.dtype, self.device, out)
-        if self.bias is not None:
-            logits.add_(self.bias[columns])
-        softcap = self.options.softcap
-        if softcap is None:
-            return (logits if self.gain == 1.0 else logits.mul_(self.gain)), None
-        logits.mul_(self.options.logit_scale / softcap).tanh_()
-        bend = 1.0 - logits * logits
-        logits.mul_(softcap / self.options.temperature)
-        if self.bias is not None:
-            logits.masked_fill_(self.bias[columns] == -math.inf, -math.inf)
-        return logits, bend
 
     def bend_at(self, target_logit: Tensor) -> Tensor:
         """The soft-capping's derivative at known logits. It is 1 without soft-capping.

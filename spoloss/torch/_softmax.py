@@ -15,7 +15,6 @@ is subtracted before anything is rounded, so a common offset of the logits costs
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,11 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spoloss.torch._exponentials import exponentials_of
+from spoloss.torch._exponentials import Sums, Transform, exponentials_of, sums_of
 from spoloss.torch._head import Head
 from spoloss.torch._products import accumulate
 from spoloss.torch._tokens import Tile
-from spoloss.torch._vocab_parallel import VocabShard
 
 
 class Block(NamedTuple):
@@ -36,43 +34,6 @@ class Block(NamedTuple):
     columns: slice
     exps: Tensor
     shift: Tensor
-
-
-class Sums(NamedTuple):
-    """The running sums of an online softmax for n tokens, after some blocks.
-
-    Attributes:
-      peak: [n] the largest logit.
-      others: [n] the sum of exp(logit - peak), without the target.
-      target: [n] the target's logit, -inf if no block so far contains it.
-    """
-
-    peak: Tensor
-    others: Tensor
-    target: Tensor
-
-    @classmethod
-    def start(cls, states: Tensor, dtype: torch.dtype) -> Sums:
-        """Before the first block of a tile [n, D]."""
-        return cls.known(states.new_full((len(states),), torch.finfo(dtype).min, dtype=dtype))
-
-    @classmethod
-    def known(cls, peak: Tensor) -> Sums:
-        """Before the first block of tokens whose largest logit is known."""
-        return cls(peak, torch.zeros_like(peak), torch.full_like(peak, -math.inf))
-
-    def joined(self, shard: VocabShard) -> Sums:
-        """The sums over all shards of the vocabulary."""
-        return Sums(*shard.join_sums(self.peak, self.others, self.target))
-
-    def total(self) -> Tensor:
-        """[n] the sum of exp(logit - peak), with the target."""
-        return self.others + (self.target - self.peak).exp()
-
-    def logps(self) -> Tensor:
-        """[n] log-probabilities of the targets."""
-        gap = self.peak - self.target
-        return -(gap + torch.log1p(self.others + torch.expm1(-gap)))
 
 
 @dataclass(frozen=True)
@@ -146,10 +107,13 @@ def softmax_of(
     sums = Sums.start(tile.states, head.dtype)
     shift = sums.peak
     total = torch.zeros_like(tile.states, dtype=head.dtype) if product else None
-    for block, so_far in _visit(head, tile, sums, total, workspace):
-        sums, shift = so_far, block.shift
-        if keep:
-            blocks.append(block)
+    if keep or product:
+        for block, so_far in _visit(head, tile, sums, total, workspace):
+            sums, shift = so_far, block.shift
+            if keep:
+                blocks.append(block)
+    else:
+        sums = _sums(head, tile, sums, workspace)
     if head.options.shard is not None:
         sums = sums.joined(head.options.shard)
     local, whole = head.local(tile.tokens.target), sums.total()
@@ -208,36 +172,41 @@ def _visit(
         or None.
       workspace: memory for the logits. Unless it keeps all blocks, a block is valid until the next.
     """
-    local, shift = head.local(tile.tokens.target), sums.peak
+    shift, compiles = sums.peak, head.device.compiles
     for columns in head.blocks(len(tile.states)):
-        block, sums = _next_block(head, tile.states, local, columns, sums, workspace)
+        logits = _logits(head, tile, columns, workspace)
+        found = exponentials_of(*logits, sums, dtype=head.factor_dtype, compiles=compiles)
+        del logits  # else they would still live while the next block is made
         if product is not None:
-            product.mul_((shift - block.shift).exp()[:, None])
-            accumulate(product, block.exps, head.weight[columns], head.device)
-        shift = block.shift
-        yield block, sums
+            product.mul_((shift - found.shift).exp()[:, None])
+            accumulate(product, found.exps, head.weight[columns], head.device)
+        shift, sums = found.shift, found.sums
+        yield Block(columns, found.exps, shift), sums
 
 
-def _next_block(
-    head: Head, states: Tensor, local: Tensor, columns: slice, sums: Sums, workspace: Workspace
-) -> tuple[Block, Sums]:
-    """The exponentials of one block, and the sums with this block included."""
-    logits, bend = head.logits(states, columns, workspace.block(len(states), columns))
-    column = local - columns.start
-    here = (column >= 0) & (column < logits.shape[1])
-    at_target = logits.gather(1, torch.where(here, column, 0)[:, None]).squeeze(1)
-    target = torch.where(here, at_target, sums.target)
-    found = exponentials_of(
-        logits,
-        torch.where(here, column, -1),
-        sums.peak,
-        sums.others,
-        target,
-        dtype=head.factor_dtype,
-        compiles=head.device.compiles,
-    )
-    exps = found.exps if bend is None else found.exps.mul_(bend)
-    return Block(columns, exps, found.shift), Sums(found.peak, found.others, target)
+def _sums(head: Head, tile: Tile, sums: Sums, workspace: Workspace) -> Sums:
+    """The sums over all blocks of a tile, where nothing needs the exponentials."""
+    for columns in head.blocks(len(tile.states)):
+        logits = _logits(head, tile, columns, workspace)
+        sums = sums_of(*logits, sums, compiles=head.device.compiles)
+        del logits
+    return sums
+
+
+class _Logits(NamedTuple):
+    """Products [n, C], the transform that makes them logits, and the targets' columns or -1."""
+
+    products: Tensor
+    transform: Transform
+    column: Tensor
+
+
+def _logits(head: Head, tile: Tile, columns: slice, workspace: Workspace) -> _Logits:
+    """Some columns of the logits of a tile, before the transform."""
+    products = head.products(tile.states, columns, workspace.block(len(tile.states), columns))
+    local = head.local(tile.tokens.target)
+    here = (local >= columns.start) & (local < columns.stop)
+    return _Logits(products, head.transform(columns), torch.where(here, local - columns.start, -1))
 
 
 def _row(head: Head, local: Tensor) -> Tensor:

@@ -137,16 +137,29 @@ def backward(root: Tensor) -> None:
             del found
 
 
-def block_kernel(
-    logits: Tensor,
+def exponentials(
+    products: Tensor,
+    transform: Any,  # noqa: ARG001
     column: Tensor,  # noqa: ARG001
-    peak: Tensor,
-    others: Tensor,
-    target: Tensor,
+    sums: _exponentials.Sums,
     dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
+) -> _exponentials.Exponentials:
     """What the compiled block allocates."""
-    return torch.empty_like(logits, dtype=dtype), *map(torch.empty_like, (peak, target, others))
+    exps, shift = torch.empty_like(products, dtype=dtype), torch.empty_like(sums.peak)
+    return _exponentials.Exponentials(exps, shift, sums_alone(products, None, None, sums))
+
+
+def sums_alone(
+    products: Tensor,  # noqa: ARG001
+    transform: Any,  # noqa: ARG001
+    column: Any,  # noqa: ARG001
+    sums: _exponentials.Sums,
+) -> _exponentials.Sums:
+    """What the compiled sums allocate."""
+    return _exponentials.Sums(*map(torch.empty_like, sums))
+
+
+KERNELS = {_exponentials.exponentials: exponentials, _exponentials.sums_alone: sums_alone}
 
 
 @pytest.fixture
@@ -163,7 +176,7 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Paper]:
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9))
     monkeypatch.setattr(_devices, "CUDA", _devices.CUDA._replace(compiles=True))
-    monkeypatch.setattr(_exponentials, "_compiled", lambda: block_kernel)
+    monkeypatch.setattr(_exponentials, "compiled", KERNELS.__getitem__)
     monkeypatch.setattr(_autograd, "_last_use", lambda _: True)
     with Paper() as mode:
         yield mode

@@ -6,7 +6,8 @@ and the two products of half precision that are summed in float32, which no CPU 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -169,7 +170,7 @@ def test_the_check_catches_a_wrong_total(
 
 def test_a_tile_is_not_made_twice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where exponentials do not replace their logits, the logits need one block's room alone."""
-    monkeypatch.setattr(_exponentials, "_compiled", lambda: _exponentials.exponentials)
+    monkeypatch.setattr(_exponentials, "compiled", lambda function: function)
     block, tile, head = (4 * size for size in (16 * 16, 16 * 64, 64 * 8))
     found = largest(2, 8, frozen=False, chunk_size=16)
     assert found == (head if place.compiles else tile)
@@ -256,25 +257,25 @@ def test_blocks_are_aligned_and_keep_to_their_memory(
     assert 4 * rows * max(widths) <= max(device.block_bytes, 4 * rows * 1024)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("block", "known"),
-    [(_exponentials._aligned_exponentials, True), (_exponentials.exponentials, False)],
-)
+@pytest.mark.parametrize("known", [True, False])
 def test_the_compiler_knows_that_a_block_is_aligned(
-    block: Callable[..., Any], *, known: bool
+    monkeypatch: pytest.MonkeyPatch, *, known: bool
 ) -> None:
     """Of any height and width: one graph for all, in which loads of 16 bytes are allowed."""
     facts = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        (logits,) = graph.graph.find_nodes(op="placeholder", target="L_logits_")
-        facts.append(statically_known_true(logits.meta["example_value"].shape[1] % 16 == 0))
+        (products,) = graph.graph.find_nodes(op="placeholder", target="L_products_")
+        facts.append(statically_known_true(products.meta["example_value"].shape[1] % 16 == 0))
         return graph.forward
 
     torch.compiler.reset()
-    compiled = torch.compile(block, dynamic=True, backend=keep)
+    compile_ = functools.partial(torch.compile, backend=keep)
+    monkeypatch.setattr(torch, "compile", compile_)
+    block = _exponentials.exponentials
+    compiled = _exponentials.compiled.__wrapped__(block) if known else compile_(block, dynamic=True)
+    transform = _exponentials.Transform(None, 30.0, 0.5, 1.25)
     for rows, width in ((3, 32), (5, 64), (7, 48)):
-        none, sums = torch.full((rows,), -1), torch.zeros(rows)
-        compiled(torch.zeros(rows, width), none, sums, sums, sums - torch.inf, torch.float32)
+        none, sums = torch.full((rows,), -1), _exponentials.Sums.known(torch.zeros(rows))
+        compiled(torch.zeros(rows, width), transform, none, sums, torch.float32)
     assert facts == [known]

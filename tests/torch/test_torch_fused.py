@@ -89,9 +89,10 @@ def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def forgets_to_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
     right = _exponentials.exponentials_
 
-    def wrong(logits: Tensor, target: Tensor, shift: Tensor, others: Tensor) -> Any:
-        exps, new, sums = right(logits, target, shift, torch.zeros_like(others))
-        return exps, new, sums + others
+    def wrong(products: Tensor, transform: Any, column: Tensor, sums: Any, dtype: Any) -> Any:
+        fresh = sums._replace(others=torch.zeros_like(sums.others))
+        found = right(products, transform, column, fresh, dtype)
+        return found._replace(sums=found.sums._replace(others=found.sums.others + sums.others))
 
     monkeypatch.setattr(_exponentials, "exponentials_", wrong)
 
@@ -101,7 +102,9 @@ def counts_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         _exponentials,
         "exponentials_",
-        lambda logits, target, *sums: right(logits, torch.zeros_like(target), *sums),
+        lambda products, transform, column, *others: right(
+            products, transform, torch.zeros_like(column), *others
+        ),
     )
 
 
@@ -185,35 +188,44 @@ def test_linear_logps_block_by_block(chunk_size: int | None) -> None:
 def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
     """What CUDA runs as one fused pass, compiled for the CPU here, over two blocks of 300 words."""
     single = torch.promote_types(dtype, torch.float32)
-    compiled = torch.compile(_exponentials.exponentials, dynamic=True)
+    block, sums_of = (
+        torch.compile(function, dynamic=True)
+        for function in (_exponentials.exponentials, _exponentials.sums_alone)
+    )
     generator = torch.Generator().manual_seed(3)
     # Exponents reach 40, where half an ulp is 16 eps, and each way rounds up to two of them.
     close = {"rtol": 64.0 * torch.finfo(single).eps, "atol": 0.0}
-    for rows in (1, 5):
-        logits = torch.randn(rows, 300, dtype=single, generator=generator) * 5
+    for rows, softcap in ((1, None), (5, None), (5, 20.0)):
+        products = torch.randn(rows, 300, dtype=single, generator=generator) * 5
         targets = torch.randint(0, 300, (rows,), generator=generator)
-        at_target = logits.gather(1, targets[:, None]).squeeze(1)
+        whole = _exponentials.Transform(torch.zeros(300, dtype=single), softcap, 1.0, 1.25)
+        logits, bend = whole(products)
+        bend = torch.ones_like(logits) if bend is None else bend
         want = logits.softmax(dim=1).scatter_(1, targets[:, None], 0.0)
         lse, found = logits.logsumexp(dim=1), []
-        start = torch.full((rows,), torch.finfo(single).min, dtype=single)
-        mine = eager = [start, torch.zeros_like(start)]
+        mine = eager = alone = _exponentials.Sums.start(products, single)
         for begin, end in ((0, 170), (170, 300)):
-            block, seen = logits[:, begin:end], targets < end
-            column = torch.where(seen & (targets >= begin), targets - begin, -1)
-            exps, shift, *mine = compiled(
-                block, column, *mine, torch.where(seen, at_target, -torch.inf), dtype
-            )
+            part, transform = products[:, begin:end], whole._replace(bias=whole.bias[begin:end])
+            here = (targets >= begin) & (targets < end)
+            column = torch.where(here, targets - begin, -1)
+            exps, shift, mine = block(part, transform, column, mine, dtype)
             assert exps.dtype == dtype
             assert exps.max() <= (2**14 if dtype == torch.float16 else 1)
             found.append(exps * (shift - lse).exp()[:, None])
-            exps, *eager = _exponentials.exponentials_(block.clone(), column, *eager)
-            normal = exps * (eager[0] - lse).exp()[:, None]
-            torch.testing.assert_close(normal, want[:, begin:end], **close)
+            exps, _, eager = _exponentials.exponentials_(
+                part.clone(), transform, column, eager, single
+            )
+            normal = exps * (eager.peak - lse).exp()[:, None]
+            expected = (want * bend)[:, begin:end]
+            torch.testing.assert_close(normal, expected, **close)
+            alone = sums_of(part, transform, column, alone)
         ends = 2e-12 if dtype == torch.float16 else 0.0
         rounded = {"rtol": max(close["rtol"], 20.0 * torch.finfo(dtype).eps), "atol": ends}
-        torch.testing.assert_close(torch.cat(found, dim=1), want, **rounded)
-        for peak, others in (mine, eager):
-            torch.testing.assert_close(others * (peak - lse).exp(), want.sum(dim=1), **close)
+        torch.testing.assert_close(torch.cat(found, dim=1), want * bend, **rounded)
+        for sums in (mine, eager, alone):
+            exps = sums.others * (sums.peak - lse).exp()
+            torch.testing.assert_close(exps, want.sum(dim=1), **close)
+            torch.testing.assert_close(sums.target, logits.gather(1, targets[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("one_pass", [True, False])
