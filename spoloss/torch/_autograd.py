@@ -35,7 +35,11 @@ class RefuseSecondDerivative(torch.autograd.Function):
 
 
 class Anchor(torch.autograd.Function):
-    """A 0-d tensor that depends on some tensors in autograd's graph, without keeping them alive."""
+    """A 0-d tensor that depends on some tensors in autograd's graph, without keeping them alive.
+
+    No first backward runs through it: it is no input of the function whose gradients it refuses to
+    differentiate.
+    """
 
     @staticmethod
     def forward(*inputs: Tensor) -> Tensor:
@@ -100,21 +104,56 @@ def refuse_batched(upstream: Tensor) -> None:
         )
 
 
-def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """A gradient that the forward computed, times the upstream gradient.
+class Held:
+    """Gradients that a forward computed, held until the last backward.
 
-    The gradient is overwritten if it cannot be read again, which saves memory of the weight's size.
+    They are not among autograd's saved tensors, so no hook of the user holds them when the last
+    backward overwrites them.
     """
-    if not _last_use(upstream):
-        return (gradient * upstream).to(gradient.dtype)
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+        self._gradients: tuple[Tensor | None, ...] | None = None
+
+    def put(self, *gradients: Tensor | None) -> None:
+        """Hold some gradients, None for those that are not wanted."""
+        self._gradients = gradients
+
+    def scaled(self, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, each times a factor that depends on the upstream gradient.
+
+        The last backward overwrites them, which saves memory of the weight's size.
+
+        Raises:
+          RuntimeError: the last backward has run already.
+        """
+        if self._gradients is None:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time, but the first backward freed "
+                "the gradients of this loss. Pass retain_graph=True to all but the last"
+            )
+        gradients, last = self._gradients, _last_use(factors[0])
+        if last:
+            self._gradients = None
+        return tuple(
+            None if gradient is None else _scaled(gradient, factor, overwrite=last)
+            for gradient, factor in zip(gradients, factors, strict=True)
+        )
+
+
+def _scaled(gradient: Tensor, factor: Tensor, *, overwrite: bool) -> Tensor:
+    if not overwrite:
+        return (gradient * factor).to(gradient.dtype)
     # loss.backward() passes 1. Reading the number on a GPU would synchronise, so only a CPU does.
-    if upstream.ndim == 0 and upstream.device.type == "cpu" and upstream == 1.0:
+    if factor.ndim == 0 and factor.device.type == "cpu" and factor == 1.0:
         return gradient
-    return gradient.mul_(upstream)
+    return gradient.mul_(factor)
 
 
 def _last_use(upstream: Tensor) -> bool:
     """Whether this backward frees the graph, and no transform of torch.func wraps its tensors."""
+    if torch.compiler.is_compiling():  # compiled autograd, which cannot trace these calls
+        return False
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     if keep_graph is None or keep_graph():
         return False
@@ -125,5 +164,7 @@ def _last_use(upstream: Tensor) -> bool:
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether vmap, or the older vmap behind `is_grads_batched`, added a dimension."""
+    if torch.compiler.is_compiling():  # a compiler handles vmap itself
+        return False
     functorch = torch._C._functorch
     return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))

@@ -8,12 +8,13 @@ depend on the number of labels that count.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from spoloss.torch._autograd import anchor, refuse_second_derivative, refuse_vmap, scaled
+from spoloss.torch._autograd import Held, anchor, refuse_second_derivative, refuse_vmap
 from spoloss.torch._gradients import Wanted, held_dtype
 from spoloss.torch._head import Head, HeadOptions
 from spoloss.torch._labels import sum_sequences
@@ -59,9 +60,8 @@ def fused_loss(
     if later or not any(needed) or torch.compiler.is_compiling():
         return _two_passes(inputs, sides, objective, options)
     table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
-    value, chosen, rejected, *_ = _OnePass.apply(  # type: ignore[no-untyped-call]
-        *inputs, anchor(*inputs), table, objective, options, needed
-    )
+    call = _Call(table, objective, options, needed, anchor(*inputs))
+    value, chosen, rejected = _OnePass.apply(*inputs, call)  # type: ignore[no-untyped-call]
     return LinearPairLoss(value, chosen, rejected)
 
 
@@ -90,63 +90,72 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What one call of `_OnePass` needs beside its inputs.
+
+    Attributes:
+      table: the tokens.
+      objective: the loss.
+      options: those of the head.
+      needed: which gradients the forward computes.
+      anchor: a tensor that depends on the inputs, for the error of a second derivative.
+      held: the gradients, from the forward to the backward.
+    """
+
+    table: TokenTable
+    objective: Objective
+    options: HeadOptions
+    needed: Wanted
+    anchor: Tensor
+    held: Held = field(default_factory=Held)
+
+
 class _OnePass(torch.autograd.Function):
     """Loss, log-probabilities and gradients in the forward; the backward only scales them."""
 
     @staticmethod
     def forward(
-        chosen: Tensor,
-        rejected: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,  # noqa: ARG004
-        table: TokenTable,
-        objective: Objective,
-        options: HeadOptions,
-        needed: Wanted,
-    ) -> tuple[Tensor | None, ...]:
+        chosen: Tensor, rejected: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
+    ) -> tuple[Tensor, ...]:
         with torch.autocast(chosen.device.type, enabled=False):
-            head = Head.of(weight, bias, options)
-            found = one_pass(head, Batch.of(table, chosen, rejected), objective, needed)
-            logps = objective.logps(found.sums)
-            return (
-                objective.value(logps),
-                *logps.unbind(),
+            head = Head.of(weight, bias, call.options)
+            batch = Batch.of(call.table, chosen, rejected)
+            found = one_pass(head, batch, call.objective, call.needed)
+            call.held.put(
                 found.gradients.hidden,
                 found.gradients.head.weight(held_dtype(weight.dtype)),
                 None if bias is None else found.gradients.head.bias(held_dtype(bias.dtype)),
             )
+            logps = call.objective.logps(found.sums)
+            return call.objective.value(logps), *logps.unbind()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        chosen, rejected, weight, bias, anchor, ctx.table, *_ = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.call = inputs
         # Only shapes and dtypes, because saved inputs would stay in memory until the backward.
         ctx.kinds = [
-            None if tensor is None else _Kind(tensor.shape, tensor.dtype)
-            for tensor in (chosen, rejected, weight, bias)
+            None if tensor is None else _Kind(tensor.shape, tensor.dtype) for tensor in tensors
         ]
-        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[3:], anchor)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 9
-        hidden, weight, bias, anchor = ctx.saved_tensors
+            return (None,) * 5
+        table = ctx.call.table
         with torch.no_grad():
-            if hidden is not None:
-                factor = upstream if upstream.ndim == 0 else _of_rows(ctx.table, upstream)
-                hidden = torch.split(scaled(hidden, factor), ctx.table.sizes)
-            found = (
-                *(hidden or (None, None)),
-                *(None if grad is None else scaled(grad, upstream) for grad in (weight, bias)),
-            )
+            of_rows = upstream if upstream.ndim == 0 else _of_rows(table, upstream)
+            hidden, *head = ctx.call.held.scaled(of_rows, upstream, upstream)
+            sides = (None, None) if hidden is None else torch.split(hidden, table.sizes)
             grads = tuple(
                 None if grad is None or not need else grad.view(kind.shape).to(kind.dtype)
-                for grad, need, kind in zip(found, ctx.needs_input_grad, ctx.kinds, strict=False)
+                for grad, need, kind in zip(
+                    (*sides, *head), ctx.needs_input_grad, ctx.kinds, strict=False
+                )
             )
-        return *refuse_second_derivative(grads, anchor), *(None,) * 5
+        return *refuse_second_derivative(grads, ctx.call.anchor), None
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:

@@ -194,8 +194,8 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, counts = ctx.saved_tensors
-        # A compiler cannot trace this check. If the logits are batched, vmap handles everything.
-        if not torch.compiler.is_compiling() and not is_batched(logits):
+        # If the logits are batched, vmap handles everything.
+        if not is_batched(logits):
             refuse_batched(grad_logps)
         grad_logits = torch.empty_like(logits)
         for rows, tile in _tiles(logits):

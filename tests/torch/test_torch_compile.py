@@ -127,3 +127,38 @@ def test_cuda_graphs_leave_the_operators_out(monkeypatch: pytest.MonkeyPatch) ->
         assert "def partition_0(" in inside
         assert call not in inside
         assert call in outside
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_compiled_autograd_over_the_eager_loss(reduction: str, *, trained: bool) -> None:
+    """Three steps: the second and third use what was compiled for the first.
+
+    The filter: Dynamo looks at the gradient of every tensor of a frame, and so warns of itself.
+    """
+    labels = LABELS
+
+    @torch.compiler.disable
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        out = linear_spo_loss(
+            hidden, hidden, weight, *labels, 0.0, 0.0, beta=0.01, reduction=reduction
+        )
+        return out.loss.sum()
+
+    def gradients(step: Callable[..., None], factor: float) -> list[Tensor | None]:
+        leaves = (HIDDEN[0].detach() * factor, WEIGHT.detach() + factor)
+        leaves[0].requires_grad_()
+        leaves[1].requires_grad_(trained)
+        step(*leaves)
+        return [leaf.grad for leaf in leaves]
+
+    def step(hidden: Tensor, weight: Tensor) -> None:
+        loss(hidden * 1.0, weight).backward()
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        compiled = torch.compile(step, backend="aot_eager")
+        found = [gradients(compiled, factor) for factor in (1.0, 2.0, 3.0)]
+    wanted = [gradients(step, factor) for factor in (1.0, 2.0, 3.0)]
+    torch.testing.assert_close(found, wanted)

@@ -18,6 +18,7 @@ import spoloss.torch
 from helpers.fused import ALL, OTHER_T, Case, D, P, T, V, check_fused
 from spoloss import DPO, SPO, Squared, pair_loss, spo_loss
 from spoloss.torch import (
+    _autograd,
     linear_dpo_loss,
     linear_ipo_loss,
     linear_logps,
@@ -233,6 +234,17 @@ def test_a_plain_backward_copies_no_gradient(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Tensor, "clone", lambda self, **k: copies.append(self) or clone(self, **k))
     case.fused(SPO()).loss.backward()
     assert not copies
+
+
+def test_a_scaled_backward_makes_no_second_gradient_of_the_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = []
+    put = _autograd.Held.put
+    monkeypatch.setattr(_autograd.Held, "put", lambda self, *g: held.extend(g) or put(self, *g))
+    case = Case()
+    (case.fused(SPO()).loss * 2.0).backward()
+    assert case.tensors["weight"].grad.data_ptr() == held[1].data_ptr()
 
 
 def test_a_head_that_zero_3_has_partitioned() -> None:

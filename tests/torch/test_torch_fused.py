@@ -413,6 +413,8 @@ def test_backward_twice(upstream: Upstream) -> None:
     loss.backward()
     for leaf, grad in zip(inputs, want, strict=True):
         torch.testing.assert_close(leaf.grad, 7.0 * grad)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
 
 
 def test_a_gradient_changed_in_place_does_not_reach_back(upstream: Upstream) -> None:
@@ -673,3 +675,18 @@ def test_a_loss_of_ones_own(chunk_size: int | None) -> None:
 
     case = Case()
     check_fused(case, Hinge(), case.fused, chunk_size=chunk_size)
+
+
+def test_hooks_never_see_a_buffer_overwritten(upstream: Upstream) -> None:
+    """Offloading and debugging tools keep what autograd saves, and compare it afterwards."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append((tensor, tensor.clone()))
+        return tensor
+
+    inputs = leaves(upstream)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        (upstream.loss(*inputs) * 2.0).backward()
+    for tensor, before in kept:
+        torch.testing.assert_close(tensor, before, rtol=0.0, atol=0.0)
