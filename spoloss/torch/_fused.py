@@ -1,27 +1,36 @@
-"""From checked arguments to the loss, in one pass if possible, else in two.
+"""From checked arguments to log-probabilities, and to the loss: in one pass if possible.
 
-One pass computes the gradients in the forward, so it needs the factor of each pair in the loss.
-With `reduction="none"`, these factors are only known in the backward, so the weight's gradient
-needs a second pass. Under torch.compile there are two passes as well, because the graph cannot
-depend on the number of labels that count.
+With a frozen head, `token_logps` keeps each token's direction, so any loss takes two products. With
+a trained head, one pass computes the gradients in the forward, so it needs the factor of each pair
+in the loss. With `reduction="none"` these factors are only known in the backward, and under
+torch.compile the graph cannot depend on the number of labels that count. Then the backward computes
+the logits again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from spoloss.torch._autograd import Held, anchor, refuse_second_derivative, refuse_vmap
+from spoloss.torch._autograd import (
+    Held,
+    anchor,
+    needs_grad,
+    refuse_second_derivative,
+    refuse_vmap,
+)
 from spoloss.torch._gradients import Wanted, held_dtype
-from spoloss.torch._head import Head, HeadOptions
-from spoloss.torch._labels import sum_sequences
-from spoloss.torch._objective import Objective
+from spoloss.torch._head import HeadOptions, Projection
+from spoloss.torch._objective import Constants, Objective
 from spoloss.torch._one_pass import one_pass
+from spoloss.torch._operator import compiled_logps
 from spoloss.torch._recompute import token_logps
 from spoloss.torch._tokens import Batch, Sequences, TokenTable, make_table
+from spoloss.torch._vocab_parallel import refuse_compilation
 
 
 class LinearPairLoss(NamedTuple):
@@ -38,8 +47,26 @@ class LinearPairLoss(NamedTuple):
     rejected_logps: Tensor
 
 
+def logps_of_tokens(
+    hidden: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    sides: list[Sequences],
+    options: HeadOptions,
+) -> list[Tensor]:
+    """Log-probabilities of each side's targets, [B, T], 0 where none counts. Differentiable."""
+    if options.shard is not None:
+        refuse_compilation()
+    if not torch.compiler.is_compiling():
+        return token_logps(hidden, weight, bias, sides, options)
+    return [
+        compiled_logps(states, weight, bias, side, options)
+        for states, side in zip(hidden, sides, strict=True)
+    ]
+
+
 class Inputs(NamedTuple):
-    """The tensors that may require a gradient: hidden states [B, T, D] by side, and the head."""
+    """The tensors that logits come from: hidden states [B, T, D] by side, and the head."""
 
     chosen: Tensor
     rejected: Tensor
@@ -48,39 +75,94 @@ class Inputs(NamedTuple):
 
 
 def fused_loss(
-    inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
+    inputs: Inputs,
+    sides: list[Sequences],
+    objective: Objective,
+    constants: Constants,
+    options: HeadOptions,
 ) -> LinearPairLoss:
-    """The loss of a batch of pairs, differentiable by the inputs."""
-    needed = Wanted(
-        hidden=_needs_grad(inputs.chosen) or _needs_grad(inputs.rejected),
-        weight=_needs_grad(inputs.weight),
-        bias=_needs_grad(inputs.bias),
+    """The loss of a batch of pairs, differentiable with respect to the inputs and the constants."""
+    wanted = Wanted(
+        hidden=needs_grad(inputs.chosen) or needs_grad(inputs.rejected),
+        weight=needs_grad(inputs.weight),
+        bias=needs_grad(inputs.bias),
     )
-    later = objective.reduction == "none" and needed.head
-    if later or not any(needed) or torch.compiler.is_compiling():
-        return _two_passes(inputs, sides, objective, options)
-    table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
-    call = _Call(table, objective, options, needed, anchor(*inputs))
-    value, chosen, rejected = _OnePass.apply(*inputs, call)  # type: ignore[no-untyped-call]
-    return LinearPairLoss(value, chosen, rejected)
+    if not wanted.head or objective.reduction == "none" or torch.compiler.is_compiling():
+        # Named fields, because PyTorch 2.8 does not compile a slice of a named tuple.
+        hidden = (inputs.chosen, inputs.rejected)
+        tokens = logps_of_tokens(hidden, inputs.weight, inputs.bias, sides, options)
+        sums = torch.stack([side.sums(part) for side, part in zip(sides, tokens, strict=True)])
+        value = objective.value(sums, constants)
+    else:
+        table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
+        held = Held()
+        call = _Call(table, objective, options, wanted, held)
+        logps = _OnePass.apply(*inputs, table.tokens.weight, *constants, call)  # type: ignore[no-untyped-call]
+        # Autograd differentiates the value with respect to the constants, `_Attach` the inputs.
+        sums = table.sums(logps, slice(0, len(table.lengths)))
+        known = _Known(held, table.sizes, anchor(*inputs))
+        value = _Attach.apply(objective.value(sums, constants), *inputs, known)  # type: ignore[no-untyped-call]
+    return LinearPairLoss(value, *objective.logps(sums, constants).detach().unbind())
 
 
-def _needs_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+class _Call(NamedTuple):
+    """What `_OnePass` needs beside its tensors.
+
+    Attributes:
+      table: the tokens.
+      objective: the loss.
+      options: those of the head.
+      wanted: which gradients to compute.
+      held: where to put them.
+    """
+
+    table: TokenTable
+    objective: Objective
+    options: HeadOptions
+    wanted: Wanted
+    held: Held
 
 
-def _two_passes(
-    inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
-) -> LinearPairLoss:
-    """The same loss from token log-probabilities, with logits recomputed in the backward."""
-    # Named fields, because PyTorch 2.8 does not compile a slice of a named tuple.
-    hidden = (inputs.chosen, inputs.rejected)
-    tokens = token_logps(hidden, inputs.weight, inputs.bias, sides, options)
-    sums = [
-        sum_sequences(logps, side.cu_seqlens) for logps, side in zip(tokens, sides, strict=True)
-    ]
-    logps = objective.logps(torch.stack(sums))
-    return LinearPairLoss(objective.value(logps), *logps.detach())
+class _OnePass(torch.autograd.Function):
+    """The log-probability of each row of the table, as a constant; the gradients are held."""
+
+    @staticmethod
+    def forward(
+        chosen: Tensor,
+        rejected: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_weights: Tensor | None,
+        *others: Any,
+    ) -> Tensor:
+        *constants, call = others
+        with torch.autocast(chosen.device.type, enabled=False):
+            head = Projection.of(weight, bias, call.options)
+            batch = Batch.of(_with_weights(call.table, token_weights), chosen, rejected)
+            found = one_pass(head, batch, call.objective, Constants(*constants), call.wanted)
+            call.held.put(
+                found.gradients.hidden,
+                found.gradients.head.weight(held_dtype(weight.dtype)),
+                None if bias is None else found.gradients.head.bias(held_dtype(bias.dtype)),
+            )
+            return found.logps
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        refuse_vmap()
+
+
+def _with_weights(table: TokenTable, weight: Tensor | None) -> TokenTable:
+    """The table inside of an autograd function, which unwraps its arguments under torch.func."""
+    return dataclasses.replace(table, tokens=dataclasses.replace(table.tokens, weight=weight))
 
 
 class _Kind(NamedTuple):
@@ -90,80 +172,50 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What one call of `_OnePass` needs beside its inputs.
+class _Known(NamedTuple):
+    """What `_Attach` needs beside its tensors.
 
     Attributes:
-      table: the tokens.
-      objective: the loss.
-      options: those of the head.
-      needed: which gradients the forward computes.
+      held: the gradients with respect to the hidden states of all sides, the weight and the bias.
+      sizes: the number of hidden states of each side.
       anchor: a tensor that depends on the inputs, for the error of a second derivative.
-      held: the gradients, from the forward to the backward.
     """
 
-    table: TokenTable
-    objective: Objective
-    options: HeadOptions
-    needed: Wanted
+    held: Held
+    sizes: tuple[int, ...]
     anchor: Tensor
-    held: Held = field(default_factory=Held)
 
 
-class _OnePass(torch.autograd.Function):
-    """Loss, log-probabilities and gradients in the forward; the backward only scales them."""
-
-    @staticmethod
-    def forward(
-        chosen: Tensor, rejected: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
-    ) -> tuple[Tensor, ...]:
-        with torch.autocast(chosen.device.type, enabled=False):
-            head = Head.of(weight, bias, call.options)
-            batch = Batch.of(call.table, chosen, rejected)
-            found = one_pass(head, batch, call.objective, call.needed)
-            call.held.put(
-                found.gradients.hidden,
-                found.gradients.head.weight(held_dtype(weight.dtype)),
-                None if bias is None else found.gradients.head.bias(held_dtype(bias.dtype)),
-            )
-            logps = call.objective.logps(found.sums)
-            return call.objective.value(logps), *logps.unbind()
+class _Attach(torch.autograd.Function):
+    """The identity on the loss, with known gradients, which the backward only scales."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.call = inputs
+    def forward(value: Tensor, *_: Any) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        _, *tensors, ctx.known = inputs
         # Only shapes and dtypes, because saved inputs would stay in memory until the backward.
         ctx.kinds = [
             None if tensor is None else _Kind(tensor.shape, tensor.dtype) for tensor in tensors
         ]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * 5
-        table = ctx.call.table
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            of_rows = upstream if upstream.ndim == 0 else _of_rows(table, upstream)
-            hidden, *head = ctx.call.held.scaled(of_rows, upstream, upstream)
-            sides = (None, None) if hidden is None else torch.split(hidden, table.sizes)
+            hidden, *of_head = ctx.known.held.scaled(*3 * [upstream])
+            sides = (None, None) if hidden is None else torch.split(hidden, list(ctx.known.sizes))
             grads = tuple(
                 None if grad is None or not need else grad.view(kind.shape).to(kind.dtype)
                 for grad, need, kind in zip(
-                    (*sides, *head), ctx.needs_input_grad, ctx.kinds, strict=False
+                    (*sides, *of_head), ctx.needs_input_grad[1:], ctx.kinds, strict=False
                 )
             )
-        return *refuse_second_derivative(grads, ctx.call.anchor), None
+        # The value is no function of the inputs here, so its second derivative with respect to a
+        # constant and an input would be a silent zero.
+        return *refuse_second_derivative((upstream, *grads), ctx.known.anchor), None
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
         refuse_vmap()
-
-
-def _of_rows(table: TokenTable, of_pair: Tensor) -> Tensor:
-    """A value per pair, copied to its rows of hidden states, [rows, 1]; 0 if no label counts."""
-    rows = of_pair.new_zeros(sum(table.sizes))
-    rows[table.tokens.place] = of_pair[table.tokens.pair]
-    return rows[:, None]
