@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from spoloss.torch._autograd import (
+    Held,
     anchor,
     needs_grad,
     refuse_batched,
     refuse_second_derivative,
     refuse_vmap,
-    scaled,
 )
 from spoloss.torch._gradients import Gradients, Wanted
 from spoloss.torch._head import HeadOptions, Projection
@@ -43,12 +43,15 @@ def token_logps(
 
     One table holds all sides, so that the labels are read once, before the first product.
     """
-    trained = needs_grad(weight) or needs_grad(bias)
-    directions = not trained and any(map(needs_grad, hidden))
+    frozen = not (needs_grad(weight) or needs_grad(bias))
     table = make_table(sides, vocabulary=options.vocabulary(weight))
-    call = Call(table, options, directions)
-    kept = anchor(*hidden) if directions else None
-    logps, *_ = _TokenLogps.apply(weight, bias, kept, call, *hidden)  # type: ignore[no-untyped-call]
+    if frozen and any(map(needs_grad, hidden)):
+        call = Call(table, options, directions=True)
+        known = _Known(Held(), table.sizes, anchor(*hidden))
+        logps = _Directed.apply(weight, bias, call, known, *hidden)  # type: ignore[no-untyped-call]
+    else:
+        call = Call(table, options, directions=False)
+        logps, _ = _Recomputed.apply(weight, bias, call, *hidden)  # type: ignore[no-untyped-call]
     return [
         part.view(states.shape[:2])
         for part, states in zip(torch.split(logps, list(table.sizes)), hidden, strict=True)
@@ -83,61 +86,102 @@ class Forward(NamedTuple):
     directions: Tensor | None
 
 
-class _TokenLogps(torch.autograd.Function):
-    """Hidden states [B, T, D] of each side -> the fields of `Forward`."""
+class _Known(NamedTuple):
+    """What `_Directed` keeps for its backward.
+
+    Attributes:
+      held: the directions.
+      sizes: the number of hidden states of each side.
+      anchor: a tensor that depends on the hidden states, for the error of a second derivative.
+    """
+
+    held: Held
+    sizes: tuple[int, ...]
+    anchor: Tensor
+
+
+class _Directed(torch.autograd.Function):
+    """Log-probabilities of the targets of all sides. The backward scales the directions.
+
+    It needs neither the hidden states nor the head, so they may change or be freed.
+    """
 
     @staticmethod
     def forward(
-        weight: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor | None,  # noqa: ARG004
-        call: Call,
-        *hidden: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        return tuple(forward(weight, bias, call, *hidden))
+        weight: Tensor, bias: Tensor | None, call: Call, known: _Known, *hidden: Tensor
+    ) -> Tensor:
+        found = forward(weight, bias, call, *hidden)
+        known.held.put(found.directions)
+        return found.logps
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        weight, bias, anchor, ctx.call, *hidden = inputs
-        logps, lse, directions = output
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        _, _, _, ctx.known, *hidden = inputs
         ctx.shapes = [states.shape for states in hidden]
-        ctx.mark_non_differentiable(*(extra for extra in output[1:] if extra is not None))
         ctx.set_materialize_grads(False)
-        # With directions, the backward needs neither the hidden states nor the head.
-        kept = (directions, anchor) if ctx.call.directions else (weight, bias, logps, lse, *hidden)
-        ctx.save_for_backward(*kept)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        if ctx.call.directions:
-            directions, anchor = ctx.saved_tensors
-            with torch.no_grad():
-                of_sides = _by_side(scaled(directions, upstream[:, None]), ctx)
-            return *(None,) * 4, *refuse_second_derivative(of_sides, anchor)
-        refuse_batched(upstream)
-        weight, bias, logps, lse, *hidden = ctx.saved_tensors
-        of_weight, of_bias, _, _, *of_hidden = ctx.needs_input_grad
-        wanted = Wanted(any(of_hidden), of_weight, of_bias)
         with torch.no_grad():
-            found = Forward(logps, lse, None)
-            grads = backward(weight, bias, ctx.call, found, upstream, wanted, *hidden)
-            of_all = (grads.weight, grads.bias, *_by_side(grads.hidden, ctx))
-        of_weight, of_bias, *of_hidden = refuse_second_derivative(of_all, weight, bias, *hidden)
-        return of_weight, of_bias, None, None, *of_hidden
+            (rows,) = ctx.known.held.scaled(upstream[:, None])
+            grads = _by_side(rows, ctx.known.sizes, ctx.shapes)
+        return *(None,) * 4, *refuse_second_derivative(grads, ctx.known.anchor)
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
         refuse_vmap()
 
 
-def _by_side(rows: Tensor | None, ctx: Any) -> tuple[Tensor | None, ...]:
+class _Recomputed(torch.autograd.Function):
+    """Log-probabilities and log-sum-exp. The backward computes the logits again."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor, bias: Tensor | None, call: Call, *hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        found = forward(weight, bias, call, *hidden)
+        return found.logps, found.lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        weight, bias, ctx.call, *hidden = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, bias, *output, *hidden)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        refuse_batched(upstream)
+        weight, bias, logps, lse, *hidden = ctx.saved_tensors
+        of_weight, of_bias, _, *of_hidden = ctx.needs_input_grad
+        wanted = Wanted(any(of_hidden), of_weight, of_bias)
+        with torch.no_grad():
+            found = Forward(logps, lse, None)
+            grads = backward(weight, bias, ctx.call, found, upstream, wanted, *hidden)
+            shapes = [states.shape for states in hidden]
+            of_sides = _by_side(grads.hidden, ctx.call.table.sizes, shapes)
+        of_weight, of_bias, *of_hidden = refuse_second_derivative(
+            (grads.weight, grads.bias, *of_sides), weight, bias, *hidden
+        )
+        return of_weight, of_bias, None, *of_hidden
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        refuse_vmap()
+
+
+def _by_side(
+    rows: Tensor | None, sizes: Sequence[int], shapes: Sequence[torch.Size]
+) -> tuple[Tensor | None, ...]:
     """The gradient by the hidden states of all sides, [rows, D], cut into those of each side."""
     if rows is None:
-        return (None,) * len(ctx.shapes)
-    parts = torch.split(rows, list(ctx.call.table.sizes))
-    return tuple(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        return (None,) * len(shapes)
+    parts = torch.split(rows, list(sizes))
+    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 class Grads(NamedTuple):
