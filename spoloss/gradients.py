@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, check_reduction, conform, quiet, shares
-from spoloss.losses import DPO, SPO, MarginLoss, SignedLog, Squared
-from spoloss.pairs import IPO_GAP, LOGPS, beta_for_gap, check_loss, inputs, margins
+from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, SignedLog, Squared, pairwise
+from spoloss.pairs import IPO_GAP, LOGPS, beta_for_gap, check_loss, inputs, log_ratios, margins
 
 
 class PairGrad(NamedTuple):
@@ -35,7 +35,7 @@ def spo_grad(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     reward_gap: ArrayT | float | None = None,
     linear_below: float | None = None,
     weights: ArrayT | float | None = None,
@@ -111,7 +111,7 @@ def dpo_grad(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     label_smoothing: float = 0.0,
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
@@ -178,7 +178,7 @@ def squared_grad(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     reward_gap: ArrayT | float | None = None,
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
@@ -250,7 +250,7 @@ def ipo_grad(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
@@ -310,13 +310,14 @@ def ipo_grad(
 
 
 def pair_grad(
-    loss: MarginLoss,
+    loss: MarginLoss | PairLoss,
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
     beta: ArrayT | float,
+    reward_gap: ArrayT | float | None = None,
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
@@ -344,6 +345,7 @@ def pair_grad(
       reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
         or 0.0.
       beta: Passed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
+      reward_gap: Known r_w - r_l, > 0: beta is divided by it. None means 1.
       weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
         negative. The gradient of a pair of weight 0 is 0, even if its log-probabilities or beta are
         nan or inf. None means 1.
@@ -369,6 +371,7 @@ def pair_grad(
         reference_chosen_logps,
         reference_rejected_logps,
         beta=beta,
+        reward_gap=reward_gap,
         weights=weights,
         reduction=reduction,
     )
@@ -380,7 +383,7 @@ def spo_prob_grad(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     reward_gap: ArrayT | float | None = None,
     linear_below: float | None = None,
 ) -> PairProbGrad:
@@ -445,7 +448,7 @@ def dpo_prob_grad(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     label_smoothing: float = 0.0,
 ) -> PairProbGrad:
     """The derivatives of each pair's DPO loss by the policy's probabilities, paper eq. 7.
@@ -500,14 +503,20 @@ def dpo_prob_grad(
 
 @quiet
 def reduced_grad(
-    loss: MarginLoss, *logps: Any, beta: Any, weights: Any, reduction: str, reward_gap: Any = None
+    loss: MarginLoss | PairLoss,
+    *logps: Any,
+    beta: Any,
+    weights: Any,
+    reduction: str,
+    reward_gap: Any = None,
 ) -> PairGrad:
     """`pair_grad` of the four log-probabilities, with a reward gap for losses that use one."""
     check_loss(loss)
     check_reduction(reduction)
-    pairs = inputs(loss, margins(*logps), beta, reward_gap, weights)
-    slopes = shares(pairs.weigh(loss.slope(pairs.margin, pairs.beta)), reduction)
-    return PairGrad(slopes, -slopes)
+    of_pairs = pairwise(loss)
+    pairs = inputs(of_pairs, log_ratios(*logps), beta, reward_gap, weights)
+    slopes = of_pairs.slopes(pairs.chosen, pairs.rejected, pairs.beta)
+    return PairGrad(*(shares(pairs.weigh(slope), reduction) for slope in slopes))
 
 
 @quiet

@@ -42,6 +42,37 @@ class MarginLoss(Protocol):
         """Its derivative dl/dh, shape [B]."""
 
 
+class PairLoss(Protocol):
+    """The interface of a loss of the two log-ratios, log(pi / pi_ref) of each side, shape [B]."""
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """The loss l(u_w, u_l), shape [B]."""
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """Its derivatives dl/du_w and dl/du_l, shape [B] each."""
+
+
+@dataclass(frozen=True)
+class OfMargin:
+    """A loss of the margin as a loss of the two log-ratios: h = u_w - u_l."""
+
+    loss: MarginLoss
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """l(u_w - u_l)."""
+        return self.loss.value(chosen - rejected, beta)
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """dl/dh and -dl/dh."""
+        slope = self.loss.slope(chosen - rejected, beta)
+        return slope, -slope
+
+
+def pairwise(loss: Any) -> PairLoss:
+    """A loss of the margin or of the two log-ratios, as the latter."""
+    return OfMargin(loss) if hasattr(loss, "slope") else loss
+
+
 class SignedLog(NamedTuple):
     """A number as sign * exp(log_abs), for magnitudes beyond the range of floating point.
 

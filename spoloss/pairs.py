@@ -26,7 +26,7 @@ from spoloss._arrays import (
     quiet,
     reduce,
 )
-from spoloss.losses import DPO, SPO, MarginLoss, Squared
+from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
 
 LOGPS = (
     "policy_chosen_logps",
@@ -52,7 +52,7 @@ def spo_loss(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     reward_gap: ArrayT | float | None = None,
     linear_below: float | None = None,
     weights: ArrayT | float | None = None,
@@ -127,7 +127,7 @@ def dpo_loss(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     label_smoothing: float = 0.0,
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
@@ -192,7 +192,7 @@ def squared_loss(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     reward_gap: ArrayT | float | None = None,
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
@@ -262,7 +262,7 @@ def ipo_loss(
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
-    beta: ArrayT | float = 0.1,
+    beta: ArrayT | float,
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
@@ -321,13 +321,14 @@ def ipo_loss(
 
 
 def pair_loss(
-    loss: MarginLoss,
+    loss: MarginLoss | PairLoss,
     policy_chosen_logps: ArrayT,
     policy_rejected_logps: ArrayT,
     reference_chosen_logps: ArrayT | float,
     reference_rejected_logps: ArrayT | float,
     *,
     beta: ArrayT | float,
+    reward_gap: ArrayT | float | None = None,
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
@@ -354,6 +355,7 @@ def pair_loss(
       reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
         or 0.0.
       beta: Passed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
+      reward_gap: Known r_w - r_l, > 0: beta is divided by it. None means 1.
       weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
         negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
         log-probabilities or beta are nan or inf. The gradient with respect to a weight is the loss
@@ -378,6 +380,7 @@ def pair_loss(
         reference_chosen_logps,
         reference_rejected_logps,
         beta=beta,
+        reward_gap=reward_gap,
         weights=weights,
         reduction=reduction,
     )
@@ -477,7 +480,7 @@ def implicit_rewards(
 
 @quiet
 def reduced_loss(
-    loss: MarginLoss,
+    loss: MarginLoss | PairLoss,
     *logps: ArrayT | float,
     beta: ArrayT | float,
     weights: ArrayT | float | None,
@@ -487,8 +490,9 @@ def reduced_loss(
     """`pair_loss` of the four log-probabilities, with a reward gap for losses that use one."""
     check_loss(loss)
     check_reduction(reduction)
-    pairs = inputs(loss, margins(*logps), beta, reward_gap, weights)
-    values = pairs.weigh(loss.value(pairs.margin, pairs.beta))
+    of_pairs = pairwise(loss)
+    pairs = inputs(of_pairs, log_ratios(*logps), beta, reward_gap, weights)
+    values = pairs.weigh(of_pairs.value(pairs.chosen, pairs.rejected, pairs.beta))
     return reduce(values, reduction)  # type: ignore[no-any-return]
 
 
@@ -518,7 +522,8 @@ def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
 class Inputs(NamedTuple):
     """What a loss is evaluated at, and how its values are weighted."""
 
-    margin: Any
+    chosen: Any
+    rejected: Any
     beta: Any
     weights: Any
     """An array, or None for 1."""
@@ -532,41 +537,47 @@ class Inputs(NamedTuple):
         return self.weights * namespace(values).where(self.left_out, 0.0, values)
 
 
-def inputs(loss: MarginLoss, margin: Any, beta: Any, reward_gap: Any, weights: Any) -> Inputs:
-    """The margin, beta and weight of each pair, with finite stand-ins for pairs that are left out.
+def inputs(
+    loss: PairLoss, ratios: tuple[Any, Any], beta: Any, reward_gap: Any, weights: Any
+) -> Inputs:
+    """The log-ratios, beta and weight of each pair, with finite stand-ins for those left out.
 
     0 * inf and 0 * nan are nan, also in derivatives. A pair of weight 0 that is finite keeps its
-    margin, because the derivative with respect to its weight is its loss.
+    log-ratios, because the derivative with respect to its weight is its loss.
     """
+    like = ratios[0]
     if weights is None:
-        return Inputs(margin, beta_for_gap(beta, reward_gap, margin), None, None)
-    xp = namespace(margin)
-    weights = per_pair("weights", weights, margin, positive=False)
+        return Inputs(*ratios, beta_for_gap(beta, reward_gap, like), None, None)
+    xp = namespace(like)
+    weights = per_pair("weights", weights, like, positive=False)
     if is_number(weights):
-        weights = filled(margin, weights)
-    usable = _usable(loss, margin, beta, reward_gap)
+        weights = filled(like, weights)
+    usable = _usable(loss, ratios, beta, reward_gap)
     left_out = xp.logical_and(weights == 0.0, xp.logical_not(usable))
-    margin, beta, reward_gap = (
+    chosen, rejected, beta, reward_gap = (
         value if value is None or is_number(value) else xp.where(left_out, 1.0, value)
-        for value in (margin, beta, reward_gap)
+        for value in (*ratios, beta, reward_gap)
     )
-    return Inputs(margin, beta_for_gap(beta, reward_gap, margin), weights, left_out)
+    return Inputs(chosen, rejected, beta_for_gap(beta, reward_gap, like), weights, left_out)
 
 
-def _usable(loss: MarginLoss, margin: Any, beta: Any, reward_gap: Any) -> Any:
+def _usable(loss: PairLoss, ratios: tuple[Any, Any], beta: Any, reward_gap: Any) -> Any:
     """Which pairs have a finite value and finite derivatives."""
-    beta = beta_for_gap(beta, reward_gap, margin)
-    steepness = beta if reward_gap is None else beta / per_pair("reward_gap", reward_gap, margin)
+    like = ratios[0]
+    beta = beta_for_gap(beta, reward_gap, like)
+    steepness = beta if reward_gap is None else beta / per_pair("reward_gap", reward_gap, like)
     # Constants, because MLX differentiates isfinite, which multiplies 0 by inf.
-    margin, beta, steepness = (
-        value if is_number(value) else detach(value) for value in (margin, beta, steepness)
+    chosen, rejected, beta, steepness = (
+        value if is_number(value) else detach(value) for value in (*ratios, beta, steepness)
     )
-    value, slope = loss.value(margin, beta), loss.slope(margin, beta)
-    # The last two are the derivative with respect to beta and the size of the second derivative of
-    # a loss of x = beta * h. All four are arrays, whatever beta is.
-    terms = [margin, value, slope, slope * (margin / beta), slope * beta]
+    slopes = loss.slopes(chosen, rejected, beta)
+    terms = [chosen, rejected, loss.value(chosen, rejected, beta), *slopes]
+    # The derivative with respect to beta, and the size of the second derivative of a loss of
+    # x = beta * h.
+    for slope in slopes:
+        terms += [slope * ((chosen - rejected) / beta), slope * beta]
     terms += [number for number in (beta, steepness) if not is_number(number)]
-    return functools.reduce(namespace(margin).logical_and, map(namespace(margin).isfinite, terms))
+    return functools.reduce(namespace(like).logical_and, map(namespace(like).isfinite, terms))
 
 
 def check_loss(loss: Any) -> None:
@@ -575,7 +586,8 @@ def check_loss(loss: Any) -> None:
     Raises:
       TypeError: `loss` is a class, or has no `value` or no `slope`.
     """
-    if isinstance(loss, type) or not (hasattr(loss, "value") and hasattr(loss, "slope")):
+    slopes = hasattr(loss, "slope") or hasattr(loss, "slopes")
+    if isinstance(loss, type) or not (hasattr(loss, "value") and slopes):
         raise TypeError(
             f"loss must be an object with value and slope, such as SPO() or DPO(), got {loss!r}"
         )
