@@ -10,15 +10,22 @@ except ImportError as error:
     raise ImportError('spoloss.torch needs PyTorch: pip install "spoloss[torch]"') from error
 
 from spoloss.torch._fused import LinearPairLoss
-from spoloss.torch.fused import linear_pair_loss
-from spoloss.torch.fused_dpo import linear_dpo_loss
-from spoloss.torch.fused_spo import linear_spo_loss
-from spoloss.torch.fused_squared import linear_ipo_loss, linear_squared_loss
+from spoloss.torch.heads import (
+    Completions,
+    Head,
+    linear_dpo_loss,
+    linear_ipo_loss,
+    linear_pair_loss,
+    linear_spo_loss,
+    linear_squared_loss,
+)
 from spoloss.torch.logps import linear_logps, sequence_logps
 from spoloss.torch.modules import DPOLoss, PreferenceOutput, SPOLoss, SquaredLoss
 
 __all__ = [
+    "Completions",
     "DPOLoss",
+    "Head",
     "LinearPairLoss",
     "PreferenceOutput",
     "SPOLoss",

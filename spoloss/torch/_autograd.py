@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def needs_grad(tensor: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient with respect to a tensor."""
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
 class RefuseSecondDerivative(torch.autograd.Function):
     """The identity on a gradient, with a derivative that raises an error."""
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spoloss.torch._tiles import CPU_MEMORY, GPU_MEMORY, MPS_MEMORY, Memory
+
 # Before 2.10, addmm does not accept a total wider than its factors (pytorch/pytorch#167931).
 WIDE_TOTALS = torch.__version__ >= "2.10"
 
@@ -20,33 +22,26 @@ class Device(NamedTuple):
     """How the fused head works on one kind of device.
 
     Attributes:
-      block_bytes: memory of one block of logits, which has some columns of a tile.
-      rows: tokens per tile if its blocks are not kept.
-      kept_bytes: memory of a tile if all its blocks are kept.
+      memory: what it spends on tiles.
       wide_sums: whether products of half precision can be summed and returned in float32.
       compiles: whether torch.compile fuses the exponentials of a block into one kernel.
     """
 
-    block_bytes: int
-    rows: int
-    kept_bytes: int
+    memory: Memory
     wide_sums: bool
     compiles: bool
 
+    def factor_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of exponentials for a head with products in `dtype`."""
+        return dtype if self.wide_sums else torch.promote_types(dtype, torch.float32)
 
-CPU = Device(16 * 2**20, 1024, 64 * 2**20, wide_sums=False, compiles=False)
-CUDA = Device(
-    512 * 2**20,
-    4096,
-    2 * 2**30,
-    wide_sums=True,
-    compiles=importlib.util.find_spec("triton") is not None,
-)
+
+CPU = Device(CPU_MEMORY, wide_sums=False, compiles=False)
+CUDA = Device(GPU_MEMORY, wide_sums=True, compiles=importlib.util.find_spec("triton") is not None)
 BEFORE_AMPERE = CUDA._replace(wide_sums=False, compiles=False)
-# A GPU needs larger tiles than a CPU. A Mac shares its memory with everything else.
 OTHERS = {
     "xpu": BEFORE_AMPERE,
-    "mps": Device(128 * 2**20, 2048, 512 * 2**20, wide_sums=False, compiles=False),
+    "mps": Device(MPS_MEMORY, wide_sums=False, compiles=False),
 }
 
 

@@ -138,7 +138,8 @@ def exponentials_of(
     """
     if not compiles:
         return exponentials_(products, transform, column, sums, dtype)
-    return _fused(exponentials, products)(products, transform, column, sums, dtype)
+    found: Exponentials = _fused(exponentials, products)(products, transform, column, sums, dtype)
+    return found
 
 
 def sums_of(
@@ -147,7 +148,8 @@ def sums_of(
     """The sums of `exponentials_of` alone. A compiled kernel then writes nothing of size [n, C]."""
     if not compiles:
         return exponentials_(products, transform, column, sums, products.dtype).sums
-    return _fused(sums_alone, products)(products, transform, column, sums)
+    found: Sums = _fused(sums_alone, products)(products, transform, column, sums)
+    return found
 
 
 def exponentials(

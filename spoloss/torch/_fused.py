@@ -1,26 +1,36 @@
-"""From checked arguments to the loss, in one pass if possible, else in two.
+"""From checked arguments to log-probabilities, and to the loss: in one pass if possible.
 
-One pass computes the gradients in the forward, so it needs the factor of each pair in the loss.
-With `reduction="none"`, these factors are only known in the backward, so the weight's gradient
-needs a second pass. Under torch.compile there are two passes as well, because the graph cannot
-depend on the number of labels that count.
+With a frozen head, `token_logps` keeps each token's direction, so any loss takes two products. With
+a trained head, one pass computes the gradients in the forward, so it needs the factor of each pair
+in the loss. With `reduction="none"` these factors are only known in the backward, and under
+torch.compile the graph cannot depend on the number of labels that count. Then the backward computes
+the logits again.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from spoloss.torch._autograd import anchor, refuse_second_derivative, refuse_vmap, scaled
+from spoloss.torch._autograd import (
+    anchor,
+    needs_grad,
+    refuse_second_derivative,
+    refuse_vmap,
+    scaled,
+)
 from spoloss.torch._gradients import Wanted, held_dtype
-from spoloss.torch._head import Head, HeadOptions
-from spoloss.torch._labels import sum_sequences
-from spoloss.torch._objective import Objective
+from spoloss.torch._head import HeadOptions, Projection
+from spoloss.torch._objective import Constants, Objective
 from spoloss.torch._one_pass import one_pass
+from spoloss.torch._operator import compiled_logps
 from spoloss.torch._recompute import token_logps
 from spoloss.torch._tokens import Batch, Sequences, TokenTable, make_table
+from spoloss.torch._vocab_parallel import refuse_compilation
 
 
 class LinearPairLoss(NamedTuple):
@@ -37,8 +47,26 @@ class LinearPairLoss(NamedTuple):
     rejected_logps: Tensor
 
 
+def logps_of_tokens(
+    hidden: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    sides: list[Sequences],
+    options: HeadOptions,
+) -> list[Tensor]:
+    """Log-probabilities of each side's targets, [B, T], 0 where none counts. Differentiable."""
+    if options.shard is not None:
+        refuse_compilation()
+    if not torch.compiler.is_compiling():
+        return token_logps(hidden, weight, bias, sides, options)
+    return [
+        compiled_logps(states, weight, bias, side, options)
+        for states, side in zip(hidden, sides, strict=True)
+    ]
+
+
 class Inputs(NamedTuple):
-    """The tensors that may require a gradient: hidden states [B, T, D] by side, and the head."""
+    """The tensors that logits come from: hidden states [B, T, D] by side, and the head."""
 
     chosen: Tensor
     rejected: Tensor
@@ -47,40 +75,76 @@ class Inputs(NamedTuple):
 
 
 def fused_loss(
-    inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
+    inputs: Inputs,
+    sides: list[Sequences],
+    objective: Objective,
+    constants: Constants,
+    options: HeadOptions,
 ) -> LinearPairLoss:
-    """The loss of a batch of pairs, differentiable by the inputs."""
-    needed = Wanted(
-        hidden=_needs_grad(inputs.chosen) or _needs_grad(inputs.rejected),
-        weight=_needs_grad(inputs.weight),
-        bias=_needs_grad(inputs.bias),
+    """The loss of a batch of pairs, differentiable with respect to the inputs and the constants."""
+    wanted = Wanted(
+        hidden=needs_grad(inputs.chosen) or needs_grad(inputs.rejected),
+        weight=needs_grad(inputs.weight),
+        bias=needs_grad(inputs.bias),
     )
-    later = objective.reduction == "none" and needed.head
-    if later or not any(needed) or torch.compiler.is_compiling():
-        return _two_passes(inputs, sides, objective, options)
-    table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
-    value, chosen, rejected, *_ = _OnePass.apply(  # type: ignore[no-untyped-call]
-        *inputs, anchor(*inputs), table, objective, options, needed
-    )
-    return LinearPairLoss(value, chosen, rejected)
+    if not wanted.head or objective.reduction == "none" or torch.compiler.is_compiling():
+        # Named fields, because PyTorch 2.8 does not compile a slice of a named tuple.
+        hidden = (inputs.chosen, inputs.rejected)
+        tokens = logps_of_tokens(hidden, inputs.weight, inputs.bias, sides, options)
+        sums = torch.stack([side.sums(part) for side, part in zip(sides, tokens, strict=True)])
+        value = objective.value(sums, constants)
+    else:
+        table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
+        logps, *gradients = _OnePass.apply(  # type: ignore[no-untyped-call]
+            *inputs, table.tokens.weight, *constants, table, objective, options, wanted
+        )
+        # Autograd differentiates the value with respect to the constants, `_Attach` the inputs.
+        sums = table.sums(logps, slice(0, len(table.lengths)))
+        value = objective.value(sums, constants)
+        value = _Attach.apply(value, *inputs, anchor(*inputs), table.sizes, *gradients)  # type: ignore[no-untyped-call]
+    return LinearPairLoss(value, *objective.logps(sums, constants).detach().unbind())
 
 
-def _needs_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+class _OnePass(torch.autograd.Function):
+    """The log-probability of each row of the table and the gradients of the loss, as constants."""
+
+    @staticmethod
+    def forward(
+        chosen: Tensor,
+        rejected: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_weights: Tensor | None,
+        *others: Any,
+    ) -> tuple[Tensor | None, ...]:
+        *constants, table, objective, options, wanted = others
+        with torch.autocast(chosen.device.type, enabled=False):
+            head = Projection.of(weight, bias, options)
+            batch = Batch.of(_with_weights(table, token_weights), chosen, rejected)
+            found = one_pass(head, batch, objective, Constants(*constants), wanted)
+            return (
+                found.logps,
+                found.gradients.hidden,
+                found.gradients.head.weight(held_dtype(weight.dtype)),
+                None if bias is None else found.gradients.head.bias(held_dtype(bias.dtype)),
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:  # noqa: ARG004
+        ctx.mark_non_differentiable(*(tensor for tensor in output if tensor is not None))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        refuse_vmap()
 
 
-def _two_passes(
-    inputs: Inputs, sides: list[Sequences], objective: Objective, options: HeadOptions
-) -> LinearPairLoss:
-    """The same loss from token log-probabilities, with logits recomputed in the backward."""
-    # Named fields, because PyTorch 2.8 does not compile a slice of a named tuple.
-    hidden = (inputs.chosen, inputs.rejected)
-    tokens = token_logps(hidden, inputs.weight, inputs.bias, sides, options)
-    sums = [
-        sum_sequences(logps, side.cu_seqlens) for logps, side in zip(tokens, sides, strict=True)
-    ]
-    logps = objective.logps(torch.stack(sums))
-    return LinearPairLoss(objective.value(logps), *logps.detach())
+def _with_weights(table: TokenTable, weight: Tensor | None) -> TokenTable:
+    """The table inside of an autograd function, which unwraps its arguments under torch.func."""
+    return dataclasses.replace(table, tokens=dataclasses.replace(table.tokens, weight=weight))
 
 
 class _Kind(NamedTuple):
@@ -90,71 +154,38 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
 
 
-class _OnePass(torch.autograd.Function):
-    """Loss, log-probabilities and gradients in the forward; the backward only scales them."""
+class _Attach(torch.autograd.Function):
+    """The identity on the loss, with known gradients, which the backward only scales."""
 
     @staticmethod
-    def forward(
-        chosen: Tensor,
-        rejected: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,  # noqa: ARG004
-        table: TokenTable,
-        objective: Objective,
-        options: HeadOptions,
-        needed: Wanted,
-    ) -> tuple[Tensor | None, ...]:
-        with torch.autocast(chosen.device.type, enabled=False):
-            head = Head.of(weight, bias, options)
-            found = one_pass(head, Batch.of(table, chosen, rejected), objective, needed)
-            logps = objective.logps(found.sums)
-            return (
-                objective.value(logps),
-                *logps.unbind(),
-                found.gradients.hidden,
-                found.gradients.head.weight(held_dtype(weight.dtype)),
-                None if bias is None else found.gradients.head.bias(held_dtype(bias.dtype)),
-            )
+    def forward(value: Tensor, *_: Any) -> Tensor:
+        return value.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        chosen, rejected, weight, bias, anchor, ctx.table, *_ = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        _, *tensors, anchor, ctx.sizes, hidden, weight, bias = inputs
         # Only shapes and dtypes, because saved inputs would stay in memory until the backward.
         ctx.kinds = [
-            None if tensor is None else _Kind(tensor.shape, tensor.dtype)
-            for tensor in (chosen, rejected, weight, bias)
+            None if tensor is None else _Kind(tensor.shape, tensor.dtype) for tensor in tensors
         ]
-        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[3:], anchor)
+        ctx.save_for_backward(hidden, weight, bias, anchor)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * 9
-        hidden, weight, bias, anchor = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *found, anchor = ctx.saved_tensors
         with torch.no_grad():
-            if hidden is not None:
-                factor = upstream if upstream.ndim == 0 else _of_rows(ctx.table, upstream)
-                hidden = torch.split(scaled(hidden, factor), ctx.table.sizes)
-            found = (
-                *(hidden or (None, None)),
-                *(None if grad is None else scaled(grad, upstream) for grad in (weight, bias)),
-            )
+            hidden, *of_head = (None if grad is None else scaled(grad, upstream) for grad in found)
+            sides = (None, None) if hidden is None else torch.split(hidden, ctx.sizes)
             grads = tuple(
                 None if grad is None or not need else grad.view(kind.shape).to(kind.dtype)
-                for grad, need, kind in zip(found, ctx.needs_input_grad, ctx.kinds, strict=False)
+                for grad, need, kind in zip(
+                    (*sides, *of_head), ctx.needs_input_grad[1:], ctx.kinds, strict=False
+                )
             )
-        return *refuse_second_derivative(grads, anchor), *(None,) * 5
+        # The value is no function of the inputs here, so its second derivative with respect to a
+        # constant and an input would be a silent zero.
+        return *refuse_second_derivative((upstream, *grads), anchor), *(None,) * 5
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
         refuse_vmap()
-
-
-def _of_rows(table: TokenTable, of_pair: Tensor) -> Tensor:
-    """A value per pair, copied to its rows of hidden states, [rows, 1]; 0 if no label counts."""
-    rows = of_pair.new_zeros(sum(table.sizes))
-    rows[table.tokens.place] = of_pair[table.tokens.pair]
-    return rows[:, None]

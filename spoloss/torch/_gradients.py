@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spoloss.torch._head import Head
+from spoloss.torch._head import Projection
 from spoloss.torch._products import accumulate, add_rows
 from spoloss.torch._softmax import Block, Softmax
 from spoloss.torch._tokens import Tile, Tokens
@@ -43,7 +43,7 @@ class Gradients:
       head: the gradient by weight and bias.
     """
 
-    def __init__(self, model: Head, wanted: Wanted, hidden: Tensor | None) -> None:
+    def __init__(self, model: Projection, wanted: Wanted, hidden: Tensor | None) -> None:
         """Start without any contribution.
 
         Args:
@@ -54,28 +54,37 @@ class Gradients:
         self.hidden = hidden
         self.head = HeadGradient(model, wanted)
         self._model, self._wanted = model, wanted
-        self._beside: Gradients | None = None
+        self._spare: list[HeadGradient] = []
 
-    def beside(self) -> Gradients:
-        """Gradients of a part of the batch, with the same rows of hidden states and an empty head.
+    def directions(self, count: int) -> list[HeadGradient]:
+        """Empty gradients by the head, one for each side of a long pair.
 
-        Each call clears the head that the last call returned, so its memory is allocated once.
+        If no contribution was added yet, the first of them is `head` itself. The others are
+        allocated once, and each call clears them.
         """
-        if self._beside is None:
-            self._beside = Gradients(self._model, self._wanted, self.hidden)
-        self._beside.head.clear()
-        return self._beside
+        own = [self.head] if self.head.empty else []
+        while len(own) + len(self._spare) < count:
+            self._spare.append(HeadGradient(self._model, self._wanted))
+        for spare in self._spare:
+            spare.clear()
+        return (own + self._spare)[:count]
 
-    def add(self, tile: Tile, softmax: Softmax, slopes: Tensor) -> None:
+    def add_scaled(self, directions: list[HeadGradient], slopes: Tensor) -> None:
+        """Add the direction of each side, from `directions`, times the slope of its side."""
+        for direction, slope in zip(directions, slopes, strict=True):
+            self.head.add_scaled(direction, slope)
+
+    def add(self, tile: Tile, softmax: Softmax, slopes: Tensor, head: HeadGradient) -> None:
         """Add the contribution of one tile.
 
         Args:
           tile: tokens with their hidden states.
           softmax: the tile's softmax, with the blocks and the product for the wanted gradients.
-          slopes: [n] the derivative of the loss by each token's log-probability.
+          slopes: [n] the derivative of the loss with respect to each token's log-probability.
+          head: where to add the gradient by the head: `self.head` or a direction.
         """
         if self._wanted.head:
-            self.head.add(tile.states, softmax, softmax.blocks, slopes)
+            head.add(tile.states, softmax, softmax.blocks, slopes)
         if softmax.product is not None:
             self.write_hidden(tile.tokens, softmax, softmax.product, slopes)
 
@@ -113,7 +122,7 @@ class HeadGradient:
     saves one pass over an array of the weight's size.
     """
 
-    def __init__(self, model: Head, wanted: Wanted) -> None:
+    def __init__(self, model: Projection, wanted: Wanted) -> None:
         """Allocate the wanted gradients by weight and bias."""
         bias = model.bias if wanted.bias else None
         self._model = model

@@ -8,15 +8,33 @@ variable-length functions: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spoloss.torch._autograd import is_batched
+
 IGNORED = torch.iinfo(torch.int64).min
 """The target of a token that is ignored."""
 
+UNWEIGHABLE = IGNORED + 1
+"""The target of a token whose weight is negative, infinite or nan, which is an error."""
+
 _PIECE = 256
 """The number of values in a piece of `sum_runs`."""
+
+
+def check_floating(name: str, value: Any) -> None:
+    """Check that an argument is a real floating tensor.
+
+    Raises:
+      TypeError: it is no tensor, or not real floating.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a PyTorch tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be real floating, got {value.dtype}")
 
 
 def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
@@ -37,6 +55,25 @@ def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
         )
     if labels.device != states.device:
         raise ValueError(f"{name} must be on the {states.device} of {other}, got {labels.device}")
+
+
+def check_token_weights(name: str, weights: Tensor, labels_name: str, labels: Tensor) -> None:
+    """Check that weights of tokens fit to the labels. Their values are checked with the labels.
+
+    Raises:
+      TypeError: the weights are no tensor, or not real floating.
+      ValueError: the shape or the device does not fit.
+    """
+    check_floating(name, weights)
+    if weights.shape != labels.shape:
+        raise ValueError(
+            f"{name} must have the shape {tuple(labels.shape)} of {labels_name}, "
+            f"got {tuple(weights.shape)}"
+        )
+    if weights.device != labels.device:
+        raise ValueError(
+            f"{name} must be on the {labels.device} of {labels_name}, got {weights.device}"
+        )
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, labels_name: str, labels: Tensor) -> None:
@@ -63,29 +100,90 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, labels_name: str, labels: Te
         raise ValueError(
             f"{name} must be on the {labels.device} of {labels_name}, got {cu_seqlens.device}"
         )
-    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not rises(cu_seqlens, labels.shape[1]):
+    if _is_readable(cu_seqlens) and not rises(cu_seqlens, labels.shape[1]):
         raise ValueError(
             f"{name} must rise from 0 to T = {labels.shape[1]}, got {cu_seqlens.tolist()}"
         )
 
 
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor at once, outside of a graph."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not is_batched(tensor)
+
+
+class Targets(NamedTuple):
+    """What each position predicts.
+
+    Attributes:
+      ids: [B, T] int64 token ids, IGNORED where none counts.
+      weights: [B, T] the factor of each token's log-probability, 0 where none counts, in at least
+        float32; None for 1.
+    """
+
+    ids: Tensor
+    weights: Tensor | None
+
+    def lengths(self, cu_seqlens: Tensor | None) -> Tensor:
+        """The number of tokens of each sequence, or the sum of their weights, [S]."""
+        counts = self.ids != IGNORED
+        return sum_sequences(counts if self.weights is None else self.weights, cu_seqlens)
+
+    def weighted(self, logps: Tensor) -> Tensor:
+        """Token log-probabilities [B, T], 0 where none counts, times the tokens' weights."""
+        return logps if self.weights is None else logps * self.weights.to(logps.dtype)
+
+    def sums(self, logps: Tensor, *, average: bool, cu_seqlens: Tensor | None) -> Tensor:
+        """The weighted sum or average of token log-probabilities [B, T] over each sequence, [S]."""
+        sums = sum_sequences(self.weighted(logps), cu_seqlens)
+        return sums / divisors(self.lengths(cu_seqlens)).to(sums.dtype) if average else sums
+
+    def check_weights(self, name: str) -> None:
+        """Check the weights, where that does not synchronise with a device.
+
+        Raises:
+          ValueError: a weight is negative, infinite or nan.
+        """
+        if _is_readable(self.ids) and (self.ids == UNWEIGHABLE).any():
+            raise ValueError(f"{name} must be finite and not negative, got another number")
+
+
 def targets_of(
-    labels: Tensor, ignore_index: int, *, shift: bool, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """The token id that each position predicts, int64 [B, T], or IGNORED.
+    labels: Tensor,
+    token_weights: Tensor | None,
+    ignore_index: int,
+    *,
+    shift: bool,
+    cu_seqlens: Tensor | None,
+) -> Targets:
+    """What each position predicts. A label of weight 0 does not count.
 
     The labels are shifted, not the hidden states or logits, because flattening a slice of those
     would copy them.
     """
     # Convert before comparing: as uint8, an ignore_index of -100 would equal token 156.
-    labels = labels.long()
-    labels = torch.where(labels == ignore_index, IGNORED, labels)
-    if not shift:
-        return labels
-    if cu_seqlens is not None:
-        labels = torch.where(_starts(cu_seqlens, labels.shape[1]), IGNORED, labels)
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    ids = labels.long()
+    ids = torch.where(ids == ignore_index, IGNORED, ids)
+    if token_weights is not None:
+        fits = (token_weights >= 0.0) & (token_weights < math.inf)
+        ids = torch.where(fits | (ids == IGNORED), ids, UNWEIGHABLE)
+        ids = torch.where(token_weights == 0.0, IGNORED, ids)
+    if shift:
+        if cu_seqlens is not None:
+            ids = torch.where(_starts(cu_seqlens, ids.shape[1]), IGNORED, ids)
+        ids = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
+    if token_weights is None:
+        return Targets(ids, None)
+    weights = token_weights.to(torch.promote_types(token_weights.dtype, torch.float32))
+    if shift:
+        weights = torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1)
+    return Targets(ids, torch.where(ids == IGNORED, 0.0, weights))
+
+
+def divisors(lengths: Tensor) -> Tensor:
+    """What averages divide by: the lengths, 1 for a sequence without tokens."""
+    return torch.where(lengths == 0, 1, lengths)
 
 
 def _starts(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -137,14 +235,6 @@ def sum_runs(values: Tensor, run: Tensor, count: int) -> Tensor:
     exists = torch.zeros(count, many, dtype=torch.bool, device=values.device)
     exists = exists.index_put((run, position // _PIECE), exists.new_ones(()))
     return torch.where(exists, pieces.unfold(0, many, 1)[:count], 0).sum(dim=1)
-
-
-def sum_tokens(
-    token_logps: Tensor, lengths: Tensor, *, average: bool, cu_seqlens: Tensor | None
-) -> Tensor:
-    """Sums over sequences, or averages over `lengths` tokens. 0 for a sequence without tokens."""
-    total = sum_sequences(token_logps, cu_seqlens)
-    return total / lengths.clamp(min=1) if average else total
 
 
 def rises(cu_seqlens: Tensor, length: int) -> Tensor:

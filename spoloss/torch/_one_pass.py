@@ -1,9 +1,10 @@
-"""Hidden states to loss and gradients in one pass, for any loss of the margin.
+"""Hidden states to log-probabilities and gradients in one pass, for any loss of the log-ratios.
 
-The gradient of such a loss is one number per pair times a fixed direction: with h the margin and
-p_t the softmax of token t,
+Let S_i = sum_t w_t * log p_t be the log-probability of sequence i, with token weights w, and p_t
+the softmax of its token t. The gradient of a loss is one number per sequence times a fixed
+direction:
 
-    dL/dlogits_t = dL/dh * (+1 for chosen, -1 for rejected) * (onehot_t - p_t)
+    dL/dlogits_t = dL/dS_i * w_t * (onehot_t - p_t)
 
 So one tile gives both a token's log-probability and its gradients, and nothing is computed twice.
 This takes three matrix products per token. A head that recomputes its logits needs four.
@@ -17,7 +18,7 @@ This takes three matrix products per token. A head that recomputes its logits ne
        Softmax: log p, exponentials     |
           |                             |
           v                             |
-       sums per sequence -> margin      |
+       sums per sequence                |
           |  pair_grad                  |
           v                             |
        a slope per token ---------------+
@@ -27,7 +28,8 @@ This takes three matrix products per token. A head that recomputes its logits ne
        = slope * (onehot - p) W      += slope * (onehot - p)^T states     products 2 and 3
 
 For pairs that fit in a tile, the slopes are known before the gradient products. A longer pair is
-processed tile by tile. Its gradients are accumulated for dh instead of dL, and scaled at the end.
+processed tile by tile. The direction of each of its sides, the gradient of the side's sum, is
+accumulated in an array of its own and multiplied by the side's slope at the end.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ import torch
 from torch import Tensor
 
 from spoloss.torch._gradients import Gradients, Wanted, held_dtype
-from spoloss.torch._head import Head
-from spoloss.torch._objective import Objective
-from spoloss.torch._plan import plan, tallest, tiles
+from spoloss.torch._head import Projection
+from spoloss.torch._objective import Constants, Objective
 from spoloss.torch._softmax import Softmax, Workspace, softmax_of
-from spoloss.torch._tokens import CHOSEN, REJECTED, Batch, Tile
+from spoloss.torch._tiles import Group, plan, tallest, tiles
+from spoloss.torch._tokens import Batch, Tile
 
 
 @dataclass(frozen=True)
@@ -50,55 +52,80 @@ class Pass:
     """The results of one pass.
 
     Attributes:
-      sums: each sequence's sum of log-probabilities over its tokens, [2, P], nats.
+      logps: the log-probability of each row of the table, nats.
       gradients: the gradients of the loss.
     """
 
-    sums: Tensor
+    logps: Tensor
     gradients: Gradients
 
 
-def one_pass(head: Head, batch: Batch, objective: Objective, wanted: Wanted) -> Pass:
+def one_pass(
+    head: Projection, batch: Batch, objective: Objective, constants: Constants, wanted: Wanted
+) -> Pass:
     """Log-probabilities and gradients of a batch of pairs, without holding all logits."""
-    table, budget = batch.table, head.budget(keep=wanted.head)
-    groups = plan(table.lengths, budget)
-    hidden = batch.zeros(held_dtype(batch.hidden[0].dtype)) if wanted.hidden else None
-    gradients = Gradients(head, wanted, hidden)
-    sums = torch.zeros_like(objective.lengths, dtype=head.dtype)
-    logps = sums.new_empty(len(table))
-    workspace = Workspace(head, tallest(table.lengths, groups, budget), keep=wanted.head)
+    run = _Run(head, batch, objective, constants, wanted)
+    # Long pairs first, because the gradient can hold a direction while it is empty.
+    for group in sorted(run.groups, key=lambda group: group.fits):
+        (run.add_group if group.fits else run.add_long_pair)(slice(group.first, group.last))
+    return Pass(run.logps, run.gradients)
 
-    def softmax(tile: Tile) -> Softmax:
-        return softmax_of(head, tile, workspace, keep=wanted.head, product=wanted.hidden)
 
-    for group in groups:
-        pairs = slice(group.first, group.last)
-        if group.fits:  # the slopes are known before the gradient products
-            tile = batch.tile(table.rows(pairs), head.weight.dtype)
-            found = softmax(tile)
-            logps[table.rows(pairs)] = found.logps
-            sums[:, pairs] = table.sums(logps, pairs)
-            gradients.add(tile, found, objective.token_slopes(sums, pairs, tile.tokens))
-            del tile, found  # before the next tile needs as much memory
-            continue
-        # One long pair: accumulate its unit direction, then scale it by its slope. If no other
-        # contribution was added yet, the gradients themselves can hold the direction.
-        alone = gradients.head.empty and objective.nll_weight == 0.0
-        direction = gradients if alone else gradients.beside()
-        for side in (CHOSEN, REJECTED):
-            for rows in tiles(table.rows_of_side(group.first, side), budget.part):
-                tile = batch.tile(rows, head.weight.dtype)
-                found = softmax(tile)
-                logps[rows] = found.logps
-                direction.add(tile, found, objective.unit_token_slopes(tile.tokens, head.dtype))
-                del tile, found
-            if side == CHOSEN and objective.nll_weight != 0.0:
-                # The NLL belongs to the chosen side only, and its slope does not need the margin.
-                gradients.head.add_scaled(direction.head, objective.nll_slopes(head.dtype)[pairs])
-        sums[:, pairs] = table.sums(logps, pairs)
-        slopes = objective.slopes(sums, pairs)
-        gradients.head.add_scaled(direction.head, slopes[REJECTED])
-        for rows in tiles(table.rows(pairs), head.rows):
-            tokens = table.tokens[rows]
-            gradients.scale_hidden(tokens, slopes[tokens.side, 0])
-    return Pass(sums, gradients)
+class _Run:
+    """One pass over a batch, tile by tile."""
+
+    def __init__(
+        self,
+        head: Projection,
+        batch: Batch,
+        objective: Objective,
+        constants: Constants,
+        wanted: Wanted,
+    ) -> None:
+        table, self.heights = batch.table, head.tiles.heights
+        self.head, self.batch, self.table = head, batch, table
+        self.objective, self.constants, self.wanted = objective, constants, wanted
+        self.groups: list[Group] = plan(table.lengths, self.heights)
+        tokens = tallest(table.lengths, self.groups, self.heights)
+        self.workspace = Workspace(head, tokens, keep=wanted.head)
+        hidden = batch.zeros(held_dtype(batch.hidden[0].dtype)) if wanted.hidden else None
+        self.gradients = Gradients(head, wanted, hidden)
+        self.sums = head.weight.new_zeros(constants.lengths.shape, dtype=head.dtype)
+        self.logps = self.sums.new_empty(len(table))
+
+    def add_group(self, pairs: slice) -> None:
+        """Add pairs that share a tile: their slopes are known before the gradient products."""
+        rows = self.table.rows(pairs)
+        tile, softmax = self._softmax(rows)
+        slopes = self._slopes(pairs)
+        of_token = tile.tokens.weighted(slopes[tile.tokens.side, tile.tokens.pair - pairs.start])
+        self.gradients.add(tile, softmax, of_token, self.gradients.head)
+
+    def add_long_pair(self, pair: slice) -> None:
+        """Add a pair that needs several tiles: the direction of each side, then its slope."""
+        directions = self.gradients.directions(self.table.sides)
+        for side, direction in enumerate(directions):
+            for rows in tiles(self.table.rows_of_side(pair.start, side), self.heights.part):
+                tile, softmax = self._softmax(rows)
+                unit = tile.tokens.weighted(torch.ones_like(softmax.logps))
+                self.gradients.add(tile, softmax, unit, direction)
+                del tile, softmax  # before the next tile needs as much memory
+        slopes = self._slopes(pair)[:, 0]
+        self.gradients.add_scaled(directions, slopes)
+        for rows in tiles(self.table.rows(pair), self.heights.rows):
+            tokens = self.table.tokens[rows]
+            self.gradients.scale_hidden(tokens, slopes[tokens.side])
+
+    def _softmax(self, rows: slice) -> tuple[Tile, Softmax]:
+        """The softmax of a tile, whose log-probabilities are noted."""
+        tile = self.batch.tile(rows, self.head.weight.dtype)
+        softmax = softmax_of(
+            self.head, tile, self.workspace, keep=self.wanted.head, product=self.wanted.hidden
+        )
+        self.logps[rows] = softmax.logps
+        return tile, softmax
+
+    def _slopes(self, pairs: slice) -> Tensor:
+        """The derivatives of the loss with respect to the sums of some pairs, [2, p]."""
+        self.sums[:, pairs] = self.table.sums(self.logps, pairs)
+        return self.objective.slopes(self.sums, self.constants, pairs)

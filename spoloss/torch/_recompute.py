@@ -1,271 +1,199 @@
-"""Token log-probabilities with gradients that are computed in the backward, from recomputed logits.
+"""Token log-probabilities, differentiable for any loss.
 
-This works for any loss and needs no slope in the forward. It takes four matrix products per token,
-and one pass takes three. The forward keeps the log-sum-exp of each token as two numbers, the
-largest logit and the sum of exp(logit - largest), so that the backward can use each block of a tile
-immediately.
+With a frozen head, the forward keeps each token's direction, the derivative of its log-probability
+with respect to its hidden state, and the backward scales it: two matrix products per token. The
+directions are an array like the hidden states.
 
-Under torch.compile the same computation is one opaque operator, because its tiles depend on the
-number of labels that count. So one graph works for batches of any length.
+With a trained head, the backward computes the logits again: four products, where one pass takes
+three. The forward keeps the log-sum-exp of each token as two numbers, the largest logit and the sum
+of exp(logit - largest), so that the backward can use each block of a tile immediately.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from spoloss.torch._autograd import refuse_batched, refuse_second_derivative, refuse_vmap
+from spoloss.torch._autograd import (
+    anchor,
+    needs_grad,
+    refuse_batched,
+    refuse_second_derivative,
+    refuse_vmap,
+    scaled,
+)
 from spoloss.torch._gradients import Gradients, Wanted
-from spoloss.torch._head import Head, HeadOptions
-from spoloss.torch._plan import tiles
+from spoloss.torch._head import HeadOptions, Projection
 from spoloss.torch._softmax import Workspace, known_blocks, known_softmax, softmax_of
+from spoloss.torch._tiles import tiles
 from spoloss.torch._tokens import Batch, Sequences, TokenTable, make_table
-from spoloss.torch._vocab_parallel import refuse_compilation
 
 
 def token_logps(
     hidden: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    sides: Sequence[Sequences],
+    sides: list[Sequences],
     options: HeadOptions,
 ) -> list[Tensor]:
-    """Log-probabilities of each side's targets, [B, T], 0 for ignored labels. Differentiable."""
-    if options.shard is not None:
-        refuse_compilation()
-    if torch.compiler.is_compiling():
-        softcap = None if options.softcap is None else _number(options.softcap)
-        numbers = (softcap, _number(options.logit_scale), _number(options.temperature))
-        return [
-            _forward_operator(
-                states,
-                weight,
-                bias,
-                side.targets,
-                side.cu_seqlens,
-                side.left_out,
-                *numbers,
-                side.name,
-                side.ignore_index,
-                options.chunk_size,
-                options.dtype,
-            )[0]
-            for states, side in zip(hidden, sides, strict=True)
-        ]
-    # All tables before the first product, which the host would otherwise wait for.
-    vocabulary = options.vocabulary(weight)
-    tables = [make_table([side], vocabulary=vocabulary) for side in sides]
+    """Log-probabilities of each side's targets, [B, T], 0 where none counts. Differentiable.
+
+    One table holds all sides, so that the labels are read once, before the first product.
+    """
+    trained = needs_grad(weight) or needs_grad(bias)
+    directions = not trained and any(map(needs_grad, hidden))
+    table = make_table(sides, vocabulary=options.vocabulary(weight))
+    call = Call(table, options, directions)
+    kept = anchor(*hidden) if directions else None
+    logps, *_ = _TokenLogps.apply(weight, bias, kept, call, *hidden)  # type: ignore[no-untyped-call]
     return [
-        _TokenLogps.apply(states, weight, bias, table, options)[0]  # type: ignore[no-untyped-call]
-        for states, table in zip(hidden, tables, strict=True)
+        part.view(states.shape[:2])
+        for part, states in zip(torch.split(logps, list(table.sizes)), hidden, strict=True)
     ]
 
 
-def _number(value: float) -> Tensor:
-    """A number as a tensor: torch.compile makes one graph per value of an operator's floats."""
-    return torch.ones((), dtype=torch.float64, device="cpu") * value
+class Call(NamedTuple):
+    """What a call has beside its tensors.
+
+    Attributes:
+      table: the tokens of all sides.
+      options: the head's options.
+      directions: whether the forward keeps the tokens' directions, because the head is frozen.
+    """
+
+    table: TokenTable
+    options: HeadOptions
+    directions: bool
+
+
+class Forward(NamedTuple):
+    """The results of the forward, one row per hidden state of all sides.
+
+    Attributes:
+      logps: [rows], 0 where no label counts.
+      lse: [2, rows] the log-sum-exp of the logits: the largest logit, the sum of exp(logit - it).
+      directions: [rows, D] the derivative of each log-probability, or None.
+    """
+
+    logps: Tensor
+    lse: Tensor
+    directions: Tensor | None
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Hidden states [B, T, D] -> log-probabilities of the targets [B, T], and their log-sum-exp."""
+    """Hidden states [B, T, D] of each side -> the fields of `Forward`."""
 
     @staticmethod
     def forward(
-        hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        table: TokenTable,
-        options: HeadOptions,
-    ) -> tuple[Tensor, Tensor]:
-        return _forward(hidden, weight, bias, table, options)
+        anchor: Tensor | None,  # noqa: ARG004
+        call: Call,
+        *hidden: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        return tuple(forward(weight, bias, call, *hidden))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        hidden, weight, bias, ctx.table, ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        weight, bias, anchor, ctx.call, *hidden = inputs
+        logps, lse, directions = output
+        ctx.shapes = [states.shape for states in hidden]
+        ctx.mark_non_differentiable(*(extra for extra in output[1:] if extra is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, *output)
+        # With directions, the backward needs neither the hidden states nor the head.
+        kept = (directions, anchor) if ctx.call.directions else (weight, bias, logps, lse, *hidden)
+        ctx.save_for_backward(*kept)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 5
+            return (None,) * len(ctx.needs_input_grad)
+        if ctx.call.directions:
+            directions, anchor = ctx.saved_tensors
+            with torch.no_grad():
+                of_sides = _by_side(scaled(directions, upstream[:, None]), ctx)
+            return *(None,) * 4, *refuse_second_derivative(of_sides, anchor)
         refuse_batched(upstream)
-        hidden, weight, bias, logps, lse = ctx.saved_tensors
-        wanted = Wanted(*ctx.needs_input_grad[:3])
+        weight, bias, logps, lse, *hidden = ctx.saved_tensors
+        of_weight, of_bias, _, _, *of_hidden = ctx.needs_input_grad
+        wanted = Wanted(any(of_hidden), of_weight, of_bias)
         with torch.no_grad():
-            grads = _backward(
-                hidden, weight, bias, ctx.table, ctx.options, logps, lse, upstream, wanted
-            )
-        return *refuse_second_derivative(grads, hidden, weight, bias), None, None
+            found = Forward(logps, lse, None)
+            grads = backward(weight, bias, ctx.call, found, upstream, wanted, *hidden)
+            of_all = (grads.weight, grads.bias, *_by_side(grads.hidden, ctx))
+        of_weight, of_bias, *of_hidden = refuse_second_derivative(of_all, weight, bias, *hidden)
+        return of_weight, of_bias, None, None, *of_hidden
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
         refuse_vmap()
 
 
-def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, table: TokenTable, options: HeadOptions
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B, T] and log-sum-exp [2, B * T] of each token, 0 for ignored labels."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = Head.of(weight, bias, options)
-        batch = Batch.of(table, hidden)
-        logps = hidden.new_zeros(len(batch.hidden[0]), dtype=head.dtype)
+def _by_side(rows: Tensor | None, ctx: Any) -> tuple[Tensor | None, ...]:
+    """The gradient by the hidden states of all sides, [rows, D], cut into those of each side."""
+    if rows is None:
+        return (None,) * len(ctx.shapes)
+    parts = torch.split(rows, list(ctx.call.table.sizes))
+    return tuple(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+class Grads(NamedTuple):
+    """The gradients, None where not wanted; that by the hidden states is [rows, D]."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def forward(weight: Tensor, bias: Tensor | None, call: Call, *hidden: Tensor) -> Forward:
+    """Log-probabilities and log-sum-exp of each token, and directions if they are wanted."""
+    with torch.autocast(weight.device.type, enabled=False):
+        head = Projection.of(weight, bias, call.options)
+        table, batch = call.table, Batch.of(call.table, *hidden)
+        logps = weight.new_zeros(sum(table.sizes), dtype=head.dtype)
         lse = logps.new_zeros(2, len(logps))
-        workspace = Workspace(head, min(head.rows, len(table)), keep=False)
-        for rows in tiles(table.all_rows, head.rows):
+        directions = batch.zeros(hidden[0].dtype) if call.directions else None
+        gradients = Gradients(head, Wanted(call.directions, weight=False, bias=False), directions)
+        rows_per_tile = head.tiles.heights.rows
+        workspace = Workspace(head, min(rows_per_tile, len(table)), keep=False)
+        for rows in tiles(table.all_rows, rows_per_tile):
             tile = batch.tile(rows, head.weight.dtype)
-            softmax = softmax_of(head, tile, workspace, keep=False, product=False)
+            softmax = softmax_of(head, tile, workspace, keep=False, product=call.directions)
             logps[tile.tokens.place] = softmax.logps
             lse[:, tile.tokens.place] = torch.stack([softmax.peak, softmax.total])
-    return logps.view(hidden.shape[:2]), lse
+            gradients.add(tile, softmax, torch.ones_like(softmax.logps), gradients.head)
+            del tile, softmax  # before the next tile needs as much memory
+    return Forward(logps, lse, directions)
 
 
-def _backward(
-    hidden: Tensor,
+def backward(
     weight: Tensor,
     bias: Tensor | None,
-    table: TokenTable,
-    options: HeadOptions,
-    logps: Tensor,
-    lse: Tensor,
+    call: Call,
+    found: Forward,
     upstream: Tensor,
     wanted: Wanted,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *hidden: Tensor,
+) -> Grads:
     """The gradients by hidden states, weight and bias, from the gradient by log-probabilities."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = Head.of(weight, bias, options)
-        batch = Batch.of(table, hidden)
-        gradients = Gradients(head, wanted, batch.zeros(hidden.dtype) if wanted.hidden else None)
-        workspace = Workspace(head, min(head.rows, len(table)), keep=False)
-        for rows in tiles(table.all_rows, head.rows):
+    with torch.autocast(weight.device.type, enabled=False):
+        head = Projection.of(weight, bias, call.options)
+        table, batch = call.table, Batch.of(call.table, *hidden)
+        gradients = Gradients(head, wanted, batch.zeros(hidden[0].dtype) if wanted.hidden else None)
+        rows_per_tile = head.tiles.heights.rows
+        workspace = Workspace(head, min(rows_per_tile, len(table)), keep=False)
+        for rows in tiles(table.all_rows, rows_per_tile):
             tile = batch.tile(rows, head.weight.dtype)
             place = tile.tokens.place
-            slopes = upstream.flatten()[place].to(head.dtype)
-            softmax = known_softmax(head, tile, logps.flatten()[place], *lse[:, place])
+            slopes = upstream[place].to(head.dtype)
+            softmax = known_softmax(head, tile, found.logps[place], *found.lse[:, place])
             product = torch.zeros_like(tile.states, dtype=head.dtype) if wanted.hidden else None
             blocks = known_blocks(head, tile, softmax, product, workspace)
             gradients.head.add(tile.states, softmax, blocks, slopes)
             if product is not None:
                 gradients.write_hidden(tile.tokens, softmax, product, slopes)
-    return (
-        None if gradients.hidden is None else gradients.hidden.view(hidden.shape),
-        gradients.head.weight(weight.dtype),
-        None if bias is None else gradients.head.bias(bias.dtype),
-    )
-
-
-# The operators read the labels on the host, which a CUDA graph cannot record. Inductor keeps an
-# operator with this tag outside of its graphs. Old versions of PyTorch have no such tag.
-_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
-
-
-@torch.library.custom_op("spoloss::token_logps", mutates_args=(), tags=_TAGS)
-def _forward_operator(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Tensor | None,
-    left_out: Tensor | None,
-    softcap: Tensor | None,
-    logit_scale: Tensor,
-    temperature: Tensor,
-    name: str,
-    ignore_index: int,
-    chunk_size: int | None,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    sequences = Sequences(name, targets, ignore_index, cu_seqlens, left_out)
-    table = make_table([sequences], vocabulary=len(weight))
-    options = _options(softcap, logit_scale, temperature, chunk_size, dtype)
-    return _forward(hidden, weight, bias, table, options)
-
-
-@_forward_operator.register_fake
-def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(others[-1] or weight.dtype, torch.float32)
-    logps = hidden.new_empty(hidden.shape[:2], dtype=dtype)
-    return logps, logps.new_empty(2, logps.numel())
-
-
-@torch.library.custom_op("spoloss::token_logps_backward", mutates_args=(), tags=_TAGS)
-def _backward_operator(
-    wanted: list[bool],
-    logps: Tensor,
-    lse: Tensor,
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Tensor | None,
-    left_out: Tensor | None,
-    softcap: Tensor | None,
-    logit_scale: Tensor,
-    temperature: Tensor,
-    name: str,
-    ignore_index: int,
-    chunk_size: int | None,
-    dtype: torch.dtype | None,
-) -> list[Tensor]:
-    sequences = Sequences(name, targets, ignore_index, cu_seqlens, left_out)
-    table = make_table([sequences], vocabulary=len(weight))
-    options = _options(softcap, logit_scale, temperature, chunk_size, dtype)
-    grads = _backward(hidden, weight, bias, table, options, logps, lse, upstream, Wanted(*wanted))
-    return [grad for grad in grads if grad is not None]
-
-
-@_backward_operator.register_fake
-def _(
-    wanted: list[bool],
-    logps: Tensor,  # noqa: ARG001
-    lse: Tensor,  # noqa: ARG001
-    upstream: Tensor,  # noqa: ARG001
-    *inputs: Any,
-) -> list[Tensor]:
-    hidden, weight, bias = inputs[:3]
-    # The real gradients of the head have its strides, those of the hidden states are contiguous.
-    grads = (
-        hidden.new_empty(hidden.shape),
-        torch.empty_like(weight),
-        None if bias is None else torch.empty_like(bias),
-    )
-    return [grad for grad, want in zip(grads, wanted, strict=True) if want]
-
-
-def _options(
-    softcap: Tensor | None,
-    logit_scale: Tensor,
-    temperature: Tensor,
-    chunk_size: int | None,
-    dtype: torch.dtype | None,
-) -> HeadOptions:
-    return HeadOptions(
-        None if softcap is None else softcap.item(),
-        logit_scale.item(),
-        temperature.item(),
-        chunk_size,
-        dtype,
-    )
-
-
-def _set_up_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.others = inputs[:9], inputs[9:]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _differentiate_operator(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
-    *tensors, logps, lse = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:3])
-    found = iter(_backward_operator(wanted, logps, lse, upstream, *tensors, *ctx.others))
-    grads = [next(found) if want else None for want in wanted]
-    return *grads, *(None for _ in ctx.needs_input_grad[3:])
-
-
-_forward_operator.register_autograd(_differentiate_operator, setup_context=_set_up_operator)
+    of_bias = None if bias is None else gradients.head.bias(bias.dtype)
+    return Grads(gradients.hidden, gradients.head.weight(weight.dtype), of_bias)

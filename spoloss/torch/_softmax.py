@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from spoloss.torch._exponentials import Sums, Transform, exponentials_of, sums_of
-from spoloss.torch._head import Head
+from spoloss.torch._head import Projection
 from spoloss.torch._products import accumulate
 from spoloss.torch._tokens import Tile
 
@@ -73,13 +73,13 @@ class Workspace:
     CPU.
     """
 
-    def __init__(self, head: Head, rows: int, *, keep: bool) -> None:
+    def __init__(self, head: Projection, rows: int, *, keep: bool) -> None:
         """Allocate memory for tiles of at most `rows` tokens: all their blocks, or one block."""
         self._keep = keep and not head.device.compiles
         # A half-precision product cannot be written to float32 memory.
         self._memory = None
         if head.weight.dtype == head.dtype:
-            logits = rows * len(head.weight) if self._keep else head.largest_block(rows)
+            logits = rows * len(head.weight) if self._keep else head.tiles.largest_block(rows)
             self._memory = head.weight.new_empty(logits)
 
     def block(self, n: int, columns: slice) -> Tensor | None:
@@ -92,7 +92,7 @@ class Workspace:
 
 
 def softmax_of(
-    head: Head, tile: Tile, workspace: Workspace, *, keep: bool, product: bool
+    head: Projection, tile: Tile, workspace: Workspace, *, keep: bool, product: bool
 ) -> Softmax:
     """The softmax of a tile.
 
@@ -131,7 +131,9 @@ def softmax_of(
     return softmax
 
 
-def known_softmax(head: Head, tile: Tile, logps: Tensor, peak: Tensor, total: Tensor) -> Softmax:
+def known_softmax(
+    head: Projection, tile: Tile, logps: Tensor, peak: Tensor, total: Tensor
+) -> Softmax:
     """The softmax of a tile from the results of `softmax_of`, without product and blocks."""
     local, target = head.local(tile.tokens.target), peak + (logps + total.log())
     complement = _complement(head, local, -torch.expm1(logps), target)
@@ -139,7 +141,7 @@ def known_softmax(head: Head, tile: Tile, logps: Tensor, peak: Tensor, total: Te
 
 
 def known_blocks(
-    head: Head, tile: Tile, softmax: Softmax, product: Tensor | None, workspace: Workspace
+    head: Projection, tile: Tile, softmax: Softmax, product: Tensor | None, workspace: Workspace
 ) -> Iterator[Block]:
     """The blocks of a tile whose softmax is known, one at a time.
 
@@ -160,7 +162,7 @@ def known_blocks(
 
 
 def _visit(
-    head: Head, tile: Tile, sums: Sums, product: Tensor | None, workspace: Workspace
+    head: Projection, tile: Tile, sums: Sums, product: Tensor | None, workspace: Workspace
 ) -> Iterator[tuple[Block, Sums]]:
     """The blocks of a tile in turn, each with the sums that include it.
 
@@ -173,7 +175,7 @@ def _visit(
       workspace: memory for the logits. Unless it keeps all blocks, a block is valid until the next.
     """
     shift, compiles = sums.peak, head.device.compiles
-    for columns in head.blocks(len(tile.states)):
+    for columns in head.tiles.blocks(len(tile.states)):
         logits = _logits(head, tile, columns, workspace)
         found = exponentials_of(*logits, sums, dtype=head.factor_dtype, compiles=compiles)
         del logits  # else they would still live while the next block is made
@@ -184,9 +186,9 @@ def _visit(
         yield Block(columns, found.exps, shift), sums
 
 
-def _sums(head: Head, tile: Tile, sums: Sums, workspace: Workspace) -> Sums:
+def _sums(head: Projection, tile: Tile, sums: Sums, workspace: Workspace) -> Sums:
     """The sums over all blocks of a tile, where nothing needs the exponentials."""
-    for columns in head.blocks(len(tile.states)):
+    for columns in head.tiles.blocks(len(tile.states)):
         logits = _logits(head, tile, columns, workspace)
         sums = sums_of(*logits, sums, compiles=head.device.compiles)
         del logits
@@ -201,7 +203,7 @@ class _Logits(NamedTuple):
     column: Tensor
 
 
-def _logits(head: Head, tile: Tile, columns: slice, workspace: Workspace) -> _Logits:
+def _logits(head: Projection, tile: Tile, columns: slice, workspace: Workspace) -> _Logits:
     """Some columns of the logits of a tile, before the transform."""
     products = head.products(tile.states, columns, workspace.block(len(tile.states), columns))
     local = head.local(tile.tokens.target)
@@ -209,12 +211,14 @@ def _logits(head: Head, tile: Tile, columns: slice, workspace: Workspace) -> _Lo
     return _Logits(products, head.transform(columns), torch.where(here, local - columns.start, -1))
 
 
-def _row(head: Head, local: Tensor) -> Tensor:
+def _row(head: Projection, local: Tensor) -> Tensor:
     """The targets' rows of this rank's weight, 0 if another rank has them."""
     return torch.where((local >= 0) & (local < len(head.weight)), local, 0)
 
 
-def _complement(head: Head, local: Tensor, complement: Tensor, target_logit: Tensor) -> Tensor:
+def _complement(
+    head: Projection, local: Tensor, complement: Tensor, target_logit: Tensor
+) -> Tensor:
     """1 - p times softcap's derivative at the target, 0 if another rank has the target."""
     here = (local >= 0) & (local < len(head.weight))
     return torch.where(here, complement * head.bend_at(target_logit), 0.0)

@@ -1,24 +1,22 @@
 """A batch as one table of tokens, with one row for each token whose label counts.
 
 The columns are the token's place among the hidden states, its target, its side (chosen 0,
-rejected 1) and its pair. The table is built from padded rows or from packed rows (`cu_seqlens`).
-Rows are sorted by pair, then by side, so the tokens of consecutive pairs are one slice of the
-table. A batch of single sequences is a table with one side.
+rejected 1), its pair and the factor of its log-probability. The table is
+built from padded rows or from packed rows (`cu_seqlens`). Rows are sorted by pair, then by side, so
+the tokens of consecutive pairs are one slice of the table. A batch of single sequences is a table
+with one side.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spoloss.torch._labels import IGNORED, rises, sequence_of, sum_runs
-
-CHOSEN, REJECTED = 0, 1
-"""The sides of a pair."""
+from spoloss.torch._labels import IGNORED, UNWEIGHABLE, Targets, rises, sequence_of, sum_runs
 
 
 @dataclass(frozen=True)
@@ -26,15 +24,15 @@ class Sequences:
     """The sequences of one side.
 
     Attributes:
-      name: the name of the labels argument, for messages.
-      targets: [B, T], from `targets_of`.
+      name: the prefix of the arguments' names, for messages.
+      targets: what each position [B, T] predicts.
       ignore_index: the label to ignore, for messages.
       cu_seqlens: [S + 1] offsets into one row, or None if each row is a sequence.
       left_out: [S] which sequences have weight 0, or None if none has a weight.
     """
 
     name: str
-    targets: Tensor
+    targets: Targets
     ignore_index: int
     cu_seqlens: Tensor | None = None
     left_out: Tensor | None = None
@@ -42,7 +40,19 @@ class Sequences:
     @property
     def count(self) -> int:
         """The number of sequences."""
-        return len(self.targets) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        return len(self.targets.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def leaving_out(self, left_out: Tensor | None) -> Sequences:
+        """The same sequences, of which some have weight 0, [S]."""
+        return replace(self, left_out=left_out)
+
+    def lengths(self) -> Tensor:
+        """The number of tokens of each sequence, or the sum of their weights, [S]."""
+        return self.targets.lengths(self.cu_seqlens)
+
+    def sums(self, logps: Tensor, *, average: bool = False) -> Tensor:
+        """The weighted sum or average of token log-probabilities [B, T] over each sequence, [S]."""
+        return self.targets.sums(logps, average=average, cu_seqlens=self.cu_seqlens)
 
 
 @dataclass(frozen=True)
@@ -54,16 +64,28 @@ class Tokens:
       target: [n] the token id that it predicts.
       side: [n] 0 for chosen, 1 for rejected.
       pair: [n] the pair or sequence that it belongs to.
+      weight: [n] the factor of its log-probability, or None for 1.
     """
 
     place: Tensor
     target: Tensor
     side: Tensor
     pair: Tensor
+    weight: Tensor | None
 
     def __getitem__(self, rows: slice) -> Tokens:
         """A slice of the rows."""
-        return Tokens(self.place[rows], self.target[rows], self.side[rows], self.pair[rows])
+        return Tokens(
+            self.place[rows],
+            self.target[rows],
+            self.side[rows],
+            self.pair[rows],
+            None if self.weight is None else self.weight[rows],
+        )
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Values of the tokens, [n], times the tokens' weights."""
+        return values if self.weight is None else values * self.weight.to(values.dtype)
 
 
 @dataclass(frozen=True)
@@ -113,11 +135,17 @@ class TokenTable:
         return slice(self.starts[index], self.starts[index + 1])
 
     def sums(self, logps: Tensor, pairs: slice) -> Tensor:
-        """The sum over each sequence of some pairs, [sides, p], of values of all rows, [rows]."""
+        """The weighted sum over each sequence of some pairs, [sides, p].
+
+        Args:
+          logps: log-probabilities of all rows.
+          pairs: the p pairs.
+        """
         rows, count = self.rows(pairs), pairs.stop - pairs.start
         tokens = self.tokens[rows]
         run = (tokens.pair - pairs.start) * self.sides + tokens.side
-        return sum_runs(logps[rows], run, count * self.sides).view(count, self.sides).t()
+        values = tokens.weighted(logps[rows])
+        return sum_runs(values, run, count * self.sides).view(count, self.sides).t()
 
 
 class Tile(NamedTuple):
@@ -183,25 +211,17 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
       vocabulary: V of the whole head.
 
     Raises:
-      ValueError: a label that counts is outside [0, vocabulary), or offsets do not rise to T.
+      ValueError: a label that counts is outside [0, vocabulary), its weight is negative, infinite
+        or nan, or offsets do not rise to T.
     """
-    targets = [side.targets.flatten() for side in sides]
+    targets = [side.targets.ids.flatten() for side in sides]
     on_host = _to_host(sides, targets, vocabulary)
     places, keys, offset = [], [], 0
     for index, (side, host) in enumerate(zip(sides, on_host, strict=True)):
-        if host.outside:
-            raise ValueError(
-                f"{side.name} must be in [0, V = {vocabulary}) or equal to ignore_index = "
-                f"{side.ignore_index}, got another label"
-            )
-        if host.offsets is not None and not rises(host.offsets, len(host.counts)):
-            raise ValueError(
-                f"cu_seqlens of {side.name} must rise from 0 to T = {len(host.counts)}, "
-                f"got {host.offsets.tolist()}"
-            )
+        _check(side, host, vocabulary)
         place = host.counts.nonzero().squeeze(1)
         if host.offsets is None:
-            sequence = place // side.targets.shape[1]
+            sequence = place // side.targets.ids.shape[1]
         else:
             sequence = sequence_of(host.offsets, place)
         places.append(place + offset)
@@ -211,7 +231,13 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
     lengths = torch.bincount(key, minlength=sides[0].count * len(sides))
     device = targets[0].device
     place, key = (column.to(device) for column in (torch.cat(places)[order], key))
-    tokens = Tokens(place, torch.cat(targets)[place], key % len(sides), key // len(sides))
+    tokens = Tokens(
+        place,
+        torch.cat(targets)[place],
+        key % len(sides),
+        key // len(sides),
+        _weights(sides, place),
+    )
     return TokenTable(
         tokens,
         tuple(len(part) for part in targets),
@@ -221,27 +247,63 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
     )
 
 
+def _weights(sides: list[Sequences], place: Tensor) -> Tensor | None:
+    """The weight of each row's token, or None if no side has weights."""
+    if all(side.targets.weights is None for side in sides):
+        return None
+    columns = [
+        (side.targets.ids != IGNORED).float()
+        if side.targets.weights is None
+        else side.targets.weights
+        for side in sides
+    ]
+    return torch.cat([column.flatten() for column in columns])[place]
+
+
 @dataclass(frozen=True)
 class _OnHost:
     """The data of one side that the host needs."""
 
     counts: Tensor
     outside: bool
+    unweighable: bool
     offsets: Tensor | None
 
 
+def _check(side: Sequences, host: _OnHost, vocabulary: int) -> None:
+    if host.unweighable:
+        raise ValueError(
+            f"{side.name}.token_weights must be finite and not negative, got another number"
+        )
+    if host.outside:
+        raise ValueError(
+            f"{side.name}.labels must be in [0, V = {vocabulary}) or equal to ignore_index = "
+            f"{side.ignore_index}, got another label"
+        )
+    if host.offsets is not None and not rises(host.offsets, len(host.counts)):
+        raise ValueError(
+            f"{side.name}.cu_seqlens must rise from 0 to T = {len(host.counts)}, "
+            f"got {host.offsets.tolist()}"
+        )
+
+
 def _to_host(sides: list[Sequences], targets: list[Tensor], vocabulary: int) -> list[_OnHost]:
-    """Transfer which tokens count, whether a label is outside, and the offsets, all at once."""
+    """Transfer which tokens count, whether a label does not fit, and the offsets, all at once."""
     parts = []
     for side, target in zip(sides, targets, strict=True):
-        counts = target != IGNORED
+        counts, unweighable = target != IGNORED, (target == UNWEIGHABLE).any()
         outside = (counts & ((target < 0) | (target >= vocabulary))).any()
         offsets = target.new_zeros(0) if side.cu_seqlens is None else side.cu_seqlens
-        parts += [counts.long(), outside.long()[None], offsets.long()]
+        parts += [counts.long(), torch.stack([outside, unweighable]).long(), offsets.long()]
     pieces = torch.split(torch.cat(parts).cpu(), [len(part) for part in parts])
     return [
-        _OnHost(counts.bool(), bool(outside), None if side.cu_seqlens is None else offsets)
-        for side, counts, outside, offsets in zip(
+        _OnHost(
+            counts.bool(),
+            bool(flags[0]),
+            bool(flags[1]),
+            None if side.cu_seqlens is None else offsets,
+        )
+        for side, counts, flags, offsets in zip(
             sides, pieces[::3], pieces[1::3], pieces[2::3], strict=True
         )
     ]

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spoloss.torch._labels import IGNORED
+from spoloss.torch._tiles import Heights
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -26,33 +29,28 @@ class VocabShard:
     Attributes:
       group: the ranks that share one head, in the order of their rows.
       start: the number of rows on the ranks before this one.
-      largest: the number of rows of the largest shard.
       vocabulary: the number of rows of all shards.
-      rows: the number of tokens per tile, the smallest over the ranks.
-      kept_numbers: the number of exponentials that a kept tile may have, the smallest over the
-        ranks.
+      heights: the tokens per tile, the smallest over the ranks.
     """
 
     group: ProcessGroup
     start: int
-    largest: int
     vocabulary: int
-    rows: int
-    kept_numbers: int
+    heights: Heights
 
     def join_sums(
-        self, shift: Tensor, others: Tensor, target: Tensor
+        self, peak: Tensor, others: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums over all shards for n tokens: shift, sum of exponentials, target's logit.
+        """The sums over all shards for n tokens: peak, sum of exponentials, target's logit.
 
         Args:
-          shift: [n] the number that this rank subtracted before its exponentials.
+          peak: [n] the largest logit of this rank, which it subtracted before its exponentials.
           others: [n] the sum of this rank's exponentials, without the target.
           target: [n] the target's logit, -inf if another rank has it.
         """
-        highest = torch.stack([shift, target])
+        highest = torch.stack([peak, target])
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
-        others = others * (shift - highest[0]).exp()
+        others = others * (peak - highest[0]).exp()
         self.sum_(others)
         return highest[0], others, highest[1]
 
@@ -76,26 +74,20 @@ def refuse_compilation() -> None:
 def join(
     group: ProcessGroup,
     weight: Tensor,
-    labels: Iterable[Tensor],
-    ignore_index: int,
+    targets: Iterable[Tensor],
     facts: dict[str, int],
-    *,
-    rows: int,
-    kept_numbers: int,
+    heights: Heights,
 ) -> VocabShard:
     """This rank's place among the shards, from one exchange between all ranks.
 
     Args:
       group: the ranks that share the head.
       weight: this rank's rows, [rows, D].
-      labels: token ids of any shape, the same on all ranks.
-      ignore_index: the label to ignore.
+      targets: token ids of any shape, the same on all ranks; IGNORED where none counts.
       facts: name -> number of everything else that must be equal on all ranks. Ranks that differ
         would deadlock.
-      rows: the tokens per tile on this rank's device. The ranks agree on the smallest, because
+      heights: the tokens per tile on this rank's device. The ranks agree on the smallest, because
         ranks with different tiles would deadlock.
-      kept_numbers: the exponentials of a kept tile on this rank's device. The ranks agree on the
-        smallest.
 
     Raises:
       TypeError: `group` is not a process group.
@@ -107,13 +99,14 @@ def join(
             "vocab_parallel_group must be a torch.distributed ProcessGroup (for a DeviceMesh: "
             f"mesh.get_group()), got {type(group).__name__}"
         )
-    ids = torch.cat([side.flatten().long() for side in labels])
-    ids = torch.cat([torch.where(ids == ignore_index, -1, ids), ids.new_tensor([-1])])
-    known = [len(weight), rows, kept_numbers, *facts.values()]
+    ids = torch.cat([side.flatten() for side in targets])
+    ids = torch.cat([torch.where(ids == IGNORED, -1, ids), ids.new_tensor([-1])])
+    known = [len(weight), *heights, *facts.values()]
     mine = torch.cat([ids.new_tensor(known), torch.stack([ids.sum(), ids.max()])])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
-    sizes, all_rows, all_kept, *others, tops = torch.stack(gathered).t().tolist()
+    sizes, *others, tops = torch.stack(gathered).t().tolist()
+    of_ranks, others = others[: len(heights)], others[len(heights) :]
     for name, values in zip([*facts, "the labels (here their sum)"], others, strict=True):
         if len(set(values)) > 1:
             raise ValueError(
@@ -121,7 +114,7 @@ def join(
             )
     _check_sizes(sizes, max(tops))
     start = sum(sizes[: dist.get_rank(group)])
-    return VocabShard(group, start, max(sizes), sum(sizes), min(all_rows), min(all_kept))
+    return VocabShard(group, start, sum(sizes), Heights(*map(min, of_ranks)))
 
 
 def _check_sizes(sizes: list[int], top: int) -> None:

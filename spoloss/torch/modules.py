@@ -78,7 +78,7 @@ class SPOLoss(_PairModule):
     """
 
     def __init__(
-        self, beta: float = 0.1, *, linear_below: float | None = None, reduction: str = "none"
+        self, beta: float, *, linear_below: float | None = None, reduction: str = "none"
     ) -> None:
         super().__init__(SPO(linear_below), beta, reduction)
 
@@ -160,7 +160,7 @@ class DPOLoss(_PairModule):
     """
 
     def __init__(
-        self, beta: float = 0.1, *, label_smoothing: float = 0.0, reduction: str = "none"
+        self, beta: float, *, label_smoothing: float = 0.0, reduction: str = "none"
     ) -> None:
         super().__init__(DPO(label_smoothing), beta, reduction)
 
@@ -236,7 +236,7 @@ class SquaredLoss(_PairModule):
       ValueError: A number is out of range, or `reduction` is unknown.
     """
 
-    def __init__(self, beta: float = 0.1, *, reduction: str = "none") -> None:
+    def __init__(self, beta: float, *, reduction: str = "none") -> None:
         super().__init__(Squared(), beta, reduction)
 
     def forward(

@@ -1,0 +1,467 @@
+"""Losses from hidden states, without ever holding the logits: `Head`, `Completions` and the losses.
+
+`Head` says how hidden states become logits, and `Completions` says which tokens count. Every option
+is documented there, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from spoloss._arrays import check_reduction, per_pair
+from spoloss._options import check_nll_weight
+from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared
+from spoloss.pairs import IPO_GAP, beta_for_gap, check_loss, log_ratio_margin
+from spoloss.torch._checks import check_head, join_shards
+from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
+from spoloss.torch._head import HeadOptions
+from spoloss.torch._labels import targets_of
+from spoloss.torch._objective import Constants, Objective, zero_weights
+from spoloss.torch._tokens import Sequences
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The head of a language model: how hidden states become logits.
+
+        logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature
+
+    The computation runs over tiles of tokens, one block of the vocabulary at a time. On CUDA with
+    Triton installed, torch.compile fuses the softmax of a block at the first call, which needs a C
+    compiler. TORCH_COMPILE_DISABLE=1 disables compilation (slower).
+
+    Attributes:
+      weight: W, [V, D], in the dtype of the hidden states. Under DDP, FSDP and DeepSpeed, read it
+        inside the forward of the wrapped module. Outside, its gradient is not synchronised, and no
+        error is raised. It does not include a LoRA adapter on the head.
+      bias: [V], or None. An entry of -inf has probability 0, also under a soft-cap.
+      softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
+      logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
+      temperature: divisor of the logits, > 0.
+      chunk_size: tokens per tile; None for a size that fits the device. Without a gradient by the
+        head, a tile has 1,024 tokens (on CUDA 4,096), and a block of its logits takes 16 MiB (on
+        CUDA 512 MiB) but has at least 1,024 entries; with `softcap` twice that. With a gradient by
+        the head, one pass keeps a tile's exponentials: 64 MiB (on CUDA 2 GiB), but at least 256
+        tokens.
+      vocab_parallel_group: the ranks that share a head split over the vocabulary. `weight` and
+        `bias` are then this rank's rows (for a DTensor: `to_local()`), in the order of the ranks,
+        in shards of any size. All else and the upstream gradient must be equal on all ranks. The
+        results are then equal too, and so is the gradient by the hidden states, which is summed
+        over the ranks. Not under torch.compile(fullgraph=True).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    chunk_size: int | None = None
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """The hidden states of completions, and which of their tokens count.
+
+    Attributes:
+      hidden: last hidden states, [B, T, D], real floating.
+      labels: token ids, [B, T], integer. Labels equal to `ignore_index` (prompt, padding) do not
+        count and cost nothing. Others must lie in [0, V).
+      token_weights: the factor of each label's log-probability, [B, T], real floating, finite and
+        >= 0; None for 1. They align with `labels` and are shifted with them. A label of weight 0
+        does not count, whatever its hidden state holds. Averages and the NLL divide by their sum.
+      cu_seqlens: offsets of S sequences that are packed into one row (B = 1) without padding,
+        [S + 1], int32 or int64, rising from 0 to T; None if each row is a sequence. This is the
+        format of FlashAttention's variable-length functions. The last token of a sequence does not
+        predict the next sequence.
+      ignore_index: the label that does not count.
+      shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
+        you have shifted already, so position t predicts label t.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    token_weights: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    ignore_index: int = -100
+    shift: bool = True
+
+
+def linear_pair_loss(
+    loss: MarginLoss | PairLoss,
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Tensor | float,
+    reference_rejected_logps: Tensor | float,
+    *,
+    beta: Tensor | float,
+    reward_gap: Tensor | float | None = None,
+    weights: Tensor | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """Any loss of the two log-ratios from hidden states, without the logits.
+
+        loss = (l(u_w, u_l) + nll_weight * NLL) * weight,
+        u    = log pi(y|x) / pi_ref(y|x) of each side,    NLL = -log pi(y_w|x) per token
+
+    The result equals `pair_loss` of `linear_logps`. With N the tokens that count, a call takes
+    4NDV FLOPs with a frozen head, for any loss: the forward keeps each token's direction, an array
+    like the hidden states, and the backward scales it. With a head that requires a gradient it
+    takes 6NDV, and 8NDV for `reduction="none"` and under torch.compile. Without a gradient it takes
+    2NDV. A pair that is longer than a tile needs an array of the weight's size beside its gradient,
+    and every further one the same array and a second.
+
+    Args:
+      loss: `SPO(...)`, `DPO(...)`, `Squared()`, or your own `MarginLoss` or `PairLoss`.
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them, in the order of the chosen ones. They may
+        differ from the chosen ones in length, packing, `ignore_index` and `shift`.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: passed to the loss, 1 / nats, > 0: a number or [P].
+      reward_gap: known r_w - r_l, > 0: a number or [P]. It divides beta. None means 1.
+      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, even if it
+        contains nan. "mean" still divides by P. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps). The loss is differentiable once with
+      respect to hidden states, weight and bias, and with respect to `beta`, `reward_gap`,
+      `weights`, references and `token_weights`. The log-probabilities, [P] in nats, are detached.
+
+    Raises:
+      TypeError: a dtype does not fit, an option is not a number, an argument is not a tensor, or
+        the weight is a sharded DTensor.
+      ValueError: a shape, device or number does not fit, a label is outside [0, V), a token weight
+        is negative or not finite, ZeRO-3 has partitioned the weight, or the ranks of
+        `vocab_parallel_group` do not agree.
+      RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
+    """
+    check_loss(loss)
+    check_reduction(reduction)
+    check_nll_weight(nll_weight)
+    sides = {"chosen": chosen, "rejected": rejected}
+    call = prepare(head, sides)
+    _check_pairs(*call.sequences)
+    numbers = (reference_chosen_logps, reference_rejected_logps, beta, reward_gap, weights)
+    like = _like_margins(chosen.hidden, call.sequences[0].count, numbers)
+    _check_numbers(like, *numbers)
+    left_out = zero_weights(weights, like)
+    sequences = [side.leaving_out(left_out) for side in call.sequences]
+    constants = Constants(*numbers, torch.stack([side.lengths() for side in sequences]))
+    objective = Objective(loss, nll_weight, reduction, average)
+    inputs = Inputs(chosen.hidden, rejected.hidden, head.weight, head.bias)
+    return fused_loss(inputs, sequences, objective, constants, call.options)
+
+
+def linear_spo_loss(
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Tensor | float,
+    reference_rejected_logps: Tensor | float,
+    *,
+    beta: Tensor | float,
+    linear_below: float | None = None,
+    reward_gap: Tensor | float | None = None,
+    weights: Tensor | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """Stable Preference Optimization (SPO) from hidden states, paper eq. 6: see `linear_pair_loss`.
+
+        l = -x * e^(-x),   x = beta * h / reward_gap
+
+    h = (log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x)) is the margin, in
+    nats (paper eq. 4). Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language
+    Model Alignment", 12 August 2025 ("the paper").
+
+    Args:
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: inverse of the target margin, 1 / nats, > 0: a number or [P].
+      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0. None is
+        equation 6 as published.
+      reward_gap: known r_w - r_l, > 0: a number or [P]. The target is reward_gap / beta. None means
+        1.
+      weights: factor of each pair: a number or [P]. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps), as `linear_pair_loss`.
+
+    Raises:
+      TypeError: as `linear_pair_loss`, or `linear_below` is not a number.
+      ValueError: as `linear_pair_loss`, or `linear_below` is out of range.
+    """
+    return linear_pair_loss(
+        SPO(linear_below),
+        head,
+        chosen,
+        rejected,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=reward_gap,
+        weights=weights,
+        nll_weight=nll_weight,
+        average=average,
+        reduction=reduction,
+    )
+
+
+def linear_dpo_loss(
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Tensor | float,
+    reference_rejected_logps: Tensor | float,
+    *,
+    beta: Tensor | float,
+    label_smoothing: float = 0.0,
+    weights: Tensor | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """Direct Preference Optimization (DPO) from hidden states: see `linear_pair_loss`.
+
+        l = -(1 - e) * log s(x) - e * log s(-x),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
+
+    arXiv:2305.18290, eq. 7, with the margin h in nats, and label smoothing e.
+
+    Args:
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: strength of the pull to the reference, 1 / nats, > 0: a number or [P].
+      label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels.
+      weights: factor of each pair: a number or [P]. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps), as `linear_pair_loss`.
+
+    Raises:
+      TypeError: as `linear_pair_loss`, or `label_smoothing` is not a number.
+      ValueError: as `linear_pair_loss`, or `label_smoothing` is out of range.
+    """
+    return linear_pair_loss(
+        DPO(label_smoothing),
+        head,
+        chosen,
+        rejected,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        weights=weights,
+        nll_weight=nll_weight,
+        average=average,
+        reduction=reduction,
+    )
+
+
+def linear_squared_loss(
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Tensor | float,
+    reference_rejected_logps: Tensor | float,
+    *,
+    beta: Tensor | float,
+    reward_gap: Tensor | float | None = None,
+    weights: Tensor | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """The squared error of the margin to its target from hidden states: see `linear_pair_loss`.
+
+        l = (h - reward_gap / beta)^2, in nats^2
+
+    Section 2.2 of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
+    Alignment", 12 August 2025, with the margin h in nats (eq. 4).
+
+    Args:
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: inverse of the target margin, 1 / nats, > 0: a number or [P].
+      reward_gap: known r_w - r_l, > 0: a number or [P]. The target is reward_gap / beta. None means
+        1.
+      weights: factor of each pair: a number or [P]. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps), as `linear_pair_loss`.
+
+    Raises:
+      TypeError: as `linear_pair_loss`.
+      ValueError: as `linear_pair_loss`.
+    """
+    return linear_pair_loss(
+        Squared(),
+        head,
+        chosen,
+        rejected,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=reward_gap,
+        weights=weights,
+        nll_weight=nll_weight,
+        average=average,
+        reduction=reduction,
+    )
+
+
+def linear_ipo_loss(
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Tensor | float,
+    reference_rejected_logps: Tensor | float,
+    *,
+    beta: Tensor | float,
+    weights: Tensor | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """Identity Preference Optimization (IPO) from hidden states: see `linear_pair_loss`.
+
+        l = (h - 1 / (2 * beta))^2, in nats^2
+
+    Equation 17 of Azar et al., arXiv:2310.12036, on summed log-probabilities, with the margin h in
+    nats; `average=True` gives the averages over tokens that some trainers use.
+
+    Args:
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: strength of the pull to the reference, 1 / nats, > 0: a number or [P].
+      weights: factor of each pair: a number or [P]. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps), as `linear_pair_loss`.
+
+    Raises:
+      TypeError: as `linear_pair_loss`.
+      ValueError: as `linear_pair_loss`.
+    """
+    return linear_pair_loss(
+        Squared(),
+        head,
+        chosen,
+        rejected,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=IPO_GAP,
+        weights=weights,
+        nll_weight=nll_weight,
+        average=average,
+        reduction=reduction,
+    )
+
+
+class Call(NamedTuple):
+    """A call's arguments after all checks.
+
+    Attributes:
+      options: the head's options.
+      sequences: the sequences of each side.
+    """
+
+    options: HeadOptions
+    sequences: list[Sequences]
+
+
+def prepare(head: Head, sides: Mapping[str, Completions]) -> Call:
+    """Check the head and the completions, by the names of their arguments."""
+    if not isinstance(head, Head):
+        raise TypeError(f"head must be a Head, got {type(head).__name__}")
+    for name, side in sides.items():
+        if not isinstance(side, Completions):
+            raise TypeError(f"{name} must be Completions, got {type(side).__name__}")
+    options = check_head(head, sides)
+    sequences = [_sequences(name, side) for name, side in sides.items()]
+    if head.vocab_parallel_group is not None:
+        hidden = [side.hidden for side in sides.values()]
+        shard = join_shards(head.vocab_parallel_group, head, options, sequences, hidden)
+        options = options.sharded(shard)
+    return Call(options, sequences)
+
+
+def _sequences(name: str, side: Completions) -> Sequences:
+    targets = targets_of(
+        side.labels,
+        side.token_weights,
+        side.ignore_index,
+        shift=side.shift,
+        cu_seqlens=side.cu_seqlens,
+    )
+    return Sequences(name, targets, side.ignore_index, side.cu_seqlens)
+
+
+def _check_pairs(chosen: Sequences, rejected: Sequences) -> None:
+    if chosen.count != rejected.count:
+        raise ValueError(
+            "chosen and rejected must have the same number of completions, "
+            f"got {chosen.count} and {rejected.count}"
+        )
+
+
+def _like_margins(hidden: Tensor, pairs: int, numbers: tuple[Tensor | float | None, ...]) -> Tensor:
+    """An array of the margins' shape [P], dtype and device, to check other arguments against."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    for reference in numbers[:2]:
+        if isinstance(reference, Tensor) and reference.is_floating_point():
+            dtype = torch.promote_types(dtype, reference.dtype)
+    return hidden.new_zeros(pairs, dtype=dtype)
+
+
+def _check_numbers(
+    like: Tensor,
+    reference_chosen: Tensor | float,
+    reference_rejected: Tensor | float,
+    beta: Tensor | float,
+    reward_gap: Tensor | float | None,
+    weights: Tensor | float | None,
+) -> None:
+    """Check the numbers of each pair before any computation. `pair_loss` would check them after."""
+    log_ratio_margin(like, like, reference_chosen, reference_rejected)
+    beta_for_gap(beta, reward_gap, like)
+    if weights is not None:
+        per_pair("weights", weights, like, positive=False)
