@@ -1,0 +1,241 @@
+"""The two wings behind one interface, and a case that both compute: arrays come from NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import spoloss.torch
+from spoloss import pair_loss
+
+Arrays = Mapping[str, Any]
+
+
+class Wing(Protocol):
+    """What a test needs of a wing beside its functions."""
+
+    name: str
+    api: ModuleType
+
+    def array(self, values: Any, dtype: str | None = None) -> Any:
+        """An array of the wing's library, in the dtype of that name or that of `values`."""
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """The numbers of an array."""
+
+    def grads(
+        self, function: Callable[[Arrays], Any], arrays: Arrays, wanted: Sequence[str]
+    ) -> tuple[Any, dict[str, np.ndarray]]:
+        """The result of a function of arrays, and the gradients of its sum.
+
+        Only the wanted arrays require a gradient, so the others are frozen.
+        """
+
+    def compiled(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
+        """The function as one graph."""
+
+
+class Torch:
+    """PyTorch."""
+
+    name = "torch"
+    api = spoloss.torch
+
+    def array(self, values: Any, dtype: str | None = None) -> torch.Tensor:
+        tensor = torch.as_tensor(np.array(values))
+        return tensor if dtype is None else tensor.to(getattr(torch, dtype))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array.detach())
+
+    def grads(
+        self, function: Callable[[Arrays], Any], arrays: Arrays, wanted: Sequence[str]
+    ) -> tuple[Any, dict[str, np.ndarray]]:
+        leaves = {
+            name: array.detach().clone().requires_grad_(name in wanted)
+            if isinstance(array, torch.Tensor) and array.is_floating_point()
+            else array
+            for name, array in arrays.items()
+        }
+        result = function(leaves)
+        if not wanted:
+            return result, {}
+        inputs = [leaves[name] for name in wanted]
+        found = torch.autograd.grad(result.sum(), inputs, allow_unused=True, materialize_grads=True)
+        return result.detach(), dict(zip(wanted, map(self.numpy, found), strict=True))
+
+    def compiled(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
+        torch.compiler.reset()
+        return torch.compile(function, fullgraph=True, backend="aot_eager")  # type: ignore[no-any-return]
+
+
+WINGS: dict[str, Wing] = {"torch": Torch()}
+
+P, T, OTHER_T, D, V = 5, 7, 6, 4, 13
+IGNORED = -100
+STATES = ("chosen_hidden", "rejected_hidden")
+HEAD = ("weight", "bias")
+NUMBERS = ("reference_chosen", "reference_rejected", "beta", "reward_gap", "weights")
+TOKENS = ("chosen_token_weights", "rejected_token_weights")
+
+
+def sigmoid(x: Any) -> Any:
+    """In any library."""
+    return 1.0 / (1.0 + np.e**-x)
+
+
+class APODown:
+    """APO-down, arXiv:2408.06266: a loss of the two log-ratios."""
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        return sigmoid(beta * chosen) + sigmoid(-beta * (chosen - rejected))
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        up, down = sigmoid(beta * chosen), sigmoid(beta * (chosen - rejected))
+        of_margin = beta * down * (1.0 - down)
+        return beta * up * (1.0 - up) - of_margin, of_margin
+
+
+def make_arrays(wing: Wing, dtype: str = "float64") -> dict[str, Any]:
+    """Five ragged pairs: a prompt, padding, a chosen completion without any token.
+
+    Pair 3 has weight 0, and some tokens have weight 0.
+    """
+    random = np.random.default_rng(1)
+    floating = {
+        "chosen_hidden": random.normal(size=(P, T, D)),
+        "rejected_hidden": random.normal(size=(P, OTHER_T, D)),
+        "weight": random.normal(size=(V, D)),
+        "bias": random.normal(size=V),
+        "reference_chosen": -5.0 * random.random(P) - 3.0,
+        "reference_rejected": -5.0 * random.random(P) - 3.0,
+        "beta": np.array([0.1, 0.2, 0.3, 0.1, 0.5]),
+        "reward_gap": np.array([1.0, 0.5, 2.0, 1.0, 1.5]),
+        "weights": np.array([1.0, 0.5, 2.0, 0.0, -1.0]),
+        "chosen_token_weights": random.random((P, T)),
+        "rejected_token_weights": random.random((P, OTHER_T)),
+    }
+    for name in TOKENS:
+        floating[name][1, 2:4] = floating[name][4, 1] = 0.0
+    labels = {
+        "chosen_labels": random.integers(0, V, (P, T)),
+        "rejected_labels": random.integers(0, V, (P, OTHER_T)),
+    }
+    labels["chosen_labels"][0, :3] = labels["rejected_labels"][1, 4:] = IGNORED
+    labels["chosen_labels"][2] = IGNORED
+    kept = {name: wing.array(values) for name, values in (floating | labels).items()}
+    return kept | {name: wing.array(floating[name], dtype) for name in (*STATES, *HEAD)}
+
+
+def of_class(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are fields of `Head` or of `Completions`."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in options.items() if name in names}
+
+
+def head_of(wing: Wing, arrays: Arrays, options: Mapping[str, Any]) -> Any:
+    """The head of the case, with its options among `options`."""
+    head = {"bias": arrays.get("bias"), **of_class(wing.api.Head, options)}
+    return wing.api.Head(arrays["weight"], **head)
+
+
+def completions_of(wing: Wing, arrays: Arrays, side: str, options: Mapping[str, Any]) -> Any:
+    """The completions of one side, with their options among `options`."""
+    fields = {"token_weights": arrays.get(f"{side}_token_weights")}
+    if f"{side}_cu_seqlens" in arrays:
+        fields["cu_seqlens"] = arrays[f"{side}_cu_seqlens"]
+    fields |= of_class(wing.api.Completions, options)
+    hidden, labels = arrays[f"{side}_hidden"], arrays[f"{side}_labels"]
+    return wing.api.Completions(hidden, labels, **fields)
+
+
+def fused(wing: Wing, loss: Any, arrays: Arrays, **options: Any) -> Any:
+    """`linear_pair_loss` of the case."""
+    call = ("nll_weight", "average", "reduction")
+    return wing.api.linear_pair_loss(
+        loss,
+        head_of(wing, arrays, options),
+        completions_of(wing, arrays, "chosen", options),
+        completions_of(wing, arrays, "rejected", options),
+        arrays.get("reference_chosen", 0.0),
+        arrays.get("reference_rejected", 0.0),
+        beta=arrays["beta"],
+        reward_gap=arrays.get("reward_gap"),
+        weights=arrays.get("weights"),
+        **{name: options[name] for name in call if name in options},
+    )
+
+
+def logits_of(arrays: Arrays, side: str, options: Mapping[str, Any]) -> Any:
+    """All logits of one side."""
+    logits = arrays[f"{side}_hidden"] @ arrays["weight"].T
+    if arrays.get("bias") is not None:
+        logits = logits + arrays["bias"]
+    logits = logits * options.get("logit_scale", 1.0)
+    softcap = options.get("softcap")
+    if softcap is not None:  # tanh(x) = 2 * sigmoid(2 x) - 1, in any library
+        logits = softcap * (2.0 * sigmoid(2.0 * logits / softcap) - 1.0)
+    return logits / options.get("temperature", 1.0)
+
+
+def unfused_logps(wing: Wing, arrays: Arrays, side: str, **options: Any) -> Any:
+    """`sequence_logps` of all logits of one side."""
+    names = ("average", "shift", "ignore_index", "cu_seqlens")
+    fields = {name: options[name] for name in names if name in options}
+    if f"{side}_cu_seqlens" in arrays:
+        fields["cu_seqlens"] = arrays[f"{side}_cu_seqlens"]
+    weights = arrays.get(f"{side}_token_weights")
+    logits = logits_of(arrays, side, options)
+    labels = arrays[f"{side}_labels"]
+    return wing.api.sequence_logps(logits, labels, token_weights=weights, **fields)
+
+
+def unfused(wing: Wing, loss: Any, arrays: Arrays, **options: Any) -> Any:
+    """The loss of the case by all logits, `sequence_logps` and `pair_loss`."""
+    reduction, nll_weight = options.get("reduction", "mean"), options.get("nll_weight", 0.0)
+    value = pair_loss(
+        loss,
+        *(unfused_logps(wing, arrays, side, **options) for side in ("chosen", "rejected")),
+        arrays.get("reference_chosen", 0.0),
+        arrays.get("reference_rejected", 0.0),
+        beta=arrays["beta"],
+        reward_gap=arrays.get("reward_gap"),
+        weights=arrays.get("weights"),
+        reduction=reduction,
+    )
+    nll = -unfused_logps(wing, arrays, "chosen", **{**options, "average": True})
+    nll = nll if arrays.get("weights") is None else nll * arrays["weights"]
+    return value + nll_weight * {"mean": nll.mean(), "sum": nll.sum(), "none": nll}[reduction]
+
+
+def upstream(wing: Wing, values: Any) -> Any:
+    """The values of a loss times different factors, so that its sum tests each of them."""
+    flat = values.reshape(-1)
+    factors = np.resize([1.5, -3.0, 0.75, 4.5, 1.5], flat.shape)
+    return flat * wing.array(factors)
+
+
+def check_same(
+    wing: Wing,
+    got: Callable[[Arrays], Any],
+    want: Callable[[Arrays], Any],
+    arrays: Arrays,
+    wanted: Sequence[str],
+    *,
+    tolerance: float = 1e-10,
+) -> None:
+    """Two functions have the same values and gradients, relative to the largest of each array."""
+    mine, my_grads = wing.grads(lambda a: upstream(wing, got(a)), arrays, wanted)
+    theirs, their_grads = wing.grads(lambda a: upstream(wing, want(a)), arrays, wanted)
+    pairs = {"value": (wing.numpy(mine), wing.numpy(theirs))}
+    pairs |= {name: (my_grads[name], their_grads[name]) for name in wanted}
+    for name, (a, b) in pairs.items():
+        scale = max(1.0, float(np.abs(b).max(initial=0.0)))
+        np.testing.assert_allclose(
+            a / scale, b / scale, rtol=tolerance, atol=tolerance, err_msg=name
+        )

@@ -1,0 +1,171 @@
+"""Arguments that do not fit are refused before any computation, and the message names them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.wings import P, T, V, Wing, completions_of, fused, head_of, make_arrays
+from spoloss import SPO
+
+FIELDS = {
+    "head.weight": "weight",
+    "head.bias": "bias",
+    "chosen.hidden": "chosen_hidden",
+    "chosen.labels": "chosen_labels",
+    "chosen.token_weights": "chosen_token_weights",
+    "rejected.hidden": "rejected_hidden",
+    "rejected.labels": "rejected_labels",
+    "reference_chosen_logps": "reference_chosen",
+    "reference_rejected_logps": "reference_rejected",
+    "beta": "beta",
+    "reward_gap": "reward_gap",
+    "weights": "weights",
+}
+
+
+class Output:
+    """A model's output, from which the user forgot to take the array."""
+
+
+OTHERS = {
+    "list": lambda array: array.tolist(),
+    "tuple": lambda array: (array,),
+    "Output": lambda _: Output(),
+    "NoneType": lambda _: None,
+    "bool": lambda _: True,
+}
+OPTIONAL = ("head.bias", "chosen.token_weights", "reward_gap", "weights")
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_is_no_array(wing: Wing, name: str, kind: str) -> None:
+    if kind == "NoneType" and name in OPTIONAL:
+        return  # their default
+    arrays = make_arrays(wing)
+    arrays[FIELDS[name]] = OTHERS[kind](arrays[FIELDS[name]])
+    with pytest.raises(TypeError, match=rf"^{name} must be .*, got .*{kind}"):
+        fused(wing, SPO(), arrays)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_dtype_that_does_not_fit(wing: Wing, name: str) -> None:
+    arrays = make_arrays(wing)
+    wrong = "float64" if name.endswith("labels") else "int64"
+    arrays[FIELDS[name]] = wing.array(wing.numpy(arrays[FIELDS[name]]).astype(wrong))
+    with pytest.raises(TypeError, match=rf"^{name} must"):
+        fused(wing, SPO(), arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("head.weight", (V,)),
+        ("head.bias", (V + 1,)),
+        ("chosen.hidden", (P, T)),
+        ("chosen.hidden", (P, T, 3)),
+        ("chosen.labels", (P, T + 1)),
+        ("rejected.labels", (P,)),
+        ("chosen.token_weights", (P, 1)),
+        ("beta", (P + 1,)),
+        ("reward_gap", (1,)),
+        ("weights", (P, 1)),
+    ],
+)
+def test_a_shape_that_does_not_fit(wing: Wing, name: str, shape: tuple[int, ...]) -> None:
+    arrays = make_arrays(wing)
+    dtype = "int64" if name.endswith("labels") else "float64"
+    arrays[FIELDS[name]] = wing.array(np.ones(shape, dtype))
+    with pytest.raises(ValueError, match=rf"^{name} must"):
+        fused(wing, SPO(), arrays)
+
+
+def test_numbers_of_pairs_that_differ(wing: Wing) -> None:
+    arrays = make_arrays(wing)
+    for kind in ("hidden", "labels", "token_weights"):
+        arrays[f"rejected_{kind}"] = arrays[f"rejected_{kind}"][1:]
+    message = "chosen and rejected must have the same number of completions, got 5 and 4"
+    with pytest.raises(ValueError, match=message):
+        fused(wing, SPO(), arrays)
+
+
+def test_a_head_and_completions_of_other_types(wing: Wing) -> None:
+    arrays = make_arrays(wing)
+    head, side = head_of(wing, arrays, {}), completions_of(wing, arrays, "chosen", {})
+    with pytest.raises(TypeError, match=r"^head must be a Head, got "):
+        wing.api.linear_logps(arrays["weight"], side)
+    with pytest.raises(TypeError, match=r"^completions must be Completions, got "):
+        wing.api.linear_logps(head, arrays["chosen_hidden"])
+    with pytest.raises(TypeError, match=r"^rejected must be Completions, got "):
+        wing.api.linear_pair_loss(SPO(), head, side, None, 0.0, 0.0, beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and not 0"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+        ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of tokens"),
+        ({"chunk_size": 2.0}, TypeError, "chunk_size must be an integer, got float"),
+        ({"nll_weight": -1.0}, ValueError, "nll_weight must be finite and not negative"),
+        ({"nll_weight": True}, TypeError, "nll_weight must be a number, got bool"),
+        ({"reduction": "batchmean"}, ValueError, "reduction must be one of"),
+    ],
+)
+def test_options_that_do_not_fit(
+    wing: Wing, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fused(wing, SPO(), make_arrays(wing), **options)
+
+
+@pytest.mark.parametrize("name", ["temperature", "logit_scale", "softcap", "nll_weight"])
+def test_an_option_that_is_an_array(wing: Wing, name: str) -> None:
+    """The wings do not differentiate with respect to it."""
+    with pytest.raises(TypeError, match=f"{name} must be a number, got"):
+        fused(wing, SPO(), make_arrays(wing), **{name: wing.array(2.0)})
+
+
+@pytest.mark.parametrize("name", ["beta", "reward_gap"])
+def test_a_number_that_is_not_positive(wing: Wing, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be positive and finite, got 0.0"):
+        fused(wing, SPO(), {**make_arrays(wing), name: 0.0})
+
+
+def test_average_and_per_token_exclude_each_other(wing: Wing) -> None:
+    arrays = make_arrays(wing)
+    head, side = head_of(wing, arrays, {}), completions_of(wing, arrays, "chosen", {})
+    with pytest.raises(ValueError, match="average and per_token exclude each other"):
+        wing.api.linear_logps(head, side, average=True, per_token=True)
+
+
+def test_beta_has_no_default(wing: Wing) -> None:
+    arrays = make_arrays(wing)
+    side = completions_of(wing, arrays, "chosen", {})
+    for name in ("pair", "spo", "dpo", "squared", "ipo"):
+        loss = [SPO()] if name == "pair" else []
+        function = getattr(wing.api, f"linear_{name}_loss")
+        with pytest.raises(TypeError, match="beta"):
+            function(*loss, head_of(wing, arrays, {}), side, side, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "loss", [SPO, "spo", object(), None], ids=["class", "name", "object", "None"]
+)
+def test_what_is_no_loss(wing: Wing, loss: Any) -> None:
+    with pytest.raises(TypeError, match=r"^loss must be an object"):
+        fused(wing, loss, make_arrays(wing))
+
+
+def test_the_objects_are_frozen(wing: Wing) -> None:
+    arrays = make_arrays(wing)
+    objects = (head_of(wing, arrays, {}), completions_of(wing, arrays, "chosen", {}))
+    for each, name in zip(objects, ("softcap", "shift"), strict=True):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(each, name, None)

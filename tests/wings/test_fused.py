@@ -1,0 +1,211 @@
+"""The fused head against logits -> sequence_logps -> pair_loss, in value and in every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from helpers.pairwise import pairwise
+from helpers.wings import (
+    HEAD,
+    NUMBERS,
+    STATES,
+    TOKENS,
+    APODown,
+    Wing,
+    check_same,
+    completions_of,
+    fused,
+    head_of,
+    make_arrays,
+    unfused,
+    unfused_logps,
+)
+from spoloss import DPO, SPO, Squared
+
+LOSSES = [SPO(), SPO(linear_below=-1.0), DPO(label_smoothing=0.1), Squared(), APODown()]
+ROWS = pairwise(
+    {
+        "loss": LOSSES,
+        "chunk_size": [1, 3, 20, None],  # 20 holds one pair and some two, so pairs of both kinds
+        "need": [(*STATES, *HEAD), STATES, HEAD, ("weight",), (STATES[0], "bias"), ()],
+        "numbers": [NUMBERS, ()],
+        "token_weights": [True, False],
+        "bias": [True, False],
+        "reduction": ["mean", "sum", "none"],
+        "nll_weight": [0.0, 0.4],
+        "average": [False, True],
+        "shift": [True, False],
+        "softcap": [None, 3.0],
+        "logit_scale": [1.0, 0.5],
+        "temperature": [1.0, 2.0],
+    }
+)
+
+
+def case_of(wing: Wing, row: dict[str, Any]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """The arrays of a row, those that require a gradient, and the options."""
+    arrays, options = make_arrays(wing), dict(row)
+    loss_of_tokens = options.pop("token_weights")
+    left_out = [] if options.pop("bias") else ["bias"]
+    left_out += [] if loss_of_tokens else TOKENS
+    arrays = {name: array for name, array in arrays.items() if name not in left_out}
+    need = [*options.pop("need"), *options.pop("numbers")]
+    if loss_of_tokens and "beta" in need:
+        need += TOKENS
+    return arrays, [name for name in need if name in arrays], options
+
+
+def check_row(wing: Wing, row: dict[str, Any], mine: Callable[..., Any] = fused) -> None:
+    arrays, need, options = case_of(wing, row)
+    loss = options.pop("loss")
+    plain = {name: value for name, value in options.items() if name != "chunk_size"}
+    check_same(
+        wing,
+        lambda a: mine(wing, loss, a, **options).loss,
+        lambda a: unfused(wing, loss, a, **plain),
+        arrays,
+        need,
+    )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
+def test_fused_is_unfused(wing: Wing, row: dict[str, Any]) -> None:
+    check_row(wing, row)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("need", [(STATES[0],), (STATES[0], *HEAD), ()])
+def test_linear_logps(
+    wing: Wing, need: tuple[str, ...], chunk_size: int | None, *, average: bool
+) -> None:
+    options = {"softcap": 2.0, "logit_scale": 0.5, "chunk_size": chunk_size}
+
+    def mine(arrays: Any, **how: bool) -> Any:
+        head = head_of(wing, arrays, options)
+        return wing.api.linear_logps(head, completions_of(wing, arrays, "chosen", {}), **how)
+
+    def theirs(arrays: Any) -> Any:
+        return unfused_logps(wing, arrays, "chosen", average=average, **options)
+
+    arrays = make_arrays(wing)
+    need = (*need, TOKENS[0]) if need else need
+    check_same(wing, lambda a: mine(a, average=average), theirs, arrays, need)
+    if not average:
+        check_same(wing, lambda a: mine(a, per_token=True).sum(1), theirs, arrays, need)
+    tokens = wing.numpy(mine(arrays, per_token=True))
+    assert (tokens[0, :2] == 0).all()  # the labels of the prompt
+    assert (tokens[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("packed", [("chosen",), ("rejected",), ("chosen", "rejected")])
+@pytest.mark.parametrize("need", [(*STATES, *HEAD), STATES])
+def test_the_two_sides_may_differ(
+    wing: Wing, need: tuple[str, ...], packed: tuple[str, ...]
+) -> None:
+    """In packing, in the label that does not count, and in the shift."""
+    arrays = make_arrays(wing)
+    sides = {"chosen": {"shift": True}, "rejected": {"shift": False, "ignore_index": 2}}
+    packs = dict(arrays)
+    for side in packed:
+        shape = arrays[f"{side}_labels"].shape
+        for kind in ("hidden", "labels", "token_weights"):
+            rows = arrays[f"{side}_{kind}"]
+            packs[f"{side}_{kind}"] = rows.reshape(1, -1, *rows.shape[2:])
+        packs[f"{side}_cu_seqlens"] = wing.array([shape[1] * i for i in range(shape[0] + 1)])
+    packs["rejected_labels"] = wing.array(wing.numpy(packs["rejected_labels"]).clip(0))
+
+    def mine(a: Any) -> Any:
+        chosen, rejected = (completions_of(wing, a, side, sides[side]) for side in sides)
+        head = head_of(wing, a, {"chunk_size": 20})
+        numbers = {name: a[name] for name in ("beta", "reward_gap", "weights")}
+        references = (a["reference_chosen"], a["reference_rejected"])
+        return wing.api.linear_pair_loss(
+            APODown(), head, chosen, rejected, *references, **numbers
+        ).loss
+
+    def theirs(a: Any) -> Any:
+        from spoloss import pair_loss
+
+        logps = [unfused_logps(wing, a, side, **sides[side]) for side in sides]
+        numbers = {name: a[name] for name in ("beta", "reward_gap", "weights")}
+        return pair_loss(
+            APODown(), *logps, a["reference_chosen"], a["reference_rejected"], **numbers
+        )
+
+    check_same(wing, mine, theirs, packs, need)
+
+
+class HalfSlope(SPO):
+    """A margin loss whose slope is wrong."""
+
+    def slope(self, margin: Any, beta: Any) -> Any:
+        return 0.5 * super().slope(margin, beta)
+
+
+class OtherSlope(APODown):
+    """A pair loss whose second slope is wrong."""
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        first, second = super().slopes(chosen, rejected, beta)
+        return first, 2.0 * second
+
+
+def swapped(wing: Wing, loss: Any, arrays: Any, **options: Any) -> Any:
+    """Each side has the other's reference."""
+    sides = {"reference_chosen": "reference_rejected", "reference_rejected": "reference_chosen"}
+    other = {name: arrays[sides.get(name, name)] for name in arrays}
+    return fused(wing, loss, other, **options)
+
+
+def without_token_weights(wing: Wing, loss: Any, arrays: Any, **options: Any) -> Any:
+    kept = {name: array for name, array in arrays.items() if name not in TOKENS}
+    return fused(wing, loss, kept, **options)
+
+
+WRONG = {
+    "slope": (HalfSlope(), fused),
+    "second slope": (OtherSlope(), fused),
+    "references": (SPO(), swapped),
+    "token weights": (APODown(), without_token_weights),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_check_catches(wing: Wing, wrong: str, chunk_size: int | None) -> None:
+    loss, mine = WRONG[wrong]
+    row = {"loss": loss, "chunk_size": chunk_size, "need": (*STATES, *HEAD), "numbers": ()}
+    with pytest.raises(AssertionError):
+        check_row(wing, {**row, "token_weights": True, "bias": True}, mine)
+
+
+@pytest.mark.parametrize("name", ["spo", "dpo", "squared", "ipo"])
+def test_the_named_losses(wing: Wing, name: str) -> None:
+    """They are `linear_pair_loss` with an object, and pass every option on."""
+    import spoloss
+
+    own = {"spo": {"linear_below": -1.0}, "dpo": {"label_smoothing": 0.1}}.get(name, {})
+    arrays = make_arrays(wing)
+    numbers = {"beta": arrays["beta"], "weights": arrays["weights"]} | own
+    if name in ("spo", "squared"):
+        numbers["reward_gap"] = arrays["reward_gap"]
+
+    def mine(a: Any) -> Any:
+        sides = (completions_of(wing, a, side, {}) for side in ("chosen", "rejected"))
+        references = (a["reference_chosen"], a["reference_rejected"])
+        function = getattr(wing.api, f"linear_{name}_loss")
+        how = {"nll_weight": 0.3, "average": True, "reduction": "sum"}
+        return function(head_of(wing, a, {}), *sides, *references, **numbers, **how).loss
+
+    def theirs(a: Any) -> Any:
+        logps = [unfused_logps(wing, a, side, average=True) for side in ("chosen", "rejected")]
+        references = (a["reference_chosen"], a["reference_rejected"])
+        function = getattr(spoloss, f"{name}_loss")
+        value = function(*logps, *references, **numbers, reduction="sum")
+        return value - 0.3 * (logps[0] * a["weights"]).sum()
+
+    check_same(wing, mine, theirs, arrays, (*STATES, *HEAD))

@@ -1,0 +1,280 @@
+"""Which tokens count: labels of any integer dtype, weights of tokens, packing, empty batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.wings import (
+    IGNORED,
+    D,
+    P,
+    T,
+    V,
+    Wing,
+    check_same,
+    completions_of,
+    fused,
+    head_of,
+    make_arrays,
+)
+from spoloss import SPO
+
+Logps = Callable[..., Any]
+
+
+def by_logits(wing: Wing, arrays: Any, labels: Any, **options: Any) -> Any:
+    how = {name: options.pop(name) for name in ("average",) if name in options}
+    logits = arrays["chosen_hidden"] @ arrays["weight"].T
+    return wing.api.sequence_logps(logits, labels, **options, **how)
+
+
+def by_head(wing: Wing, arrays: Any, labels: Any, **options: Any) -> Any:
+    how = {name: options.pop(name) for name in ("average",) if name in options}
+    completions = wing.api.Completions(arrays["chosen_hidden"], labels, **options)
+    return wing.api.linear_logps(wing.api.Head(arrays["weight"], chunk_size=3), completions, **how)
+
+
+WAYS: dict[str, Logps] = {"logits": by_logits, "head": by_head}
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
+def way(request: pytest.FixtureRequest) -> Logps:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocabulary"),
+    [
+        ("uint8", 200),  # -100 is 156 there
+        ("uint8", 256),  # V does not fit
+        ("uint8", 300),
+        ("int8", 100),
+        ("int16", 400),
+        ("uint16", 400),
+        ("int32", 400),
+    ],
+)
+def test_labels_of_any_integer_dtype(wing: Wing, way: Logps, dtype: str, vocabulary: int) -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, min(vocabulary, np.iinfo(dtype).max), (2, 5))
+    if vocabulary > 156 and dtype != "int8":
+        labels[:, 1:3] = 156
+    arrays = {
+        "chosen_hidden": wing.array(random.normal(size=(2, 5, D))),
+        "weight": wing.array(random.normal(size=(vocabulary, D))),
+    }
+    want = way(wing, arrays, wing.array(labels))
+    got = way(wing, arrays, wing.array(labels.astype(dtype)))
+    np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), rtol=1e-14)
+
+
+def test_another_ignore_index(wing: Wing, way: Logps) -> None:
+    arrays = make_arrays(wing)
+    labels = wing.numpy(arrays["chosen_labels"])
+    other = wing.array(np.where(labels == IGNORED, 0, labels))
+    used = wing.array(np.where(labels == 0, IGNORED, labels))
+    got, want = way(wing, arrays, other, ignore_index=0), way(wing, arrays, used)
+    np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), rtol=1e-14)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_whole_weights_are_repetitions(wing: Wing, way: Logps, *, average: bool) -> None:
+    """A weight of 2 counts a token twice, a weight of 0 as an ignored label."""
+    arrays = make_arrays(wing)
+    labels = wing.numpy(arrays["chosen_labels"])
+    weights = np.random.default_rng(0).integers(0, 3, labels.shape).astype(float)
+    weights[0], weights[1] = 0.0, 1.0
+    got = way(wing, arrays, arrays["chosen_labels"], token_weights=wing.array(weights))
+    sums = [
+        wing.numpy(way(wing, arrays, wing.array(np.where(weights >= n, labels, IGNORED))))
+        for n in (1, 2)
+    ]
+    want = sums[0] + sums[1]
+    if average:
+        how = {"token_weights": wing.array(weights), "average": True}
+        got = way(wing, arrays, arrays["chosen_labels"], **how)
+        counted = (weights * (labels != IGNORED))[:, 1:].sum(axis=1)
+        want = want / np.maximum(counted, 1.0)
+    np.testing.assert_allclose(wing.numpy(got), want, rtol=1e-12, atol=1e-14)
+
+
+def test_a_token_of_weight_0_may_hold_anything(wing: Wing, way: Logps) -> None:
+    arrays = make_arrays(wing)
+    weights = np.ones((P, T))
+    weights[:, 3] = 0.0  # the label that position 2 predicts
+    want = way(wing, arrays, arrays["chosen_labels"], token_weights=wing.array(weights))
+    hidden, labels = wing.numpy(arrays["chosen_hidden"]), wing.numpy(arrays["chosen_labels"])
+    hidden[:, 2], labels[:, 3] = np.nan, V + 5
+    poisoned = {**arrays, "chosen_hidden": wing.array(hidden)}
+    names = ("chosen_hidden",)
+    call = lambda a: way(  # noqa: E731
+        wing, a, wing.array(np.minimum(labels, V - 1)), token_weights=wing.array(weights)
+    )
+    got, grads = wing.grads(call, poisoned, names)
+    np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), rtol=1e-14)
+    assert np.isfinite(grads["chosen_hidden"]).all()
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("shift", [False, True])
+def test_packed_rows_equal_padded_ones(
+    wing: Wing, way: Logps, *, average: bool, shift: bool
+) -> None:
+    """Sequences of 5, 1, 0, 7 and 3 tokens in one row."""
+    lengths = (5, 1, 0, 7, 3)
+    arrays = make_arrays(wing)
+    labels = wing.numpy(arrays["chosen_labels"])
+    weights = wing.numpy(arrays["chosen_token_weights"])
+    for row, length in enumerate(lengths):
+        labels[row, length:] = IGNORED
+
+    def pack(rows: Any) -> Any:
+        kept = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        return wing.array(np.concatenate(kept)[None])
+
+    packed = {**arrays, "chosen_hidden": pack(wing.numpy(arrays["chosen_hidden"]))}
+    offsets = wing.array(np.cumsum([0, *lengths]).astype("int32"))
+    how = {"shift": shift, "average": average}
+    padded = {"token_weights": wing.array(weights), **how}
+    in_row = {"token_weights": pack(weights), "cu_seqlens": offsets, **how}
+    want, want_grads = wing.grads(
+        lambda a: way(wing, a, wing.array(labels), **padded), arrays, ["chosen_hidden", "weight"]
+    )
+    got, grads = wing.grads(
+        lambda a: way(wing, a, pack(labels), **in_row), packed, ["chosen_hidden", "weight"]
+    )
+    np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(grads["weight"], want_grads["weight"], rtol=1e-11, atol=1e-12)
+    by_hidden = wing.numpy(pack(want_grads["chosen_hidden"]))
+    np.testing.assert_allclose(grads["chosen_hidden"], by_hidden, rtol=1e-11, atol=1e-12)
+
+
+def test_sums_are_accurate_to_a_few_eps(wing: Wing, way: Logps) -> None:
+    """20,000 tokens, which lose 0.1 nats if they are added one by one in float32."""
+    length, random = 20_000, np.random.default_rng(0)
+    arrays = {
+        "chosen_hidden": wing.array(random.normal(size=(1, length, 2)), "float32"),
+        "weight": wing.array(random.normal(size=(11, 2)), "float32"),
+    }
+    labels = wing.array(random.integers(0, 11, (1, length)))
+    cuts = [0, 0, 1, 255, 256, 256, 300, 1024, 9_000, length]
+    packs = {"shift": False, "cu_seqlens": wing.array(np.array(cuts))}
+    head, side = wing.api.Head(arrays["weight"]), wing.api.Completions
+    each = side(arrays["chosen_hidden"], labels, shift=False)
+    tokens = wing.numpy(wing.api.linear_logps(head, each, per_token=True)).astype(np.float64)[0]
+    want = np.array([tokens[a:b].sum() for a, b in itertools.pairwise(cuts)])
+    got = wing.numpy(way(wing, arrays, labels, **packs))
+    np.testing.assert_allclose(got, want, rtol=6 * np.finfo(np.float32).eps)
+    whole = wing.numpy(way(wing, arrays, labels, shift=False))
+    np.testing.assert_allclose(whole, [tokens.sum()], rtol=6 * np.finfo(np.float32).eps)
+
+
+class Margin:
+    """l(h) = h."""
+
+    def value(self, margin: Any, beta: Any) -> Any:  # noqa: ARG002
+        return margin
+
+    def slope(self, margin: Any, beta: Any) -> Any:  # noqa: ARG002
+        return 0.0 * margin + 1.0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("need", [["weight"], ["chosen_hidden"], []])
+def test_the_reductions_agree_on_long_sequences(
+    wing: Wing, need: list[str], reduction: str
+) -> None:
+    """Their log-probabilities come from tiles, or from sums over rows."""
+    length, random = 20_000, np.random.default_rng(0)
+    states = random.normal(size=(1, length, 2))
+    arrays = {
+        "chosen_hidden": wing.array(states, "float32"),
+        "rejected_hidden": wing.array(states[:, :5], "float32"),
+        "chosen_labels": wing.array(random.integers(0, 11, (1, length))),
+        "rejected_labels": wing.array(np.full((1, 5), IGNORED)),
+        "weight": wing.array(random.normal(size=(11, 2)), "float32"),
+        "beta": 1.0,
+    }
+    side = completions_of(wing, arrays, "chosen", {"shift": False})
+    tokens = wing.api.linear_logps(head_of(wing, arrays, {}), side, per_token=True)
+    want = wing.numpy(tokens).astype(np.float64).sum()
+    options = {"chunk_size": 5_000, "shift": False, "reduction": reduction}
+    value, _ = wing.grads(lambda a: fused(wing, Margin(), a, **options).loss, arrays, need)
+    np.testing.assert_allclose(wing.numpy(value), want, rtol=6 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("pairs", [0, 3])
+@pytest.mark.parametrize("length", [0, 1, 4])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_pairs_and_no_tokens(wing: Wing, reduction: str, length: int, pairs: int) -> None:
+    arrays = {
+        "chosen_hidden": wing.array(np.ones((pairs, length, D))),
+        "rejected_hidden": wing.array(np.ones((pairs, 0, D))),
+        "chosen_labels": wing.array(np.full((pairs, length), IGNORED)),
+        "rejected_labels": wing.array(np.full((pairs, 0), IGNORED)),
+        "weight": wing.array(np.ones((V, D))),
+        "beta": 0.1,
+    }
+    for need in (["weight", "chosen_hidden"], ["chosen_hidden"], []):
+        call = lambda a: fused(wing, SPO(), a, reduction=reduction, nll_weight=1.0).loss  # noqa: E731
+        value, grads = wing.grads(call, arrays, need)
+        want = {"mean": np.nan if pairs == 0 else 0.0, "sum": 0.0, "none": np.zeros(pairs)}
+        np.testing.assert_array_equal(wing.numpy(value), want[reduction])
+        for grad in grads.values():
+            assert (grad == 0.0).all()
+
+
+def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(wing: Wing) -> None:
+    """Pair 3 of the case."""
+    clean = make_arrays(wing)
+    poisoned = dict(clean)
+    for name in ("chosen_hidden", "rejected_hidden", "reference_chosen"):
+        numbers = wing.numpy(clean[name]).copy()
+        numbers[3] = np.nan
+        poisoned[name] = wing.array(numbers)
+    need = ["chosen_hidden", "rejected_hidden", "weight", "bias"]
+    for options in ({}, {"chunk_size": 3, "nll_weight": 0.5}, {"reduction": "none"}):
+        for wanted in (need, need[:2]):
+            call = lambda a: fused(wing, SPO(), a, **options).loss  # noqa: E731, B023
+            want, want_grads = wing.grads(call, clean, wanted)
+            got, grads = wing.grads(call, poisoned, wanted)
+            np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), rtol=1e-13)
+            for name in wanted:
+                np.testing.assert_allclose(grads[name], want_grads[name], rtol=1e-12, atol=1e-13)
+
+
+def test_the_gradient_with_respect_to_a_weight_is_the_loss(wing: Wing) -> None:
+    """Also at weight 0, and with the NLL."""
+    arrays = make_arrays(wing)
+    options = {"nll_weight": 0.5, "reduction": "none"}
+    ones = {**arrays, "weights": wing.array(np.ones(P))}
+    want = wing.numpy(fused(wing, SPO(), ones, **options).loss)
+    for need in (["weights"], ["weights", "weight"], ["weights", "chosen_hidden"]):
+        call = lambda a: fused(wing, SPO(), a, **{**options, "reduction": "sum"}).loss  # noqa: E731
+        _, grads = wing.grads(call, arrays, need)
+        np.testing.assert_allclose(grads["weights"], want, rtol=1e-12)
+
+
+def test_every_label_counts_as_often_as_it_weighs_in_the_nll(wing: Wing) -> None:
+    """The NLL is per token: it divides by the sum of the weights."""
+    arrays = make_arrays(wing)
+    side = completions_of(wing, arrays, "chosen", {})
+    head = head_of(wing, arrays, {})
+    nll = -wing.numpy(wing.api.linear_logps(head, side, average=True))
+    how = {"reduction": "none"}
+    with_nll = wing.numpy(fused(wing, SPO(), arrays, nll_weight=1.0, **how).loss)
+    without = wing.numpy(fused(wing, SPO(), arrays, **how).loss)
+    weights = wing.numpy(arrays["weights"])
+    np.testing.assert_allclose(with_nll - without, nll * weights, rtol=1e-12, atol=1e-12)
+    check_same(
+        wing,
+        lambda a: fused(wing, SPO(), a, nll_weight=1.0).loss,
+        lambda a: fused(wing, SPO(), a, nll_weight=1.0, reduction="none").loss.mean(),
+        arrays,
+        ["weight", "chosen_hidden"],
+    )
