@@ -5,18 +5,11 @@ Language Model Alignment", arXiv:2508.07137v1): l = -x * e^(-x), x = beta * h. I
 Predict-then-Optimize, Soft Preference Optimization or SPPO, which share the letters.
 """
 
-from spoloss.gradients import (
-    dpo_grad,
-    dpo_prob_grad,
-    ipo_grad,
-    pair_grad,
-    spo_grad,
-    spo_prob_grad,
-    squared_grad,
-)
-from spoloss.losses import DPO, SPO, MarginLoss, Squared
+from spoloss.gradients import PairGrad, dpo_grad, ipo_grad, pair_grad, spo_grad, squared_grad
+from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, SignedLog, Squared
 from spoloss.metrics import preference_metrics
 from spoloss.pairs import (
+    Rewards,
     dpo_loss,
     implicit_rewards,
     ipo_loss,
@@ -25,13 +18,19 @@ from spoloss.pairs import (
     spo_loss,
     squared_loss,
 )
+from spoloss.paper import PairProbGrad, dpo_prob_grad, spo_prob_grad
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "DPO",
     "SPO",
     "MarginLoss",
+    "PairGrad",
+    "PairLoss",
+    "PairProbGrad",
+    "Rewards",
+    "SignedLog",
     "Squared",
     "dpo_grad",
     "dpo_loss",

@@ -43,7 +43,22 @@ class MarginLoss(Protocol):
 
 
 class PairLoss(Protocol):
-    """The interface of a loss of the two log-ratios, log(pi / pi_ref) of each side, shape [B]."""
+    """The interface of a loss of the two log-ratios. Any object with these two methods is one.
+
+    The log-ratio of a completion y is u = log pi(y) - log pi_ref(y), in nats: u_w of the chosen
+    completion and u_l of the rejected one. Both methods work elementwise, on arrays of shape [B].
+    `beta` is a float, or an array that is 0-d or of shape [B], in 1 / nats. For example, SPPO
+    (arXiv:2405.00675) in any library:
+
+        class SPPO:
+            def value(self, chosen, rejected, beta):
+                return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+            def slopes(self, chosen, rejected, beta):
+                return 2 * (chosen - 0.5 / beta), 2 * (rejected + 0.5 / beta)
+
+        loss = pair_loss(SPPO(), chosen, rejected, ref_chosen, ref_rejected, beta=0.1)
+    """
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
         """The loss l(u_w, u_l), shape [B]."""
@@ -69,8 +84,20 @@ class OfMargin:
 
 
 def pairwise(loss: Any) -> PairLoss:
-    """A loss of the margin or of the two log-ratios, as the latter."""
-    return OfMargin(loss) if hasattr(loss, "slope") else loss
+    """A loss of the margin or of the two log-ratios, as the latter.
+
+    Raises:
+      TypeError: `loss` is a class, or lacks the methods of a `MarginLoss` or a `PairLoss`.
+    """
+    if not isinstance(loss, type) and hasattr(loss, "value"):
+        if hasattr(loss, "slopes"):
+            return loss  # type: ignore[no-any-return]
+        if hasattr(loss, "slope"):
+            return OfMargin(loss)
+    raise TypeError(
+        "loss must be an object with value and slope, such as SPO() or DPO(), or with value and "
+        f"slopes, got {loss!r}"
+    )
 
 
 class SignedLog(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from spoloss._arrays import (
     ArrayT,
     cast,
@@ -48,13 +50,10 @@ def preference_metrics(
     here a batch that is half padding would then show half the accuracy.
 
     Args:
-      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
-        summed over its tokens, in nats. Shape [B], real floating point.
-      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
-      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
-        number 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
-        or 0.0.
+      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
+      policy_rejected_logps: log pi(y_l). Shape [B].
+      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
       beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
         0-d or of shape [B].
       reward_gap: Known difference of the two rewards, r_w - r_l, which is the target of x. A
@@ -70,8 +69,7 @@ def preference_metrics(
       or for weights that sum to 0.
 
     Raises:
-      TypeError: An array is not real floating point or not from the library of
-        `policy_chosen_logps`.
+      TypeError: An array is not real floating point, or from another library than the first.
       ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     chosen, rejected = implicit_rewards(
@@ -97,11 +95,11 @@ def preference_metrics(
     values = {key: cast(xp, value, chosen.dtype) for key, value in values.items()}
     if weights is None:
         return {key: reduce(value, "mean") for key, value in values.items()}
-    weights = per_pair("weights", weights, chosen, positive=False)
-    weights = filled(chosen, weights) if is_number(weights) else detach(weights)
-    total = reduce(weights, "mean")
+    factors: Any = per_pair("weights", weights, chosen, positive=False)
+    factors = filled(chosen, factors) if is_number(factors) else detach(factors)
+    total = reduce(factors, "mean")
     return {
-        # weights * value alone would be nan for a padded pair, because 0 * nan is nan.
-        key: reduce(xp.where(weights == 0.0, 0.0, weights * value), "mean") / total
+        # factors * value alone would be nan for a padded pair, because 0 * nan is nan.
+        key: reduce(xp.where(factors == 0.0, 0.0, factors * value), "mean") / total
         for key, value in values.items()
     }

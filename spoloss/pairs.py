@@ -40,7 +40,12 @@ IPO_GAP = 0.5
 
 
 class Rewards(NamedTuple):
-    """The implicit rewards of the chosen and of the rejected completions, shape [B] each."""
+    """The implicit rewards of a batch of pairs, shape [B] each.
+
+    Attributes:
+      chosen: beta * log(pi / pi_ref) of the chosen completions.
+      rejected: The same of the rejected completions.
+    """
 
     chosen: Any
     rejected: Any
@@ -75,13 +80,10 @@ def spo_loss(
     Under `jax.jit`, `linear_below` and `reduction` are static arguments.
 
     Args:
-      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
-        summed over its tokens, in nats. Shape [B], real floating point.
-      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
-      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
-        number 0.0 to train without a reference.
-      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
-        or 0.0.
+      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
+      policy_rejected_logps: log pi(y_l). Shape [B].
+      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
       beta: Inverse of the target margin for a reward gap of 1, in 1 / nats, > 0. A number, or an
         array that is 0-d or of shape [B].
       reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
@@ -103,12 +105,12 @@ def spo_loss(
       log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not from the library of
-        `policy_chosen_logps`, or `linear_below` is not a number.
+      TypeError: An array is not real floating point, or from another library than the first, or
+        `linear_below` is not a number.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
-    return reduced_loss(
+    return pair_loss(
         SPO(linear_below),
         policy_chosen_logps,
         policy_rejected_logps,
@@ -146,13 +148,10 @@ def dpo_loss(
     Under `jax.jit`, `label_smoothing` and `reduction` are static arguments.
 
     Args:
-      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
-        summed over its tokens, in nats. Shape [B], real floating point.
-      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
-      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
-        number 0.0 to train without a reference.
-      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
-        or 0.0.
+      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
+      policy_rejected_logps: log pi(y_l). Shape [B].
+      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
       beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
         0-d or of shape [B].
       label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels
@@ -169,8 +168,8 @@ def dpo_loss(
       log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not from the library of
-        `policy_chosen_logps`, or `label_smoothing` is not a number.
+      TypeError: An array is not real floating point, or from another library than the first, or
+        `label_smoothing` is not a number.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
@@ -213,13 +212,10 @@ def squared_loss(
     Under `jax.jit`, `reduction` is a static argument.
 
     Args:
-      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
-        summed over its tokens, in nats. Shape [B], real floating point.
-      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
-      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
-        number 0.0 to train without a reference.
-      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
-        or 0.0.
+      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
+      policy_rejected_logps: log pi(y_l). Shape [B].
+      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
       beta: Inverse of the target margin for a reward gap of 1, in 1 / nats, > 0. A number, or an
         array that is 0-d or of shape [B].
       reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
@@ -238,12 +234,11 @@ def squared_loss(
       log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not from the library of
-        `policy_chosen_logps`.
+      TypeError: An array is not real floating point, or from another library than the first.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
-    return reduced_loss(
+    return pair_loss(
         Squared(),
         policy_chosen_logps,
         policy_rejected_logps,
@@ -281,13 +276,10 @@ def ipo_loss(
     Under `jax.jit`, `reduction` is a static argument.
 
     Args:
-      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
-        summed over its tokens, in nats. Shape [B], real floating point.
-      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
-      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
-        number 0.0 to train without a reference.
-      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
-        or 0.0.
+      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
+      policy_rejected_logps: log pi(y_l). Shape [B].
+      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
       beta: Half of the inverse of the target margin, in 1 / nats, > 0. A number, or an array that
         is 0-d or of shape [B].
       weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
@@ -302,12 +294,11 @@ def ipo_loss(
       log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not from the library of
-        `policy_chosen_logps`.
+      TypeError: An array is not real floating point, or from another library than the first.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
-    return reduced_loss(
+    return pair_loss(
         Squared(),
         policy_chosen_logps,
         policy_rejected_logps,
@@ -320,6 +311,7 @@ def ipo_loss(
     )
 
 
+@quiet
 def pair_loss(
     loss: MarginLoss | PairLoss,
     policy_chosen_logps: ArrayT,
@@ -332,13 +324,13 @@ def pair_loss(
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> ArrayT:
-    """A loss of the margin, weighted and reduced over a batch of pairs.
+    """A loss of the two log-ratios, or of their difference, reduced over a batch of pairs.
 
-        l = loss.value(h, beta)
+        l = loss.value(u_w, u_l, b),   b = beta / reward_gap
 
-    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
-    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
-    and pi_ref the reference.
+    u_w = log pi(y_w) - log pi_ref(y_w) and u_l = log pi(y_l) - log pi_ref(y_l) are the log-ratios,
+    in nats: y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy and
+    pi_ref the reference. A loss of the margin h = u_w - u_l is called as loss.value(h, b).
 
     PyTorch, JAX and MLX can differentiate the result.
 
@@ -346,16 +338,15 @@ def pair_loss(
 
     Args:
       loss: `SPO(...)`, `DPO(...)`, `Squared()`, or an object of your own with the methods
-        `value(margin, beta)` and `slope(margin, beta)` (see `MarginLoss`).
-      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
-        summed over its tokens, in nats. Shape [B], real floating point.
-      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
-      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
-        number 0.0 to train without a reference.
-      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
-        or 0.0.
+        `value(margin, beta)` and `slope(margin, beta)` (see `MarginLoss`), or
+        `value(chosen, rejected, beta)` and `slopes(chosen, rejected, beta)` (see `PairLoss`).
+      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
+      policy_rejected_logps: log pi(y_l). Shape [B].
+      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
       beta: Passed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
-      reward_gap: Known r_w - r_l, > 0: beta is divided by it. None means 1.
+      reward_gap: Known difference of the two rewards, r_w - r_l > 0, by which beta is divided. A
+        number, or an array that is 0-d or of shape [B]. None means 1.
       weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. It may be
         negative. A pair of weight 0 adds nothing to the loss or to any gradient, even if its
         log-probabilities or beta are nan or inf. The gradient with respect to a weight is the loss
@@ -368,22 +359,19 @@ def pair_loss(
       log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not from the library of
-        `policy_chosen_logps`, or `loss` is not a loss object.
+      TypeError: An array is not real floating point, or from another library than the first, or
+        `loss` is not a loss object.
       ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
         `reduction` is unknown.
     """
-    return reduced_loss(
-        loss,
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta=beta,
-        reward_gap=reward_gap,
-        weights=weights,
-        reduction=reduction,
+    of_pairs = pairwise(loss)
+    check_reduction(reduction)
+    logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
+    pairs = inputs(
+        of_pairs, log_ratios(*logps, reference_rejected_logps), beta, reward_gap, weights
     )
+    values = pairs.weigh(of_pairs.value(pairs.chosen, pairs.rejected, pairs.beta))
+    return reduce(values, reduction)  # type: ignore[no-any-return]
 
 
 @quiet
@@ -404,20 +392,16 @@ def log_ratio_margin(
     arXiv:2508.07137v1 ("the paper").
 
     Args:
-      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
-        summed over its tokens, in nats. Shape [B], real floating point.
-      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
-      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
-        number 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
-        or 0.0.
+      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
+      policy_rejected_logps: log pi(y_l). Shape [B].
+      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
 
     Returns:
       h in nats, shape [B]. float64 if any of the four log-probabilities is float64, else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not from the library of
-        `policy_chosen_logps`.
+      TypeError: An array is not real floating point, or from another library than the first.
       ValueError: The shapes differ.
     """
     return margins(  # type: ignore[no-any-return]
@@ -449,13 +433,10 @@ def implicit_rewards(
     arXiv:2508.07137v1 ("the paper").
 
     Args:
-      policy_chosen_logps: log pi(y_w), the policy's log-probability of each chosen completion,
-        summed over its tokens, in nats. Shape [B], real floating point.
-      policy_rejected_logps: log pi(y_l), the same for the rejected completions. Shape [B].
-      reference_chosen_logps: log pi_ref(y_w), the same under the reference model. Shape [B], or the
-        number 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l), the same for the rejected completions. Shape [B],
-        or 0.0.
+      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
+      policy_rejected_logps: log pi(y_l). Shape [B].
+      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
       beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
         0-d or of shape [B].
 
@@ -464,8 +445,7 @@ def implicit_rewards(
       else float32.
 
     Raises:
-      TypeError: An array is not real floating point or not from the library of
-        `policy_chosen_logps`.
+      TypeError: An array is not real floating point, or from another library than the first.
       ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
     """
     chosen, rejected = log_ratios(
@@ -476,24 +456,6 @@ def implicit_rewards(
     )
     beta = per_pair("beta", beta, chosen)
     return Rewards(detach(beta * chosen), detach(beta * rejected))
-
-
-@quiet
-def reduced_loss(
-    loss: MarginLoss | PairLoss,
-    *logps: ArrayT | float,
-    beta: ArrayT | float,
-    weights: ArrayT | float | None,
-    reduction: str,
-    reward_gap: ArrayT | float | None = None,
-) -> ArrayT:
-    """`pair_loss` of the four log-probabilities, with a reward gap for losses that use one."""
-    check_loss(loss)
-    check_reduction(reduction)
-    of_pairs = pairwise(loss)
-    pairs = inputs(of_pairs, log_ratios(*logps), beta, reward_gap, weights)
-    values = pairs.weigh(of_pairs.value(pairs.chosen, pairs.rejected, pairs.beta))
-    return reduce(values, reduction)  # type: ignore[no-any-return]
 
 
 def log_ratios(*logps: Any) -> tuple[Any, Any]:
@@ -540,7 +502,7 @@ class Inputs(NamedTuple):
 def inputs(
     loss: PairLoss, ratios: tuple[Any, Any], beta: Any, reward_gap: Any, weights: Any
 ) -> Inputs:
-    """The log-ratios, beta and weight of each pair, with finite stand-ins for those left out.
+    """The log-ratios, beta and weight of each pair, with usual numbers for those left out.
 
     0 * inf and 0 * nan are nan, also in derivatives. A pair of weight 0 that is finite keeps its
     log-ratios, because the derivative with respect to its weight is its loss.
@@ -555,8 +517,8 @@ def inputs(
     usable = _usable(loss, ratios, beta, reward_gap)
     left_out = xp.logical_and(weights == 0.0, xp.logical_not(usable))
     chosen, rejected, beta, reward_gap = (
-        value if value is None or is_number(value) else xp.where(left_out, 1.0, value)
-        for value in (*ratios, beta, reward_gap)
+        value if value is None or is_number(value) else xp.where(left_out, stand_in, value)
+        for value, stand_in in zip((*ratios, beta, reward_gap), (-1.0, -1.0, 1.0, 1.0), strict=True)
     )
     return Inputs(chosen, rejected, beta_for_gap(beta, reward_gap, like), weights, left_out)
 
@@ -578,16 +540,3 @@ def _usable(loss: PairLoss, ratios: tuple[Any, Any], beta: Any, reward_gap: Any)
         terms += [slope * ((chosen - rejected) / beta), slope * beta]
     terms += [number for number in (beta, steepness) if not is_number(number)]
     return functools.reduce(namespace(like).logical_and, map(namespace(like).isfinite, terms))
-
-
-def check_loss(loss: Any) -> None:
-    """Raise an error if `loss` is not a loss object, for example if it is a name or a class.
-
-    Raises:
-      TypeError: `loss` is a class, or has no `value` or no `slope`.
-    """
-    slopes = hasattr(loss, "slope") or hasattr(loss, "slopes")
-    if isinstance(loss, type) or not (hasattr(loss, "value") and slopes):
-        raise TypeError(
-            f"loss must be an object with value and slope, such as SPO() or DPO(), got {loss!r}"
-        )

@@ -16,8 +16,8 @@ from spoloss.jax._labels import Labels, Reading
 from spoloss.jax._mesh import Axis
 from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._softmax import HeadOptions, wide
-from spoloss.losses import MarginLoss
-from spoloss.pairs import beta_for_gap, check_loss, log_ratio_margin
+from spoloss.losses import MarginLoss, pairwise
+from spoloss.pairs import beta_for_gap, log_ratio_margin
 
 
 class LinearPairLoss(NamedTuple):
@@ -58,7 +58,7 @@ def checked_pair_loss(
     vocab_axis: Axis,
 ) -> LinearPairLoss:
     """`linear_pair_loss` for a loss with a known reward gap."""
-    check_loss(loss)
+    pairwise(loss)
     _check_hashable(loss)
     check_reduction(reduction)
     check_nll_weight(nll_weight)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from spoloss._arrays import reduce
-from spoloss.gradients import reduced_grad
+from spoloss.gradients import pair_grad
 from spoloss.losses import MarginLoss
-from spoloss.pairs import inputs, reduced_loss
+from spoloss.pairs import inputs, pair_loss
 
 
 class Constants(NamedTuple):
@@ -70,7 +70,7 @@ class Objective:
     def value(self, sums: Array, lengths: Array, constants: Constants) -> Array:
         """The reduced loss."""
         chosen, rejected = self.logps(sums, lengths).T
-        value: Array = reduced_loss(
+        value: Array = pair_loss(
             self.loss,
             chosen,
             rejected,
@@ -92,7 +92,7 @@ class Objective:
     def slopes(self, sums: Array, lengths: Array, constants: Constants, scale: float) -> Array:
         """`scale` times the derivative of each pair's loss by its margin, [P], without the NLL."""
         chosen, rejected = self.logps(sums, lengths).T
-        slopes: Array = reduced_grad(
+        slopes: Array = pair_grad(
             self.loss,
             chosen,
             rejected,

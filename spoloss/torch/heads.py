@@ -16,8 +16,8 @@ from torch import Tensor
 
 from spoloss._arrays import check_reduction, per_pair
 from spoloss._options import check_nll_weight
-from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared
-from spoloss.pairs import IPO_GAP, beta_for_gap, check_loss, log_ratio_margin
+from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
+from spoloss.pairs import IPO_GAP, beta_for_gap, log_ratio_margin
 from spoloss.torch._checks import check_head, join_shards
 from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
 from spoloss.torch._head import HeadOptions
@@ -149,7 +149,7 @@ def linear_pair_loss(
         `vocab_parallel_group` do not agree.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
-    check_loss(loss)
+    pairwise(loss)
     check_reduction(reduction)
     check_nll_weight(nll_weight)
     sides = {"chosen": chosen, "rejected": rejected}

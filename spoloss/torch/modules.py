@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spoloss._arrays import check_positive, check_reduction, is_number
 from spoloss.losses import DPO, SPO, MarginLoss, Squared
-from spoloss.pairs import implicit_rewards, reduced_loss
+from spoloss.pairs import implicit_rewards, pair_loss
 
 
 class PreferenceOutput(NamedTuple):
@@ -41,7 +41,7 @@ class _PairModule(nn.Module):
         reward_gap: Tensor | float | None,
         weights: Tensor | float | None,
     ) -> PreferenceOutput:
-        losses = reduced_loss(
+        losses = pair_loss(
             self.loss,
             *logps,
             beta=self.beta,
