@@ -35,7 +35,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature's; napoleon has them from the docstring
 
 html_theme = "furo"
-html_title = "spoloss"
+html_title = f"spoloss {version}"
 html_math_renderer = "mathml"
 html_copy_source = html_show_sphinx = False
 html_extra_path = ["llms.txt"]
@@ -66,7 +66,10 @@ def mathml(display: str) -> tuple[Callable[..., None], None]:
     """TeX as MathML, which browsers draw with a font of their own."""
 
     def visit(translator: HTML5Translator, node: nodes.Element) -> None:
-        translator.body.append(convert(node.astext(), display=display))
+        # A function's name is an operator, with space around it: log σ, and not logσ.
+        operator = r'<mo lspace=".17em" rspace=".17em">\1</mo>'
+        drawn = convert(node.astext(), display=display)
+        translator.body.append(re.sub(r"<mi>(log|max|exp|artanh)</mi>", operator, drawn))
         raise nodes.SkipNode
 
     return visit, None
