@@ -63,7 +63,6 @@ if (PACKAGE / "jax").is_dir():
     WINGS["spoloss.jax"] = "jax.numpy"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("module", WINGS)
 def test_an_import_touches_nothing(module: str) -> None:
     assert touched(f"import {module}", WINGS[module]) == []

@@ -42,7 +42,6 @@ def margins(dtype: type) -> st.SearchStrategy[np.ndarray]:
     return lists.map(lambda values: np.resize(np.array(values, dtype=dtype), 12))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_range_on_a_grid(name: str, dtype: type, backend: Backend) -> None:
@@ -52,7 +51,6 @@ def test_range_on_a_grid(name: str, dtype: type, backend: Backend) -> None:
     checks.check_range(loss, oracle, backend, grid[::5], beta=0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_range_anywhere(name: str, dtype: type) -> None:
@@ -75,8 +73,6 @@ def test_derivatives(name: str) -> None:
     checks.check_torch_autograd(loss, oracle)
     checks.check_jax_grad(loss, oracle)
     checks.check_mlx_grad(loss, oracle)
-    checks.check_finite_differences(loss)
-    checks.check_gradcheck(loss)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,13 +97,6 @@ def test_limits(backend: Backend) -> None:
         )
 
 
-@pytest.mark.parametrize("x0", [-3.0, -1.0, 0.0, 0.5])
-def test_spo_anchors_with_and_without_guard(x0: float) -> None:
-    checks.check_spo_anchors(SPO())
-    if x0 <= 0.0:
-        checks.check_spo_anchors(SPO(linear_below=x0))
-
-
 def test_dpo_and_squared_anchors() -> None:
     zero = np.array([0.0])
     for beta in checks.BETAS:
@@ -115,42 +104,6 @@ def test_dpo_and_squared_anchors() -> None:
         assert DPO().slope(zero, beta)[0] == -beta / 2
         assert Squared().value(zero, beta)[0] == pytest.approx(beta**-2, rel=1e-15)
         assert Squared().slope(np.array([1.0 / beta]), beta)[0] == 0.0
-
-
-@pytest.mark.parametrize("x0", [-5.0, -1.0, 0.0, 0.9])
-def test_guard_is_a_continuous_tangent(x0: float) -> None:
-    plain, guarded = SPO(), SPO(linear_below=x0)
-    at = np.array([x0])
-    below = np.nextafter(at, -np.inf)
-    np.testing.assert_allclose(guarded.value(below, 1.0), plain.value(at, 1.0), 1e-14, 1e-300)
-    np.testing.assert_allclose(guarded.slope(below, 1.0), plain.slope(at, 1.0), rtol=1e-14)
-    x = np.linspace(-1e4, 50.0, 4001)
-    right = x >= x0
-    slope, bound = np.abs(guarded.slope(x, 1.0)), (1 - x0) * np.exp(-x0)
-    assert slope[~right].max() <= bound * (1 + 1e-15)
-    # To the right the pull back to x = 1 is the only one left, hardest at x = 2.
-    assert slope.max() <= max(bound, np.exp(-2.0)) * (1 + 1e-15)
-    np.testing.assert_array_equal(guarded.value(x[right], 1.0), plain.value(x[right], 1.0))
-
-
-def test_convex_below_2_only() -> None:
-    # d2l/dx2 = (2 - x) * e^(-x): the slope rises up to x = 2 and falls after it.
-    rising = np.diff(SPO().slope(np.linspace(-5.0, 2.0, 200), 1.0))
-    falling = np.diff(SPO().slope(np.linspace(2.0, 9.0, 200), 1.0))
-    assert np.all(rising > 0)
-    assert np.all(falling < 0)
-
-
-def test_near_the_reference_spo_is_dpo_at_4_beta_is_ipo() -> None:
-    # softplus(-4x) = ln 2 + 2 * l_SPO + x^3 + ..., (x - 1/2)^2 = 1/4 + l_SPO + x^3/2 + ...
-    for beta in (0.05, 0.1, 1.0):
-        x = np.array([0.02, -0.02, 0.005, -0.005])
-        h = x / beta
-        spo_value = SPO().value(h, beta)
-        dpo_rest = DPO().value(h, 4 * beta) - np.log(2.0) - 2 * spo_value
-        np.testing.assert_allclose(dpo_rest / x**3, 1.0, atol=0.2)
-        ipo_rest = beta**2 * Squared().value(h, 2 * beta) - 0.25 - spo_value
-        np.testing.assert_allclose(ipo_rest / x**3, 0.5, atol=0.02)
 
 
 def test_objects_are_plain_values() -> None:
@@ -202,12 +155,6 @@ def _with_oracle(check: object, oracle: Oracle = spo) -> object:
         (_with_oracle(checks.check_jax_grad), wrong.LostBeta()),
         (_with_oracle(checks.check_mlx_grad), wrong.StrayDetach()),
         (_with_oracle(checks.check_mlx_grad), wrong.LostBeta()),
-        (checks.check_finite_differences, wrong.LostBeta()),
-        (checks.check_finite_differences, wrong.WrongPolynomial()),
-        (checks.check_gradcheck, wrong.StrayDetach()),
-        (checks.check_gradcheck, wrong.SinglePrecision()),
-        (checks.check_spo_anchors, wrong.FlippedSign()),
-        (checks.check_spo_anchors, wrong.LostBeta()),
         *(
             (functools.partial(checks.check_no_nan_at_infinity, backend=b), wrong.Naive())
             for b in (BACKENDS["numpy"], BACKENDS["torch"], BACKENDS["jax"], BACKENDS["mlx"])

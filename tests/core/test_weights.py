@@ -22,8 +22,6 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "dpo": spoloss.dpo_loss,
     "dpo, smoothed": lambda *a, **k: spoloss.dpo_loss(*a, label_smoothing=0.1, **k),
     "squared": spoloss.squared_loss,
-    "ipo": spoloss.ipo_loss,
-    "pair": lambda *a, **k: spoloss.pair_loss(SPO(), *a, **{"beta": 0.1} | k),
 }
 WITH_GAP = ("spo", "spo, linear below", "squared")
 
@@ -215,7 +213,6 @@ def test_the_gradient_by_a_weight_of_no_finite_loss_is_0(library: str) -> None:
     np.testing.assert_allclose(by_weight, want, rtol=backend.rtol(1e-13))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_mixed_derivative_at_weight_0_is_the_slope(name: str) -> None:
     """What learning to weigh examples follows: how a weight of 0 would move the gradient."""

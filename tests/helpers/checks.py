@@ -94,33 +94,6 @@ def _check_grad(
     assert np.all(np.abs(grad - slope) <= tolerance)
 
 
-def check_finite_differences(loss: Any) -> None:
-    """A central difference of the value is the slope, in NumPy alone."""
-    step = 1e-5
-    for beta in BETAS:
-        # A third of a step away from the kink of the guarded losses' second derivative.
-        margin = POINTS + step / 3.0
-        difference = (loss.value(margin + step, beta) - loss.value(margin - step, beta)) / (
-            2 * step
-        )
-        slope = loss.slope(margin, beta)
-        size = np.abs(loss.value(margin, beta)) + np.abs(slope) + 1.0
-        tolerance = size * ((beta + beta**3) * (1 + np.abs(margin)) * step + 1e-16 / step)
-        assert np.all(np.abs(difference - slope) <= tolerance)
-
-
-def check_gradcheck(loss: Any) -> None:
-    """PyTorch's own numerical check of the first and the second derivative."""
-    margin = torch.linspace(-3.05, 4.1, 9, dtype=torch.float64, requires_grad=True)
-    for beta in BETAS[:3]:
-        function = lambda h, beta=beta: loss.value(h, beta)  # noqa: E731
-        try:
-            torch.autograd.gradcheck(function, margin)
-            torch.autograd.gradgradcheck(function, margin)
-        except RuntimeError as error:  # GradcheckError
-            raise AssertionError(str(error)) from error
-
-
 def check_no_nan_at_infinity(loss: Any, backend: Backend) -> None:
     """Limits and not nan at +-inf: value, slope, and autograd, which must equal the slope."""
     for dtype in (np.float32, np.float64):
@@ -137,14 +110,3 @@ def check_no_nan_at_infinity(loss: Any, backend: Backend) -> None:
             differentiate = jax.grad if backend.name == "jax" else mx.grad
             grad = differentiate(lambda h: loss.value(h, 0.5).sum())(margin)
             np.testing.assert_allclose(np.asarray(grad), slope, rtol=rtol)
-
-
-def check_spo_anchors(loss: Any) -> None:
-    """l(0) = 0, l'(0) = -beta, minimum -1/e at h = 1/beta."""
-    for beta in BETAS:
-        at_zero, at_target = np.array([0.0]), np.array([1.0 / beta])
-        assert loss.value(at_zero, beta)[0] == 0.0
-        assert loss.slope(at_zero, beta)[0] == -beta
-        assert abs(loss.value(at_target, beta)[0] + np.exp(-1.0)) < 1e-15
-        assert abs(loss.slope(at_target, beta)[0]) < 1e-15 * beta
-        assert np.all(loss.value(POINTS, beta) >= -np.exp(-1.0) - 1e-15)
