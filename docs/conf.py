@@ -36,6 +36,7 @@ autodoc_typehints = "none"  # the signature's; napoleon has them from the docstr
 
 html_theme = "furo"
 html_title = f"spoloss {version}"
+html_favicon = "favicon.svg"
 html_math_renderer = "mathml"
 html_copy_source = html_show_sphinx = False
 html_extra_path = ["llms.txt"]
