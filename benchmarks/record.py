@@ -97,7 +97,7 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
     def text(value: Any) -> str:
         if value is None or value != value:  # nan
             return ""
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
 
     return {name: text(value) for name, value in row.items()}
 

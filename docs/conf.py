@@ -24,7 +24,7 @@ project = "spoloss"
 author = copyright = "The spoloss authors"
 version = release = importlib.metadata.version("spoloss")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["README.md", "explorer"]  # index.rst includes the one, the other is HTML
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
@@ -35,7 +35,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature's; napoleon has them from the docstring
 
 html_theme = "furo"
-html_title = "spoloss"
+html_title = f"spoloss {version}"
+html_favicon = "favicon.svg"
 html_math_renderer = "mathml"
 html_copy_source = html_show_sphinx = False
 html_extra_path = ["llms.txt"]
@@ -43,17 +44,30 @@ html_static_path = html_css_files = ["site.css"]
 pygments_style, pygments_dark_style = "tango", "monokai"
 
 DOCS = Path(__file__).parent
+SHOWN = [
+    path.relative_to(DOCS)
+    for name in ("examples", "recipes")
+    for path in sorted((DOCS / name).glob("*.py"))
+]
+"""Python files that have a page with their source."""
+
+
+def write_source_pages(_app: Sphinx) -> None:
+    """Writes the page of each file in `SHOWN` beside it. Git ignores these pages."""
+    for path in SHOWN:
+        title = f"{path.name}\n{'=' * len(path.name)}"
+        page = f"{title}\n\n.. literalinclude:: {path.name}\n   :language: python\n"
+        (DOCS / path).with_suffix(".rst").write_text(page)
 
 
 def adapt(_app: Sphinx, page: str, source: list[str]) -> None:
-    """What GitHub shows by itself: files outside this folder, cells in one piece, recipes."""
+    """What GitHub shows by itself: files outside this folder, cells in one piece, source."""
     text = re.sub(r"\]\((\.\./benchmarks/\S+\.md)\)", r"](path:\1)", source[0])
     text = re.sub(r"(?m)^\|.*", unbroken, text)
-    if page == "recipes/README":
-        for path in sorted((DOCS / "recipes").glob("*.py")):
-            text += (
-                f"\n## {path.name}\n\n```{{literalinclude}} {path.name}\n:language: python\n```\n"
-            )
+    below = [path for path in SHOWN if page == f"{path.parent}/README"]
+    if below:
+        text += "\n".join(["\n```{toctree}\n:hidden:\n", *(path.stem for path in below), "```\n"])
+    text = re.sub(r"\]\(((examples/|recipes/)?\w+)\.py\)", r"](\1.rst)", text)
     source[0] = text
 
 
@@ -66,7 +80,10 @@ def mathml(display: str) -> tuple[Callable[..., None], None]:
     """TeX as MathML, which browsers draw with a font of their own."""
 
     def visit(translator: HTML5Translator, node: nodes.Element) -> None:
-        translator.body.append(convert(node.astext(), display=display))
+        # A function's name is an operator, with space around it: log 2, and not log2.
+        operator = r'<mo lspace=".17em" rspace=".17em">\1</mo>'
+        drawn = convert(node.astext(), display=display)
+        translator.body.append(re.sub(r"<mi>(log|max|exp|artanh)</mi>", operator, drawn))
         raise nodes.SkipNode
 
     return visit, None
@@ -75,7 +92,10 @@ def mathml(display: str) -> tuple[Callable[..., None], None]:
 def keep_as_typed(*event: Any) -> None:
     """Docstrings are text for help(): show their indented formulas and tables letter by letter."""
     lines: list[str] = event[-1]
-    lines[:] = "\n\n".join(map(_as_typed, "\n".join(lines).split("\n\n"))).split("\n")
+    paragraphs = "\n".join(lines).split("\n\n")
+    # The head of api/spoloss.rst defines the margin for the whole page.
+    kept = [text for text in paragraphs if not text.startswith("h = (log pi(y_w)")]
+    lines[:] = "\n\n".join(map(_as_typed, kept)).split("\n")
 
 
 def _as_typed(paragraph: str) -> str:
@@ -92,6 +112,7 @@ def copy_explorer(app: Sphinx, _error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Sphinx calls this once, before it reads a page."""
     app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
+    app.connect("builder-inited", write_source_pages)
     app.connect("source-read", adapt)
     app.connect("autodoc-process-docstring", keep_as_typed, priority=400)  # before napoleon
     app.connect("build-finished", copy_explorer)

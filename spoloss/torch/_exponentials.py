@@ -160,20 +160,21 @@ def exponentials(
     The shift is the log-sum-exp of all logits so far, so the exponentials are at most 1 and fit in
     half precision. The smallest float16 is 6e-8, so in float16 they are scaled by 2**14.
     """
-    exps, bend, found = _block(products, transform, column, sums)
+    logits, bend = transform(products)
+    found = _sums_with(logits, column, sums)
     # The largest term is 1; the total is less only if all logits are -inf or the peak is known.
     total = found.total().clamp(min=1.0)
     if dtype == torch.float16:
         total = total * 2.0**-14
     shift = found.peak + total.log()
-    # The shift is rounded to the size of the peak, so divide by what it adds after rounding.
-    exps = exps / (shift - found.peak).exp()[:, None]
+    # Computed again, because Inductor would write the exponentials of the sums to memory.
+    exps = torch.where(_is_target(logits, column), 0.0, (logits - shift[:, None]).exp())
     return Exponentials((exps if bend is None else exps * bend).to(dtype), shift, found)
 
 
 def sums_alone(products: Tensor, transform: Transform, column: Tensor, sums: Sums) -> Sums:
     """`sums_of` without side effects."""
-    return _block(products, transform, column, sums)[2]
+    return _sums_with(transform(products)[0], column, sums)
 
 
 def exponentials_(
@@ -192,19 +193,20 @@ def exponentials_(
     return Exponentials(exps.to(dtype), peak, Sums(peak, others, target))
 
 
-def _block(
-    products: Tensor, transform: Transform, column: Tensor, sums: Sums
-) -> tuple[Tensor, Tensor | None, Sums]:
-    """exp(logit - peak), 0 at the targets; the soft-capping's derivative; the sums."""
-    logits, bend = transform(products)
-    is_target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
-    # A reduction, because a gather would be a kernel of its own.
-    at_target = torch.where(is_target, logits, -math.inf).amax(dim=1)
+def _sums_with(logits: Tensor, column: Tensor, sums: Sums) -> Sums:
+    """The sums with some columns of the logits included."""
+    is_target = _is_target(logits, column)
+    # A sum beside the other one, because a gather would be a kernel of its own.
+    at_target = torch.where(is_target, logits, 0.0).sum(dim=1)
     target = torch.where(column >= 0, at_target, sums.target)
     peak = torch.maximum(sums.peak, logits.amax(dim=1))
     exps = torch.where(is_target, 0.0, (logits - peak[:, None]).exp())
-    others = sums.others * (sums.peak - peak).exp() + exps.sum(dim=1)
-    return exps, bend, Sums(peak, others, target)
+    return Sums(peak, sums.others * (sums.peak - peak).exp() + exps.sum(dim=1), target)
+
+
+def _is_target(logits: Tensor, column: Tensor) -> Tensor:
+    """Which of the logits [n, C] are those of the targets."""
+    return torch.arange(logits.shape[1], device=logits.device) == column[:, None]
 
 
 def _fused(function: Callable[..., Any], products: Tensor) -> Callable[..., Any]:

@@ -213,7 +213,17 @@ def fsdp_inner_root(setting: Setting) -> Step:
     return lambda: fsdp2.backward(owner, [setting.mine])
 
 
-# --------------------------------------------------------------------------------- tensor parallel
+# ------------------------------------------------------ vocabulary parallel, and tensor parallel
+
+
+@case("vocabulary parallel: split head")
+def vocabulary(setting: Setting) -> Step:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for model in (setting.policy, setting.reference):
+        vocab_parallel.split_head(model, mesh)
+    batch = toy.collate(PAIRS)
+    return lambda: vocab_parallel.spo_step(setting.policy, setting.reference, batch).backward()
+
 
 SPLIT = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ColwiseParallel)
 SPLIT |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), ColwiseParallel)
@@ -226,9 +236,7 @@ def tensor_parallel(setting: Setting) -> Step:
     for model in (setting.policy, setting.reference):
         for layer in model.model.layers:
             parallelize_module(layer, mesh, {name: style() for name, style in SPLIT.items()})
-        vocab_parallel.split_head(model, mesh)
-    batch = toy.collate(PAIRS)
-    return lambda: vocab_parallel.spo_step(setting.policy, setting.reference, batch).backward()
+    return vocabulary(setting)
 
 
 # ------------------------------------------------------------------------------- sequence parallel

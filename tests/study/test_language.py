@@ -10,24 +10,18 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.alignment import language
-from benchmarks.alignment.language import Prompt, all_prompts, encode, parse, reward, write_review
-from benchmarks.alignment.language_task import split_prompts
-from benchmarks.alignment.model import LAYERS, completion_logps, sample
+from benchmarks.studies import language
+from benchmarks.studies.language import Prompt, all_prompts, encode, parse, reward, write_review
+from benchmarks.studies.language_model import LAYERS, completion_logps, sample
+from benchmarks.studies.language_task import split_prompts
 from helpers.alignment import policy_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.extended, pytest.mark.usefixtures("one_thread")]
 
 FILM = Prompt("film", ("plot", "cast"))
 
 
 # --------------------------------------------------------------------------- language and reward
-
-
-def test_size_of_the_language() -> None:
-    assert len(set(language.VOCABULARY)) == len(language.VOCABULARY) == 95
-    assert len(set(all_prompts())) == 160
-    assert all(len(prompt.tokens) == language.PROMPT_TOKENS for prompt in all_prompts())
 
 
 def reward_by_hand(prompt: Prompt, review: list[str]) -> float:

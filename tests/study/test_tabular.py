@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from functools import partial
 
 import mpmath
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
 
-from benchmarks import tabular
-from benchmarks.tabular import Pairs, Size, World
+from benchmarks.studies import tabular
+from benchmarks.studies.tabular import Pairs, Size, World
 from helpers.pages import measured
+
+pytestmark = pytest.mark.extended
 
 METHODS = {method.name: method for method in tabular.UNKNOWN_GAP + tabular.KNOWN_GAP}
 SMALL = Size(prompts=3, responses=6, pairs=60, steps=200, seeds=2)
@@ -41,7 +42,7 @@ def test_no_policy_beats_the_optimum_and_regret_is_what_it_lacks(world, beta) ->
     np.testing.assert_allclose(np.exp(optimum).sum(1), 1.0, rtol=1e-12)
     best = objective(world, optimum, beta)
     for size in (1e-3, 0.1, 3.0):
-        policy = tabular.normalised(optimum + size * rng.normal(size=optimum.shape))
+        policy = log_softmax(optimum + size * rng.normal(size=optimum.shape), axis=-1)
         lacks = best - objective(world, policy, beta)
         assert lacks > 0.0
         regret = beta * tabular.kl(policy, optimum)
@@ -130,30 +131,17 @@ def mean_loss_by_hand(
     return (torch.tensor(pairs.weights) * losses[name]).sum()
 
 
-def test_adam_is_adam() -> None:
-    start = np.random.default_rng(10).normal(size=(2, 4))
-    target = np.random.default_rng(11).normal(size=(2, 4))
-    early, late = tabular.adam(lambda table: np.sinh(table - target), start, (7, 30))
-    leaf = torch.tensor(start, requires_grad=True)
-    optimizer = torch.optim.Adam([leaf], lr=tabular.LEARNING_RATE)
-    for step in range(1, 31):
-        optimizer.zero_grad()
-        torch.cosh(leaf - torch.tensor(target)).sum().backward()
-        optimizer.step()
-        if step in (7, 30):
-            want = leaf.detach().log_softmax(-1).numpy()
-            np.testing.assert_allclose(early if step == 7 else late, want, rtol=1e-10)
-
-
 def test_divergence_is_told(world) -> None:
     tables = tabular.adam(lambda table: table * np.inf, world.reference, (3, 4))
     assert all(np.isnan(table).all() for table in tables)
     good = tabular.Outcome(1.0, 0.1, 0.2, 0.5)
     bad = tabular.Outcome(math.nan, math.nan, math.nan, 0.5)
     row = tabular.summarise("clean", 1.0, "some", [good, bad, good])
-    assert (row.diverged, row.kl_endless) == (1, 0.5)
-    assert math.isnan(row.kl)
-    assert tabular.cell(row, "kl").strip() == "1 diverged"
+    assert (row["diverged"], row["kl_endless"]) == (1, 0.5)
+    assert math.isnan(row["kl"])
+    other = tabular.Outcome(3.0, 0.1, 0.2, math.inf)
+    row = tabular.summarise("clean", 1.0, "some", [good, other])
+    assert (row["kl"], row["kl_error"], row["kl_endless"]) == (2.0, pytest.approx(1.0), math.inf)
 
 
 # -------------------------------------------------------------------------------------- the minima
@@ -167,15 +155,15 @@ def test_where_flipped_labels_lead(probability) -> None:
         "SPO": lambda x: -x * mpmath.exp(-x),
         "squared": lambda x: (x - 1) ** 2,
     }
-    for margin in tabular.flipped_labels(probability):
-        loss = expected[margin.method]
+    for method, (closed_form, found) in tabular.flipped_labels(probability).items():
+        loss = expected[method]
         mean = lambda x, loss=loss: p * loss(x) + (1 - p) * loss(-x)  # noqa: E731
         # Scanned, since a root finder could settle on another stationary point.
         grid = np.linspace(-1.0, 6.0, 701)
         near = float(min(grid, key=lambda x, mean=mean: mean(mpmath.mpf(x))))
         minimum = mpmath.findroot(lambda x, mean=mean: mpmath.diff(mean, x), near)
-        assert margin.closed_form == pytest.approx(float(minimum), rel=1e-9)
-        assert margin.found == pytest.approx(float(minimum), rel=1e-9)
+        assert closed_form == pytest.approx(float(minimum), rel=1e-9)
+        assert found == pytest.approx(float(minimum), rel=1e-9)
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -205,16 +193,24 @@ def test_ranked_answers_miss_the_target_of_1() -> None:
     assert x.std() == pytest.approx(0.64, abs=0.005)
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+LIMITS = [
+    *((method, True) for method in tabular.UNKNOWN_GAP),
+    *((method, False) for method in tabular.UNKNOWN_GAP[2:]),
+    *((method, False) for method in tabular.KNOWN_GAP),  # a known gap is a known order
+]
+
+
+def test_dpo_has_no_limit_on_clean_labels(world) -> None:
+    for method in tabular.UNKNOWN_GAP[:2]:
+        assert method.limit(world, False) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "noisy"),
+    [pytest.param(*case, id=f"{case[0].name}-{case[1]}") for case in LIMITS],
+)
 def test_endless_pairs_lead_to_the_limit(world, method, noisy) -> None:
     limit = method.limit(world, noisy)
-    if limit is None:
-        assert method in tabular.UNKNOWN_GAP[:2]
-        assert not noisy
-        return
-    if noisy and method in tabular.KNOWN_GAP:
-        noisy = False  # a known gap is a known order
     pairs = tabular.every_pair(world, noisy=noisy)
     for beta in (0.3, 2.0):
         leaf = torch.tensor(world.tilted(limit, beta), requires_grad=True)
@@ -267,43 +263,22 @@ def test_outcome_is_of_the_trained_policy(world) -> None:
 
 def test_small_study_ranks_as_the_theory_says() -> None:
     rows = {
-        (row.labels, row.method): row
+        (row["labels"], row["method"]): row
         for row in tabular.study(Size(4, 8, 200, 300, 3), betas=(1.0,))
     }
     assert len(rows) == 2 * 5 + 4
     clean = {method: row for (labels, method), row in rows.items() if labels == "clean"}
     for method in ("DPO, soft labels s(gap)", "squared, known gap"):
-        assert clean[method].kl < 0.1 * clean["SPO(beta)"].kl
-    assert clean["SPO(beta)"].kl < clean["no training"].kl < clean["DPO(beta)"].kl
-    assert clean["DPO(beta)"].kl_endless == math.inf
-    assert clean["DPO(beta)"].kl_change > 0.0
-    assert rows["noisy", "DPO(beta)"].kl_endless == pytest.approx(0.0, abs=1e-12)
-    assert rows["noisy", "SPO(beta)"].kl_endless > 0.05
+        assert clean[method]["kl"] < 0.1 * clean["SPO(beta)"]["kl"]
+    assert clean["SPO(beta)"]["kl"] < clean["no training"]["kl"] < clean["DPO(beta)"]["kl"]
+    assert clean["DPO(beta)"]["kl_endless"] == math.inf
+    assert clean["DPO(beta)"]["kl_change"] > 0.0
+    assert rows["noisy", "DPO(beta)"]["kl_endless"] == pytest.approx(0.0, abs=1e-12)
+    assert rows["noisy", "SPO(beta)"]["kl_endless"] > 0.05
     for row in rows.values():
-        assert row.diverged == 0
-        assert row.kl_error > 0.0
-        assert row.regret >= 0.0
-
-
-def test_tables_and_files(tmp_path, monkeypatch, capsys) -> None:
-    size = partial(Size, prompts=2, responses=5, pairs=30, steps=40)
-    monkeypatch.setattr(tabular, "Size", size)
-    output = tmp_path / "new" / "folder"
-    tabular.main(["--seeds", "2", "--output", str(output)])
-    printed = capsys.readouterr().out
-    assert printed.count("SPO(beta)") == 6
-    assert "no minimum" in printed
-    assert {path.name for path in output.iterdir()} == {
-        "tabular.csv",
-        "tabular_margins.csv",
-        "tabular.png",
-    }
-    lines = (output / "tabular.csv").read_text().splitlines()
-    assert lines[0].startswith("# ")
-    rows = list(csv.DictReader(lines[1:]))
-    assert len(rows) == 4 * (5 + 4 + 5)
-    assert all(float(row["kl_error"]) >= 0.0 for row in rows if row["diverged"] == "0")
-    assert (output / "tabular.png").read_bytes().startswith(b"\x89PNG")
+        assert row["diverged"] == 0
+        assert row["kl_error"] > 0.0
+        assert row["regret"] >= 0.0
 
 
 def test_published_results_are_of_this_study() -> None:
@@ -318,20 +293,3 @@ def test_published_results_are_of_this_study() -> None:
         if row["method"] == "no training":
             distances = [tabular.untrained(each, float(row["beta"])).kl for each in worlds]
             assert float(row["kl"]) == pytest.approx(np.mean(distances), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--seeds", "0"], "--seeds: expected a whole number from 1, got '0'"),
-        (["--seeds", "many"], "--seeds: expected a whole number from 1, got 'many'"),
-        (["--output", __file__], "test_tabular.py: expected a folder, got a file"),
-        (["--bogus"], "unrecognized arguments: --bogus"),
-    ],
-)
-def test_bad_input_is_refused(capsys, flags, words) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        tabular.main(flags)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert words in captured.err

@@ -40,6 +40,8 @@ def test_links_of_plain_html_lead_to_pages(site: Path) -> None:
     # Sphinx follows the links of Markdown alone.
     targets = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text())
     targets += re.findall(r'href="(explorer[^"#]*)', (site / "index.html").read_text())
+    explorer = (site / "explorer" / "index.html").read_text()
+    targets += [f"explorer/{target}" for target in re.findall(r'href="(\.\./[^"]+)', explorer)]
     assert len(targets) > 10
     for target in targets:
         assert (site / target).exists(), target

@@ -1,1 +1,0 @@
-"""The paper's experiment at desk scale: `python -m benchmarks.alignment`."""

@@ -1,1 +1,0 @@
-"""The alignment experiment on a pretrained language model: short reviews, judged by VADER."""

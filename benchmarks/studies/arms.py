@@ -1,0 +1,188 @@
+"""The arms of an experiment: which loss, at which beta, on which labels.
+
+An arm is written FORM:BETA for labels by the sign of the reward difference, or FORM:BETA@LABELS:
+
+    noisy                     labels drawn from Bradley-Terry
+    flip20, flip40            20 or 40 % of the clean labels exchanged, whatever the difference
+
+The forms:
+
+    dpo                       DPO
+    spo                       SPO, equation 6
+    spo-below0                SPO with linear_below=0
+    spo-below-1               SPO with linear_below=-1
+    spo-below-2               SPO with linear_below=-2
+    squared                   (h - 1/beta)^2: squared:0.2 is IPO at 0.1
+
+and with the reward difference of each pair known, for clean labels alone:
+
+    dpo-soft                  DPO whose labels are the probabilities s(gap)
+    squared-gap               (h - gap/beta)^2
+    spo-gap                   SPO with reward_gap=gap
+    spo-gap-floor             the same with gaps of at least 0.5
+    spo-gap-weighted          spo-gap with weights=gap^2
+    spo-gap-weighted-below0   the same with linear_below=0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.studies import InputError
+from spoloss import DPO, SPO, MarginLoss, Squared, pair_loss
+
+GAP_FLOOR = 0.5
+CLEAN, NOISY = "clean", "noisy"
+FLIPPED_SHARES = {"flip20": 0.2, "flip40": 0.4}
+LABELS = (CLEAN, NOISY, *FLIPPED_SHARES)
+
+
+class Logps(NamedTuple):
+    """Log-probabilities of B pairs, nats, [B] each."""
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+
+    def reversed(self) -> Logps:
+        """The pairs with chosen and rejected exchanged."""
+        pc, pr, rc, rr = self
+        return Logps(pr, pc, rr, rc)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One pair loss; an arm's loss is the sum of its terms.
+
+    Attributes:
+      beta: a number, or [B] where every pair has its own.
+      weights: factors of the pairs, [B]; None is 1.
+      reversed: whether chosen and rejected change places.
+    """
+
+    beta: Tensor | float
+    weights: Tensor | None = None
+    reversed: bool = False
+
+
+def _plain(beta: float, gap: Tensor) -> list[Term]:  # noqa: ARG001
+    return [Term(beta)]
+
+
+def _known_gap(beta: float, gap: Tensor) -> list[Term]:
+    return [Term(beta / gap)]
+
+
+def _floored_gap(beta: float, gap: Tensor) -> list[Term]:
+    return _known_gap(beta, gap.clamp(min=GAP_FLOOR))
+
+
+def _weighted_gap(beta: float, gap: Tensor) -> list[Term]:
+    return [Term(beta / gap, weights=gap**2)]
+
+
+def _both_orders(beta: float, gap: Tensor) -> list[Term]:
+    """Both orders of each pair, each with the probability that Bradley-Terry gives it."""
+    right = gap.sigmoid()
+    return [Term(beta, weights=right), Term(beta, weights=1.0 - right, reversed=True)]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A loss of the library, and how it is put on pairs of known reward difference."""
+
+    loss: MarginLoss
+    terms: Callable[[float, Tensor], list[Term]] = _plain
+
+    @property
+    def needs_gap(self) -> bool:
+        """Whether it is for pairs whose reward difference is known."""
+        return self.terms is not _plain
+
+
+FORMS = {
+    "dpo": Form(DPO()),
+    "spo": Form(SPO()),
+    "spo-below0": Form(SPO(linear_below=0.0)),
+    "spo-below-1": Form(SPO(linear_below=-1.0)),
+    "spo-below-2": Form(SPO(linear_below=-2.0)),
+    "squared": Form(Squared()),
+    "dpo-soft": Form(DPO(), _both_orders),
+    "squared-gap": Form(Squared(), _known_gap),
+    "spo-gap": Form(SPO(), _known_gap),
+    "spo-gap-floor": Form(SPO(), _floored_gap),
+    "spo-gap-weighted": Form(SPO(), _weighted_gap),
+    "spo-gap-weighted-below0": Form(SPO(linear_below=0.0), _weighted_gap),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Arm:
+    """One way to train the policy; `str` gives the way it is written."""
+
+    form: str
+    beta: float
+    labels: str = CLEAN
+
+    def __str__(self) -> str:
+        return f"{self.form}:{self.beta:.12g}" + ("" if self.labels == CLEAN else f"@{self.labels}")
+
+    @property
+    def title(self) -> str:
+        """How a table names it, such as SPO(0.1); a table is of one kind of labels."""
+        head, *rest = self.form.split("-", 1)
+        name = head.upper() if head in ("dpo", "spo") else head
+        return "-".join((name, *rest)) + f"({self.beta:.12g})"
+
+    @property
+    def margin_loss(self) -> MarginLoss:
+        """The loss of the margin that every term is."""
+        return FORMS[self.form].loss
+
+    def terms(self, gap: Tensor) -> list[Term]:
+        """The terms of the loss of pairs whose reward differences are `gap` [B]."""
+        return FORMS[self.form].terms(self.beta, gap)
+
+    def loss(self, logps: Logps, gap: Tensor) -> Tensor:
+        """The mean loss of a batch of pairs whose reward differences are `gap` [B]."""
+        total = torch.zeros(())
+        for term in self.terms(gap):
+            ordered = logps.reversed() if term.reversed else logps
+            total = total + pair_loss(
+                self.margin_loss, *ordered, beta=term.beta, weights=term.weights
+            )
+        return total
+
+
+def parse_arm(text: str) -> Arm:
+    """Reads an arm.
+
+    Raises:
+      InputError: there is no such form, beta or kind of labels.
+    """
+    form, _, rest = text.partition(":")
+    number, at, labels = rest.partition("@")
+    try:
+        arm = Arm(form, float(number), labels if at else CLEAN)
+    except ValueError:
+        arm = Arm(form, math.nan)
+    if form not in FORMS or arm.labels not in LABELS or not 0.0 < arm.beta < math.inf:
+        raise InputError(
+            f"{text}: expected FORM:BETA or FORM:BETA@LABELS, with FORM one of {', '.join(FORMS)}, "
+            f"a finite BETA above 0 and LABELS one of {', '.join(LABELS)}"
+        )
+    if arm.labels != CLEAN and FORMS[form].needs_gap:
+        raise InputError(f"{text}: expected clean labels, for {form} knows the reward difference")
+    return arm
+
+
+def arms(form: str, *betas: str) -> tuple[Arm, ...]:
+    """Arms of one form at betas such as "0.1" and "0.4@noisy"."""
+    return tuple(parse_arm(f"{form}:{beta}") for beta in betas)

@@ -1,0 +1,213 @@
+"""The comparisons that were written down before the runs, each loss at its own best setting.
+
+For each seed, the other seeds choose the best setting. So a setting that was lucky in a seed, in
+its training or in the answers that were drawn, has no advantage there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.studies.evaluation import win_rate
+from benchmarks.studies.results import Estimate, Results, Row, verdict, win_interval
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that can be chosen.
+
+    Attributes:
+      title: how it is named.
+      rewards: of its answers, [P, n] for every seed.
+    """
+
+    title: str
+    rewards: tuple[np.ndarray, ...]
+
+    def merit(self, seeds: Iterable[int]) -> float:
+        """The mean reward in some seeds; -inf if the policy is broken in one of them."""
+        mean = float(np.mean([self.rewards[seed].mean() for seed in seeds]))
+        return -math.inf if math.isnan(mean) else mean
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of a group of policies.
+
+    Attributes:
+      chosen: for each seed, the candidate of the greatest mean reward in the other seeds.
+    """
+
+    chosen: tuple[Candidate, ...]
+
+    @property
+    def title(self) -> str:
+        """The name of the policy; all names where the seeds disagree."""
+        return " or ".join(dict.fromkeys(candidate.title for candidate in self.chosen))
+
+    @property
+    def rewards(self) -> tuple[np.ndarray, ...]:
+        """The rewards in each seed of the candidate that was chosen for it."""
+        return tuple(candidate.rewards[seed] for seed, candidate in enumerate(self.chosen))
+
+    @property
+    def reward(self) -> Estimate:
+        """The mean reward."""
+        return Estimate(tuple(float(rewards.mean()) for rewards in self.rewards))
+
+    def wins_over(self, other: Best) -> Estimate:
+        """Win rate, in [0, 1]."""
+        both = zip(self.rewards, other.rewards, strict=True)
+        return Estimate(tuple(win_rate(ours, theirs) for ours, theirs in both))
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A comparison of two groups, each by its best.
+
+    Attributes:
+      question: what is compared.
+      ours: the best of the first group.
+      theirs: the best of the second.
+    """
+
+    question: str
+    ours: Best
+    theirs: Best
+
+    def row(self, comparisons: int) -> Row:
+        """What was found, with the verdict of an interval that holds for so many at once."""
+        wins = self.ours.wins_over(self.theirs)
+        row: Row = {"question": self.question, "ours": self.ours.title, "theirs": self.theirs.title}
+        for name, best in (("our", self.ours), ("their", self.theirs)):
+            row |= {f"{name}_reward": best.reward.mean, f"{name}_reward_error": best.reward.error}
+        row |= {"win_rate": wins.mean, "standard_error": wins.error}
+        if not math.isnan(wins.error):
+            low, high = win_interval(wins, comparisons)
+            row |= {"low": low, "high": high, "verdict": verdict(wins, comparisons)}
+        return row
+
+
+def gains(results: Results) -> list[Row]:
+    """How much more reward than the reference each loss gets on clean labels, at its best."""
+    reference = results.estimate(None, "reward").values
+    rows: list[Row] = []
+    for form in dict.fromkeys(arm.form for arm in results.arms):
+        best = best_of_forms(results, [form], "clean")
+        if best is not None:
+            both = zip(best.reward.values, reference, strict=True)
+            gain = Estimate(tuple(ours - theirs for ours, theirs in both))
+            rows.append(
+                {"form": form, "best": best.title, "gain": gain.mean, "standard_error": gain.error}
+            )
+    return rows
+
+
+def decided_rows(results: Results) -> list[Row]:
+    """The comparisons that were planned for a part, as far as they have been run."""
+    plan = DECIDED.get(results.part.name)
+    questions = list(plan(results)) if plan else []
+    return [
+        Decided(question, ours, theirs).row(len(questions))
+        for question, ours, theirs in questions
+        if ours is not None and theirs is not None
+    ]
+
+
+def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Best | None:
+    """The best arm of some forms after its last step."""
+    return choose(
+        Candidate(arm.title, rewards_of(results.of(arm)))
+        for arm in results.arms
+        if arm.form in forms and arm.labels == labels
+    )
+
+
+def choose(candidates: Iterable[Candidate]) -> Best | None:
+    """The best of the candidates; None where there is none."""
+    found = list(candidates)
+    if not found:
+        return None
+    seeds = range(len(found[0].rewards))
+    return Best(tuple(best_without(found, seed, seeds) for seed in seeds))
+
+
+def best_without(candidates: Sequence[Candidate], seed: int, seeds: Sequence[int]) -> Candidate:
+    """The candidate of the greatest merit in all seeds but one, or in the only one."""
+    others = [other for other in seeds if other != seed] or list(seeds)
+    return max(candidates, key=lambda candidate: candidate.merit(others))
+
+
+def rewards_of(found: Sequence[dict[str, object]]) -> tuple[np.ndarray, ...]:
+    """The rewards of every seed."""
+    return tuple(np.array(each["rewards"], dtype=float) for each in found)
+
+
+Question = tuple[str, Best | None, Best | None]
+"""What is compared, and the best of both groups; None where no arm of a group is finished."""
+
+
+def of_sweep(results: Results) -> Iterator[Question]:
+    """(a), beside SPO(beta) against DPO(beta) and DPO(4 beta), which every report has."""
+    dpo = best_of_forms(results, ["dpo"], "clean")
+    for name, form in (
+        ("SPO", "spo"),
+        ("SPO with linear_below=0", "spo-below0"),
+        ("squared", "squared"),
+    ):
+        best = best_of_forms(results, [form], "clean")
+        yield f"(a) {name} against DPO, each at its best beta", best, dpo
+
+
+def of_overtraining(results: Results) -> Iterator[Question]:
+    """(b): SPO at its last step, against DPO at its last and at its best."""
+    spo = best_of_forms(results, ["spo"], "clean")
+    last = best_of_forms(results, ["dpo"], "clean")
+    yield "(b) over-trained SPO against over-trained DPO, each at its best beta", spo, last
+    stopped = choose(
+        Candidate(
+            f"{arm.title} after {results.of(arm)[0]['judgements'][i]['step']} steps",
+            rewards_of([found["judgements"][i] for found in results.of(arm)]),
+        )
+        for arm in results.arms
+        if arm.form == "dpo"
+        for i in range(min(len(found["judgements"]) for found in results.of(arm)))
+    )
+    yield "(b) over-trained SPO against DPO stopped at its best step", spo, stopped
+
+
+def of_flips(results: Results) -> Iterator[Question]:
+    """(c): with 20 and 40 % of the labels exchanged."""
+    for labels in results.labels:
+        dpo = best_of_forms(results, ["dpo"], labels)
+        for name, forms in (
+            ("SPO, with or without linear_below=0,", ["spo", "spo-below0"]),
+            ("squared", ["squared"]),
+        ):
+            question = f"(c) {labels}: {name} against DPO, each at its best beta"
+            yield question, best_of_forms(results, forms, labels), dpo
+
+
+def of_gaps(results: Results) -> Iterator[Question]:
+    """(d): losses that know the gap against those that do not."""
+    dpo, spo, squared = (
+        best_of_forms(results, [form], "clean") for form in ("dpo", "spo", "squared")
+    )
+    known_spo = best_of_forms(results, ["spo-gap", "spo-gap-weighted-below0"], "clean")
+    known_squared = best_of_forms(results, ["squared-gap"], "clean")
+    yield "(d) SPO with known gaps against DPO", known_spo, dpo
+    yield "(d) SPO with known gaps against SPO without", known_spo, spo
+    yield "(d) squared with known gaps against DPO", known_squared, dpo
+    yield "(d) squared with known gaps against squared without", known_squared, squared
+
+
+DECIDED: dict[str, Callable[[Results], Iterator[Question]]] = {
+    "sweep": of_sweep,
+    "overtraining": of_overtraining,
+    "flips": of_flips,
+    "gaps": of_gaps,
+}

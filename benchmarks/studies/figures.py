@@ -1,0 +1,147 @@
+"""The pictures of a run."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.studies.arms import Arm
+from benchmarks.studies.results import Estimate, Results
+from benchmarks.studies.store import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {
+    "dpo": "tab:blue",
+    "spo": "tab:red",
+    "spo-below0": "tab:pink",
+    "spo-below-1": "tab:orange",
+    "spo-below-2": "tab:brown",
+    "squared": "tab:green",
+    "dpo-soft": "tab:cyan",
+    "squared-gap": "tab:olive",
+    "spo-gap": "black",
+    "spo-gap-floor": "dimgray",
+    "spo-gap-weighted": "darkgray",
+    "spo-gap-weighted-below0": "tab:purple",
+}
+
+
+def save(figure: Figure, path: Path, header: str) -> None:
+    """Writes a figure as PNG, under a line that says where it comes from."""
+    figure.suptitle(textwrap.fill(header, 110), fontsize=7)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def panels(results: Results, width: float, height: float) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a panel for each kind of labels."""
+    kinds = results.labels
+    figure = Figure(figsize=(width * len(kinds), height), layout="constrained", dpi=90)
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for labels, each in zip(kinds, axes, strict=True):
+        each.set_title(f"{labels} labels")
+    return figure, dict(zip(kinds, axes, strict=True))
+
+
+# --------------------------------------------------------------------------- reward against KL
+
+
+def draw_frontier(results: Results) -> Figure:
+    """True reward against divergence, with the two limits."""
+    figure, by_labels = panels(results, 7.0, 5.5)
+    for labels, axes in by_labels.items():
+        draw_limits(axes, results)
+        for form in dict.fromkeys(arm.form for arm in results.arms if arm.labels == labels):
+            draw_family(axes, results, form, results.sorted_arms(form, labels))
+        axes.set_xscale("log")
+        axes.set_xlim(left=0.05)
+        axes.set_xlabel("KL(π ‖ π_ref), nats")
+        axes.set_ylabel("true reward")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def draw_limits(axes: Axes, results: Results) -> None:
+    """The exact optimum and best of n, averaged over the seeds."""
+    points: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for foundation in results.references:
+        for limit in foundation["limits"]:
+            if limit["kl"] > 0.0:  # the reference itself has no place on a logarithmic axis
+                points[limit["curve"], limit["parameter"]].append(limit)
+    shared = {key: found for key, found in points.items() if len(found) == results.part.seeds}
+    curves = (("optimum", "-", "optimum π_ref·e^(r/β)"), ("best of n", ":", "best of n (KL bound)"))
+    for curve, line, label in curves:
+        found = [limits for key, limits in shared.items() if key[0] == curve]
+        kl, reward = (
+            [np.mean([each[key] for each in f]) for f in found] for key in ("kl", "reward")
+        )
+        if found:
+            axes.plot(kl, reward, line, color="gold", linewidth=2, label=label)
+
+
+def draw_family(axes: Axes, results: Results, form: str, arms: Sequence[Arm]) -> None:
+    """One loss at its betas, with standard errors."""
+    kl = [results.estimate(arm, "kl") for arm in arms]
+    reward = [results.estimate(arm, "reward") for arm in arms]
+    axes.errorbar(
+        means(kl),
+        means(reward),
+        yerr=errors(reward),
+        xerr=errors(kl),
+        fmt="o-" if len(arms) > 1 else "D",
+        color=COLOURS[form],
+        markersize=4,
+        linewidth=1,
+        label=form,
+    )
+    for arm, x, y in zip(arms, means(kl), means(reward), strict=True):
+        axes.annotate(
+            f"{arm.beta:g}", (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points"
+        )
+
+
+def means(estimates: Sequence[Estimate]) -> list[float]:
+    """The means of estimates."""
+    return [estimate.mean for estimate in estimates]
+
+
+def errors(estimates: Sequence[Estimate]) -> list[float]:
+    """Their standard errors, 0 where there is but one seed."""
+    return [0.0 if math.isnan(estimate.error) else estimate.error for estimate in estimates]
+
+
+# ------------------------------------------------------------------------------------- margins
+
+
+def draw_margins(results: Results) -> Figure:
+    """Implicit reward margins x = beta * h on memorised and on held-out pairs, over training."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained", dpi=90)
+    titles = {"train": "memorised pairs", "held_out": "held-out pairs"}
+    greatest = max(arm.beta for arm in results.arms)
+    for axes, (split, heading) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for arm, found in results.arms.items():
+            seen = [each for each in found[0]["snapshots"] if each["split"] == split]
+            steps = [each["step"] for each in seen]
+            low, middle, high = ([each[f"x_q{q}"] for each in seen] for q in (10, 50, 90))
+            style = "-" if arm.beta == greatest else "--"
+            axes.plot(steps, middle, style, color=COLOURS[arm.form], label=arm.title)
+            axes.fill_between(steps, low, high, color=COLOURS[arm.form], alpha=0.15)
+        axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_title(f"{heading} (seed 0): median, 10 to 90 %")
+        axes.set_xlabel("step")
+        axes.set_ylabel("x = β·h")
+        axes.legend(fontsize=8)
+    return figure

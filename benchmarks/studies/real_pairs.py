@@ -1,0 +1,446 @@
+"""SPO and DPO on preference pairs of your own, with a pretrained language model.
+
+    python -m benchmarks.studies smollm2 FOLDER                               the model, once
+    python -m benchmarks.studies real_pairs --pairs FILE --model FOLDER       two of the five folds
+    python -m benchmarks.studies real_pairs --pairs FILE --model FOLDER --folds 5
+
+FILE has JSON lines with prompt, chosen, rejected and either reward_gap or p_chosen; a .gz is fine.
+The last two blocks of the model are trained, all else is frozen. Each fold holds out a fifth of the
+prompts. All arms are trained on the others, and then tell which answers of the held-out pairs are
+the better ones. The same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, lru_cache, partial
+from itertools import pairwise, starmap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from benchmarks import record
+from benchmarks.studies import InputError, seeds
+from benchmarks.studies.arms import Arm, arms
+from benchmarks.studies.evaluation import measure_pairs
+from benchmarks.studies.pretrained import IGNORED, Base, TopBlocks, load_base, reference_policy
+from benchmarks.studies.report import PACKAGES
+from benchmarks.studies.results import Row
+from benchmarks.studies.runner import Job, at_least_one, command_line, run_jobs
+from benchmarks.studies.store import Store, open_store, write_atomically
+from benchmarks.studies.training import Answers, Pairs, Stage, pair_logps, score, train_on_pairs
+from spoloss import log_ratio_margin
+
+OUTPUT = record.RESULTS / "real_pairs"
+LENGTH = 160
+"""The most tokens of a prompt and its answer. Longer ones lose the end of the answer."""
+FOLDS = 5
+LEAST_PAIRS = 10
+ROWS = 16
+"""Texts that the frozen blocks read side by side."""
+ALL_PAIRS = 1_000_000
+STAGE = Stage(pairs=ALL_PAIRS, steps=90, batch=16, lr=1e-4)
+ARMS = (
+    *arms("dpo", "0.1", "0.4"),
+    *arms("spo", "0.1"),
+    *arms("spo-gap-weighted", "0.1"),
+    # At 0.6 the mean target on the judged pairs (mean gap 6.0) is 10 nats, as for SPO(0.1).
+    *arms("spo-gap-weighted-below0", "0.1", "0.6"),
+)
+BASELINE = Arm("dpo", 0.4)
+"""The arm that all others are compared with."""
+SLICES = 8
+"""Files that hold the pairs; each is the result of a job."""
+MEASURED_PAIRS = 64
+"""Training pairs that are measured after training."""
+
+
+# --------------------------------------------------------------------------------------- the pairs
+
+
+class Pair(NamedTuple):
+    """A line of the file; `reward_gap` is how much better the chosen answer is."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    reward_gap: float
+
+
+class Text(NamedTuple):
+    """A prompt with an answer as token ids; the labels are `IGNORED` on the prompt."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Material:
+    """A file of preference pairs, and the model that is trained on them.
+
+    Attributes:
+      file: JSON lines.
+      model: a Transformers folder, or a name on the Hugging Face Hub.
+    """
+
+    file: Path
+    model: str
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """All pairs of the file.
+
+        Raises:
+          InputError: a line is no pair with a gap, or the prompts are too few for the folds.
+        """
+        return read_once(self.file)
+
+    @property
+    def description(self) -> str:
+        """The pairs in one line: how many there are, and a fingerprint."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            digest.update(repr(tuple(pair)).encode())
+        return f"{len(self.pairs)} pairs, {digest.hexdigest()[:12]}"
+
+    @property
+    def fold_of_each(self) -> Tensor:
+        """The number of the fold that each pair is in, [N]; pairs of one prompt share it."""
+        prompts = sorted({pair.prompt for pair in self.pairs})
+        seeds.rng("folds").shuffle(prompts)
+        fold = {prompt: number % FOLDS for number, prompt in enumerate(prompts)}
+        return torch.tensor([fold[pair.prompt] for pair in self.pairs])
+
+    @property
+    def base(self) -> Base:
+        """The model in its two parts."""
+        return load_base(self.model)
+
+    @property
+    def reference(self) -> TopBlocks:
+        """The model as a policy."""
+        return reference_policy(self.model)
+
+    def texts(self, rows: range) -> list[Text]:
+        """The chosen answer of the first pair as token ids, its rejected answer, and so on."""
+        pairs = self.pairs[rows.start : rows.stop]
+        return [text for pair in pairs for text in encode(pair, self.base.tokenizer)[0]]
+
+    def cut(self) -> float:
+        """The share of all pairs of which a text is cut."""
+        return float(np.mean([encode(pair, self.base.tokenizer)[1] for pair in self.pairs]))
+
+
+@cache
+def read_once(file: Path) -> list[Pair]:
+    """The pairs of a file."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rt", encoding="utf-8") as lines:
+            found = [parse(json.loads(line)) for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: expected readable pairs with gaps, got: {error!r}") from error
+    prompts = len({pair.prompt for pair in found})
+    if prompts < FOLDS or len(found) < LEAST_PAIRS:
+        raise InputError(
+            f"{file}: expected at least {LEAST_PAIRS} pairs of at least {FOLDS} prompts, "
+            f"got {len(found)} of {prompts}"
+        )
+    return found
+
+
+def parse(line: dict[str, Any]) -> Pair:
+    """A line as a pair, whose gap may be given as the log-odds of `p_chosen`.
+
+    Raises:
+      ValueError: the gap is not above 0 and finite.
+    """
+    gap = line.get("reward_gap")
+    if gap is None:
+        gap = math.log(line["p_chosen"] / (1.0 - line["p_chosen"]))
+    if not 0.0 < gap < math.inf:
+        raise ValueError(f"the gap {gap} of {line['prompt']!r:.40}")
+    return Pair(line["prompt"], line["chosen"], line["rejected"], float(gap))
+
+
+def encode(pair: Pair, tokenizer: Any) -> tuple[list[Text], bool]:
+    """Both texts of a pair as token ids, cut at `LENGTH`; and whether one was cut."""
+    # Prompt and answer are encoded separately, so no token crosses their boundary.
+    if tokenizer.chat_template is None:
+        prompt = tokenizer.encode(pair.prompt + "\n")
+    else:
+        chat = [{"role": "user", "content": pair.prompt}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+    answers = [
+        [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+        for answer in (pair.chosen, pair.rejected)
+    ]
+    longest = max(map(len, answers))
+    # The prompt is cut first, from its start, because the question is usually at its end. It keeps
+    # half of the length, because an answer without its question is useless.
+    kept = prompt[-max(LENGTH - longest, LENGTH // 2) :]
+    room = LENGTH - len(kept)
+    texts = [
+        Text(kept + answer[:room], [IGNORED] * len(kept) + answer[:room]) for answer in answers
+    ]
+    return texts, len(prompt) + longest > LENGTH
+
+
+@torch.no_grad()
+def frozen_states(base: Base, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+    """Runs the frozen blocks on M texts.
+
+    Returns:
+      The states [M, LENGTH - 1, D], and for each state the label of the next token,
+      [M, LENGTH - 1].
+    """
+    ids = torch.zeros(len(texts), LENGTH, dtype=torch.long)
+    labels = torch.full((len(texts), LENGTH), IGNORED)
+    for row, text in enumerate(texts):
+        ids[row, : len(text.ids)] = torch.tensor(text.ids)
+        labels[row, : len(text.labels)] = torch.tensor(text.labels)
+    # Padding on the right needs no mask: no earlier token attends to it, and it has no labels.
+    embedded = base.lower.embed_tokens(ids[:, :-1])
+    states = base.lower(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    return states, labels[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------- the jobs
+
+
+def settings_of(material: Material) -> dict[str, Any]:
+    """What the results depend on: the pairs and the model by their content, not their place."""
+    return {
+        "pairs": material.description,
+        "model": material.base.description,
+        "length": LENGTH,
+        "folds": FOLDS,
+        "stage": asdict(STAGE),
+        "arms": [str(arm) for arm in ARMS],
+    }
+
+
+def jobs_of(material: Material, folds: int) -> list[Job]:
+    """The frozen blocks read the pairs once; then every arm on the first so many folds."""
+    bounds = [len(material.pairs) * number // SLICES for number in range(SLICES + 1)]
+    slices = [
+        Job(slice_name(number), partial(store_slice, material, number, rows))
+        for number, rows in enumerate(starmap(range, pairwise(bounds)))
+    ]
+    needs = tuple(job.name for job in slices)
+    return slices + [
+        Job(result_name(arm, fold), partial(run_arm, material, arm, fold), needs)
+        for fold in range(folds)
+        for arm in ARMS
+    ]
+
+
+def result_name(arm: Arm, fold: int) -> str:
+    """The name of an arm's result in the store."""
+    return f"fold-{fold}/{arm}"
+
+
+def slice_name(number: int) -> str:
+    """The name of a slice of the pairs in the store."""
+    return f"pairs/{number}"
+
+
+def store_slice(material: Material, number: int, rows: range, store: Store) -> None:
+    """Computes states and reference log-probabilities of a slice of the pairs, and stores them."""
+    texts = material.texts(rows)
+    chunks = [texts[start : start + ROWS] for start in range(0, len(texts), ROWS)]
+    made = [frozen_states(material.base, chunk) for chunk in chunks]
+    states, labels = map(torch.cat, zip(*made, strict=True))
+    inputs = {"states": states, "labels": labels}
+    # Only the difference of two rewards is ever used, and that is the known gap.
+    gaps = [pair.reward_gap for pair in material.pairs[rows.start : rows.stop]]
+    rewards = torch.tensor([reward for gap in gaps for reward in (gap, 0.0)])
+    tensors = {"rewards": rewards, "reference": score(material.reference, inputs), **inputs}
+    path = store.path(slice_name(number), ".safetensors")
+    write_atomically(path, save({name: each.contiguous() for name, each in tensors.items()}))
+    store.write(slice_name(number), {"pairs": len(rows)})
+
+
+@lru_cache(maxsize=1)
+def load_pairs(store: Store) -> Pairs:
+    """Reads all pairs from the store, in the order of the file."""
+    slices = [load_file(store.path(slice_name(number), ".safetensors")) for number in range(SLICES)]
+    tensors = {name: torch.cat([each.pop(name) for each in slices]) for name in list(slices[0])}
+    inputs = {name: tensors[name] for name in ("states", "labels")}
+    answers = Answers(inputs, tensors["rewards"], tensors["reference"])
+    chosen = torch.arange(0, len(answers), 2)
+    return Pairs(answers, chosen, chosen + 1)
+
+
+def run_arm(material: Material, arm: Arm, fold: int, store: Store) -> None:
+    """Trains one arm on the other folds, and measures it on the pairs of this one."""
+    pairs, held_out = load_pairs(store), material.fold_of_each == fold
+    train = pairs[(~held_out).nonzero()[:, 0]]
+    tested = pairs[held_out.nonzero()[:, 0]]
+    trained = train_on_pairs(material.reference, train, arm, STAGE, seed=fold)
+    margins = log_ratio_margin(*pair_logps(trained.policy, tested))
+    store.write(
+        result_name(arm, fold),
+        {
+            "margins": margins.tolist(),
+            "train": measure_pairs(trained.policy, train[:MEASURED_PAIRS], arm.beta),
+            "held_out": measure_pairs(trained.policy, tested, arm.beta),
+            **trained.summary(),
+        },
+    )
+
+
+# -------------------------------------------------------------------------------------- the report
+
+
+class PairMean(NamedTuple):
+    """A mean over pairs, and its standard error.
+
+    The answers to one prompt are alike, so the error is that of prompts drawn at random: a prompt
+    counts as a whole. It leaves out the variation from one training run to another.
+    """
+
+    mean: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, values: np.ndarray, prompts: Sequence[str]) -> PairMean:
+        """The mean of values [N] of pairs, whose prompts are given."""
+        mean = float(values.mean())
+        sums = pd.Series(values - mean).groupby(list(prompts)).sum()
+        return cls(mean, math.sqrt((sums**2).sum()) / len(values))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The folds of which every arm is finished.
+
+    Attributes:
+      material: the pairs.
+      folds: what each arm has left, fold by fold.
+    """
+
+    material: Material
+    folds: list[dict[Arm, dict[str, Any]]]
+
+    @classmethod
+    def read(cls, material: Material, store: Store) -> Finished:
+        """Reads the finished folds, up to the first unfinished one."""
+        folds = []
+        while len(folds) < FOLDS:
+            names = {arm: result_name(arm, len(folds)) for arm in ARMS}
+            if not all(map(store.has, names.values())):
+                break
+            folds.append({arm: store.read(name) for arm, name in names.items()})
+        return cls(material, folds)
+
+    @cached_property
+    def held_out(self) -> list[Pair]:
+        """All held-out pairs, fold by fold."""
+        fold_of_each, pairs = self.material.fold_of_each, self.material.pairs
+        return [
+            pairs[row]
+            for fold in range(len(self.folds))
+            for row in (fold_of_each == fold).nonzero()[:, 0].tolist()
+        ]
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The prompts of the held-out pairs."""
+        return [pair.prompt for pair in self.held_out]
+
+    def margins(self, arm: Arm) -> np.ndarray:
+        """The log-ratio margins h of the held-out pairs, nats."""
+        return np.concatenate([fold[arm]["margins"] for fold in self.folds])
+
+    def accuracy(self, arm: Arm) -> PairMean:
+        """The share of held-out pairs with h > 0."""
+        return PairMean.of((self.margins(arm) > 0.0).astype(float), self.prompts)
+
+    def lead(self, arm: Arm, other: Arm) -> PairMean:
+        """By how much the accuracy is above another arm's, pair by pair."""
+        right, theirs = ((self.margins(each) > 0.0).astype(float) for each in (arm, other))
+        return PairMean.of(right - theirs, self.prompts)
+
+    def longer(self) -> PairMean:
+        """How often the chosen answer is the longer text, before any is cut; a tie counts half."""
+        lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in self.held_out])
+        chosen, rejected = lengths.T
+        return PairMean.of((chosen > rejected) + 0.5 * (chosen == rejected), self.prompts)
+
+    def mean(self, arm: Arm, key: str, split: str) -> float:
+        """The mean over the pairs of all folds of what was measured on a split."""
+        sizes = [len(fold[arm]["margins"]) for fold in self.folds]
+        return float(np.average([fold[arm][split][key] for fold in self.folds], weights=sizes))
+
+    def arm_row(self, arm: Arm) -> Row:
+        """A row of arms.csv."""
+        accuracy, lead = self.accuracy(arm), self.lead(arm, BASELINE)
+        found = [fold[arm] for fold in self.folds]
+        row: Row = {"arm": str(arm), "folds": len(self.folds), "pairs": len(self.held_out)}
+        row |= {"accuracy": accuracy.mean, "accuracy_error": accuracy.standard_error}
+        row |= {"lead": lead.mean, "lead_error": lead.standard_error}
+        row |= {"h": float(self.margins(arm).mean())}
+        row |= {"grad_norm_max": max(each["grad_norm_max"] for each in found)}
+        row |= {"stopped": sum(each["stopped_at"] is not None for each in found)}
+        for split in ("train", "held_out"):
+            keys = [key for key in found[0][split] if key != "accuracy"]
+            row |= {f"{split}_{key}": self.mean(arm, key, split) for key in keys}
+        return row
+
+    def pair_row(self) -> Row:
+        """The row of pairs.csv: what any arm is judged on."""
+        longer = self.longer()
+        return {
+            "folds": len(self.folds),
+            "pairs": len(self.held_out),
+            "prompts": len(set(self.prompts)),
+            "cut": self.material.cut(),
+            "chosen_is_longer": longer.mean,
+            "chosen_is_longer_error": longer.standard_error,
+        }
+
+
+def report(material: Material, store: Store) -> None:
+    """Writes and prints what is finished."""
+    finished = Finished.read(material, store)
+    if not finished.folds:
+        print("no fold is finished")
+        return
+    title = f"{record.machine(*PACKAGES, 'transformers')}; {material.base.description}"
+    tables = {"arms": list(map(finished.arm_row, ARMS)), "pairs": [finished.pair_row()]}
+    for name, rows in tables.items():
+        record.write(store.folder / f"{name}.csv", title, rows)
+        print(f"\n{name}\n{pd.DataFrame(rows).T.to_string(header=False)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains what is missing, and reports what is finished.
+
+    Raises:
+      InputError: the pairs, the model or the results folder cannot be used.
+    """
+    parser = command_line("real_pairs", __doc__, str(OUTPUT))
+    parser.add_argument("--pairs", type=Path, required=True, help="JSON lines, plain or .gz")
+    parser.add_argument(
+        "--model", required=True, help="a Transformers folder, or a name on the Hugging Face Hub"
+    )
+    parser.add_argument(
+        "--folds", type=at_least_one, default=2, help=f"to hold out in turn, of {FOLDS}; default: 2"
+    )
+    options = parser.parse_args(argv)
+    material = Material(options.pairs, options.model)
+    store = open_store(options.output or OUTPUT, settings_of(material))
+    run_jobs(jobs_of(material, min(options.folds, FOLDS)), store, options.workers)
+    report(material, store)

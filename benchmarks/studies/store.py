@@ -1,0 +1,68 @@
+"""The results folder: its settings, and the finished parts of a run, each in a file of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies import InputError
+
+SETTINGS, WORK = "settings.json", "work"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A results folder. What a run needs to go on lies in `work`, which git does not see."""
+
+    folder: Path
+
+    def path(self, name: str, suffix: str = ".json") -> Path:
+        """Where the part of a run with this name lies."""
+        return self.folder / WORK / (name.replace(":", "_") + suffix)
+
+    def has(self, name: str) -> bool:
+        """Whether the part is finished."""
+        return self.path(name).exists()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A finished part."""
+        part: dict[str, Any] = json.loads(self.path(name).read_text(encoding="utf-8"))
+        return part
+
+    def write(self, name: str, part: dict[str, Any]) -> None:
+        """Keeps a part as finished: wholly or not at all."""
+        write_atomically(self.path(name), json.dumps(part).encode())
+
+
+def open_store(folder: Path, settings: dict[str, Any]) -> Store:
+    """Opens a new results folder, or one of a run with the same settings.
+
+    Raises:
+      InputError: the folder is another run's or not a run's at all; nothing in it is changed.
+    """
+    text, path = json.dumps(settings, indent=2, ensure_ascii=False) + "\n", folder / SETTINGS
+    if folder.exists() and any(folder.iterdir()):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        asked = json.loads(text)
+        differing = sorted(key for key in {*found, *asked} if found.get(key) != asked.get(key))
+        if differing:
+            raise InputError(
+                f"{folder}: expected an empty folder or results of the same settings, but these "
+                f"differ: {', '.join(differing)}; choose another --output"
+            )
+    else:
+        write_atomically(path, text.encode())
+    # A folder that ignores itself stays out of any repository that the results are put in.
+    write_atomically(folder / WORK / ".gitignore", b"*\n")
+    return Store(folder)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
+    draft.write_bytes(content)
+    draft.replace(path)

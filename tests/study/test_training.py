@@ -1,0 +1,244 @@
+"""How the alignment experiment trains, judges and compares."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.studies import InputError, results, training
+from benchmarks.studies.alignment import FULL_PARTS
+from benchmarks.studies.arms import FORMS, Arm, Logps, parse_arm
+from benchmarks.studies.evaluation import best_of, find_limits, tilt, win_rate
+from benchmarks.studies.experiment import labelled_for, wrong_labels
+from benchmarks.studies.language import all_prompts
+from benchmarks.studies.language_task import judge, write_corpus
+from benchmarks.studies.training import Answers, Pairs, Stage
+from helpers.alignment import policy_of
+
+pytestmark = [pytest.mark.extended, pytest.mark.usefixtures("one_thread")]
+
+
+# --------------------------------------------------------------------------- win rates and limits
+
+
+def test_win_rate_is_over_all_pairs_of_unequal_number() -> None:
+    ours = np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 5.0]])
+    theirs = np.array([[2.0, 2.0, 0.0], [0.0, 7.0, 5.0]])
+    points = []
+    for a, b in zip(ours, theirs, strict=True):
+        for i, j in itertools.permutations(range(3), 2):
+            points.append(1.0 if a[i] > b[j] else 0.5 if a[i] == b[j] else 0.0)
+    assert win_rate(ours, theirs) == pytest.approx(statistics.fmean(points))
+    assert win_rate(ours, theirs) + win_rate(theirs, ours) == pytest.approx(1.0)
+    assert win_rate(ours, ours) == 0.5
+    # Equal numbers left out: a text never meets the one that was drawn along with it.
+    assert win_rate(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])) == 0.5
+    assert math.isnan(win_rate(ours, np.full((2, 3), np.nan)))
+
+
+def test_identical_policies_do_not_share_random_numbers() -> None:
+    policy = policy_of("twins")
+    prompts = all_prompts()[:32]
+    answers = [judge(policy, policy, prompts, 16, name) for name in ("one", "other", "one")]
+    assert answers[0] == answers[2]
+    one, other = (np.array(each["rewards"]) for each in answers[:2])
+    assert (one == other).mean() < 0.05
+    assert abs(win_rate(one, other) - 0.5) < 4 * 0.5 / math.sqrt(one.size)
+    assert answers[0]["kl"] == 0.0
+
+
+def test_a_broken_policy_is_judged_without_a_crash() -> None:
+    policy = policy_of("broken")
+    for parameter in policy.parameters():
+        parameter.data.fill_(math.nan)
+    found = judge(policy, policy_of("sound"), all_prompts()[:2], 3, "broken")
+    assert math.isnan(found["reward"])
+    assert np.shape(found["rewards"]) == (2, 3)
+    assert math.isnan(win_rate(np.array(found["rewards"]), np.zeros((2, 3))))
+
+
+def test_limits_of_a_coin() -> None:
+    coin = np.tile([0.0, 1.0], (3, 50))
+    p = 1 / (1 + math.exp(-2))
+    optimum = tilt(coin, beta=0.5)
+    assert optimum.reward == pytest.approx(p)
+    assert optimum.kl == pytest.approx(math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p))
+    assert best_of(coin, 3).reward == pytest.approx(7 / 8)
+    assert best_of(coin, 3).kl == pytest.approx(math.log(3) - 2 / 3)
+    told = [limit["parameter"] for limit in find_limits(coin) if limit["curve"] == "best of n"]
+    assert told == [1, 2, 4, 8, 16]  # 100 texts say little of the best of 32
+
+
+def test_intervals_widen_with_the_number_of_comparisons() -> None:
+    wins = results.Estimate((0.55, 0.57, 0.56))
+    assert wins.error == pytest.approx(0.01 / math.sqrt(3))
+    low, high = wins.interval(1)
+    assert (low, high) == pytest.approx(
+        (0.56 - 4.3027 * wins.error, 0.56 + 4.3027 * wins.error), rel=1e-4
+    )
+    assert results.verdict(wins, 1) == "better"
+    assert results.verdict(wins, 100) == "not distinguishable"
+    mirrored = results.Estimate(tuple(1 - value for value in wins.values))
+    assert results.verdict(mirrored, 1) == "worse"
+    assert results.win_interval(results.Estimate((0.2, 0.8)), 1) == (0.0, 1.0)
+
+
+# ----------------------------------------------------------------------------------- arms, stages
+
+
+def test_arms_are_written_as_they_are_read() -> None:
+    for part in FULL_PARTS:
+        assert [parse_arm(str(arm)) for arm in part.arms] == list(part.arms)
+    assert parse_arm("spo:0.1@noisy") == Arm("spo", 0.1, "noisy")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ppo:0.1", "expected FORM:BETA or"),
+        ("spo:0", "a finite BETA above 0"),
+        ("spo:0.1@dirty", "LABELS one of clean, noisy"),
+        ("spo-gap:1@noisy", "expected clean labels"),
+    ],
+)
+def test_arms_that_make_no_sense(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse_arm(text)
+
+
+X0 = {"spo-below0": 0.0, "spo-below-1": -1.0, "spo-below-2": -2.0}
+
+
+def loss_by_hand(form: str, beta: float, h: np.ndarray, gap: np.ndarray) -> float:
+    def curve(x: np.ndarray, x0: float = -math.inf) -> np.ndarray:
+        tangent = math.exp(-x0) * (-x0 + (x0 - 1) * (x - x0)) if math.isfinite(x0) else x
+        return np.where(x < x0, tangent, -x * np.exp(-x))
+
+    p = 1 / (1 + np.exp(-gap))
+    x = beta * h
+    return float(
+        np.mean(
+            {
+                "dpo": np.log1p(np.exp(-x)),
+                "spo": curve(x),
+                **{name: curve(x, x0) for name, x0 in X0.items()},
+                "squared": (h - 1 / beta) ** 2,
+                "dpo-soft": p * np.log1p(np.exp(-x)) + (1 - p) * np.log1p(np.exp(x)),
+                "squared-gap": (h - gap / beta) ** 2,
+                "spo-gap": curve(x / gap),
+                "spo-gap-floor": curve(x / np.maximum(gap, 0.5)),
+                "spo-gap-weighted": gap**2 * curve(x / gap),
+                "spo-gap-weighted-below0": gap**2 * curve(x / gap, 0.0),
+            }[form]
+        )
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_of_the_arms(form: str) -> None:
+    rng = np.random.default_rng(0)
+    logps = rng.normal(-20, 3, (4, 64))
+    logps[0, 0] -= 30.0  # a pair far on the steep side
+    gap = rng.uniform(0.1, 3, 64)
+    h = (logps[0] - logps[2]) - (logps[1] - logps[3])
+    assert (0.3 * h).min() < -2
+    got = Arm(form, 0.3).loss(Logps(*map(torch.tensor, logps)), torch.tensor(gap))
+    assert got.item() == pytest.approx(loss_by_hand(form, 0.3, h, gap), rel=1e-9)
+
+
+def some_pairs(number: int) -> Pairs:
+    prompts, reviews = write_corpus(all_prompts(), 2 * number, 0)
+    inputs = {"prompts": prompts[:number].repeat(2, 1), "completions": reviews}
+    rewards = torch.cat((torch.linspace(0.5, 2, number), torch.zeros(number)))
+    answers = Answers(inputs, rewards, training.score(policy_of("reference"), inputs))
+    return Pairs(answers, torch.arange(number), number + torch.arange(number))
+
+
+def test_wrong_labels_exchange_chosen_and_rejected() -> None:
+    pairs = some_pairs(4)
+    torch.testing.assert_close(pairs.gap, torch.linspace(0.5, 2, 4))
+    wrong = torch.tensor([True, False, True, False])
+    flipped = pairs.flipped(wrong)
+    assert flipped.chosen.tolist() == [4, 1, 6, 3]
+    assert flipped.rejected.tolist() == [0, 5, 2, 7]
+    assert (flipped.gap == torch.where(wrong, -pairs.gap, pairs.gap)).all()
+    policy = policy_of("other")
+    right, exchanged = training.pair_logps(policy, pairs), training.pair_logps(policy, flipped)
+    for got, want in zip(exchanged, right.reversed(), strict=True):
+        torch.testing.assert_close(got[wrong], want[wrong])
+    for got, want in zip(exchanged, right, strict=True):
+        torch.testing.assert_close(got[~wrong], want[~wrong])
+
+
+def test_kinds_of_labels() -> None:
+    answers = Answers({}, torch.tensor([1.0, 0.0]), torch.zeros(2))
+    number = 4000
+    pairs = Pairs(answers, torch.zeros(number).long(), torch.ones(number).long())
+
+    def share_wrong(arm: str) -> float:
+        return (labelled_for(parse_arm(arm), pairs, 0).gap < 0).double().mean().item()
+
+    assert share_wrong("spo:0.1") == 0.0
+    for arm, share in (
+        ("spo:0.1@flip20", 0.2),
+        ("dpo:1@flip40", 0.4),
+        ("dpo:1@noisy", 1 / (1 + math.e)),
+    ):
+        assert abs(share_wrong(arm) - share) < 5 * math.sqrt(share * (1 - share) / number), arm
+    # All arms of a seed are given the same labels.
+    first, second = (wrong_labels("flip20", pairs, seed) for seed in (0, 1))
+    assert (first == wrong_labels("flip20", pairs, 0)).all()
+    assert (first != second).any()
+
+
+def train(arm: str, stage: Stage, looks: list[int] | None = None) -> training.Trained:
+    seen: list[int] = [] if looks is None else looks
+    return training.train_on_pairs(
+        policy_of("reference"),
+        some_pairs(16),
+        parse_arm(arm),
+        stage,
+        0,
+        lambda step, _: seen.append(step),
+    )
+
+
+def test_training_widens_margins_and_repeats_itself() -> None:
+    looks: list[int] = []
+    stage = Stage(pairs=16, steps=12, batch=8, lr=1e-3)
+    first, second = train("spo:0.1", stage, looks), train("spo:0.1", stage)
+    assert looks == list(range(1, 13))
+    assert first.grad_norms == pytest.approx(second.grad_norms, rel=1e-3)
+    pc, pr, rc, rr = training.pair_logps(first.policy, some_pairs(16))
+    assert ((pc - rc) - (pr - rr)).mean() > 1.0
+    assert first.stopped_at is None
+    assert len(first.grad_norms) == 12
+
+
+def test_a_run_stops_at_the_first_loss_that_is_not_finite() -> None:
+    stage = Stage(pairs=16, steps=30, batch=16, lr=3e-2, lr_end=1.0, clip=None)
+    stopped = train("spo:1000", stage)
+    assert stopped.stopped_at is not None
+    assert len(stopped.grad_norms) == stopped.stopped_at
+    assert all(map(math.isfinite, stopped.grad_norms[:-1]))
+    assert stopped.summary()["grad_norm_max"] == math.inf
+    assert all(torch.isfinite(parameter).all() for parameter in stopped.policy.parameters())
+    assert train("spo-below0:1000", stage).stopped_at is None
+
+
+def test_schedule_and_batches() -> None:
+    stage = Stage(pairs=10, steps=7, batch=4)
+    assert stage.lr_factor(0) == 1.0
+    assert 0.0 < stage.lr_factor(6) < 0.1
+    assert replace(stage, lr_end=1.0).lr_factor(5) == 1.0
+    batches = list(training.draw_batches(10, stage, torch.Generator().manual_seed(0)))
+    assert [len(batch) for batch in batches] == [4] * 7
+    drawn = torch.cat(batches).tolist()
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
+    assert drawn[:10] != drawn[10:20]
