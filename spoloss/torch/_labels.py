@@ -21,7 +21,7 @@ IGNORED = torch.iinfo(torch.int64).min
 UNWEIGHABLE = IGNORED + 1
 """The target of a token whose weight is negative, infinite or nan, which is an error."""
 
-_PIECE = 256
+_PIECE = 128
 """The number of values in a piece of `sum_runs`."""
 
 

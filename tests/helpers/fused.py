@@ -1,8 +1,8 @@
-"""The fused head against logits -> sequence_logps -> pair_loss: the case and the checks."""
+"""The fused head of the PyTorch wing against all logits: a case, and calls with flat options."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 
 from helpers.memory import LargestTensor
-from spoloss import DPO, SPO, Squared, pair_loss
+from spoloss import SPO, pair_loss
 from spoloss.torch import (
+    Completions,
+    Head,
     _devices,
-    _head,
+    _tiles,
+    linear_dpo_loss,
+    linear_ipo_loss,
     linear_logps,
     linear_pair_loss,
     linear_spo_loss,
+    linear_squared_loss,
     sequence_logps,
 )
 
@@ -29,6 +34,55 @@ INPUTS = ("chosen_hidden", "rejected_hidden", "weight", "bias")
 
 
 ALL = (True, True, True, True)
+
+
+HEAD = {each.name for each in dataclasses.fields(Head)}
+COMPLETIONS = {each.name for each in dataclasses.fields(Completions)}
+
+
+def taken(names: set[str], options: dict[str, Any]) -> dict[str, Any]:
+    """The options of these names, which are removed from `options`."""
+    return {name: options.pop(name) for name in list(options) if name in names}
+
+
+def flat_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """`linear_logps` with the options of both objects."""
+    head = Head(weight, **taken(HEAD, options))
+    return linear_logps(head, Completions(hidden, labels, **taken(COMPLETIONS, options)), **options)
+
+
+def flat_loss(function: Callable[..., Any], *loss: Any) -> Callable[..., Any]:
+    """A fused loss with the options of all objects, and beta = 0.1."""
+
+    def call(
+        chosen: Tensor,
+        rejected: Tensor,
+        weight: Tensor,
+        chosen_labels: Tensor,
+        rejected_labels: Tensor,
+        *references: Any,
+        **options: Any,
+    ) -> Any:
+        head, common = Head(weight, **taken(HEAD, options)), taken(COMPLETIONS, options)
+        sides = [
+            Completions(hidden, labels, options.pop(f"{name}_token_weights", None), **common)
+            for name, hidden, labels in (
+                ("chosen", chosen, chosen_labels),
+                ("rejected", rejected, rejected_labels),
+            )
+        ]
+        return function(*loss, head, *sides, *references, **{"beta": 0.1, **options})
+
+    return call
+
+
+def flat_pair(loss: Any, *arguments: Any, **options: Any) -> Any:
+    """`linear_pair_loss` with the options of all objects."""
+    return flat_loss(linear_pair_loss, loss)(*arguments, **options)
+
+
+flat_spo, flat_dpo = flat_loss(linear_spo_loss), flat_loss(linear_dpo_loss)
+flat_squared, flat_ipo = flat_loss(linear_squared_loss), flat_loss(linear_ipo_loss)
 
 
 @dataclass
@@ -61,9 +115,7 @@ class Case:
     def fused(self, loss: Any, **options: Any) -> Any:
         chosen, rejected, weight, bias = self.tensors.values()
         call = {"beta": self.beta, "weights": self.weights, "bias": bias, **options}
-        return linear_pair_loss(
-            loss, chosen, rejected, weight, *self.labels, *self.reference, **call
-        )
+        return flat_pair(loss, chosen, rejected, weight, *self.labels, *self.reference, **call)
 
     def unfused(
         self,
@@ -121,15 +173,6 @@ def check_fused(case: Case, loss: Any, fused: Callable[..., Any], **options: Any
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-11)
 
 
-LOSSES = [SPO(), SPO(linear_below=-1.0), DPO(label_smoothing=0.1), Squared()]
-
-
-CHUNKS = [1, 3, 20, None, 10_000]  # 20 holds one pair and some two: both engines in one call
-
-
-NEEDS = [n for n in itertools.product((True, False), repeat=3) if any(n)]  # of INPUTS[:3]
-
-
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"average": True, "nll_weight": 0.7},
@@ -139,11 +182,16 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def with_memory(device: _devices.Device, **changes: int) -> _devices.Device:
+    """A device that spends another amount of memory."""
+    return device._replace(memory=device.memory._replace(**changes))
+
+
 def cut_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     """Blocks of so many words, however little memory they take."""
-    monkeypatch.setattr(_head, "LEAST_COLUMNS", columns)
-    monkeypatch.setattr(_head, "ALIGNED", columns)
-    monkeypatch.setattr(_devices, "CPU", _devices.CPU._replace(block_bytes=1))
+    monkeypatch.setattr(_tiles, "LEAST_COLUMNS", columns)
+    monkeypatch.setattr(_tiles, "ALIGNED", columns)
+    monkeypatch.setattr(_devices, "CPU", with_memory(_devices.CPU, block_bytes=1))
 
 
 def check_linear_logps(
@@ -155,7 +203,7 @@ def check_linear_logps(
     z = (hidden @ weight.t() + bias) * options.get("logit_scale", 1.0)
     z = 2.0 * torch.tanh(z / 2.0) if options else z
     for average in (False, True):
-        got = linear_logps(
+        got = flat_logps(
             hidden,
             weight,
             case.labels[0],
@@ -170,7 +218,7 @@ def check_linear_logps(
         got_grads = torch.autograd.grad(got, inputs, upstream)
         want_grads = torch.autograd.grad(want, inputs, upstream, retain_graph=True)
         torch.testing.assert_close(got_grads, want_grads, rtol=1e-10, atol=1e-12)
-    tokens = linear_logps(
+    tokens = flat_logps(
         hidden, weight, case.labels[0], bias=bias, per_token=True, chunk_size=chunk_size, **options
     )
     assert tokens.shape == (P, T)
@@ -215,7 +263,7 @@ def largest(pairs: int, tokens: int, *, frozen: bool, chunk_size: int = 16) -> i
     weight = torch.randn(vocabulary, width, requires_grad=not frozen)
     labels = torch.randint(0, vocabulary, (2, pairs, tokens))
     with LargestTensor(torch.float32) as watch:
-        linear_spo_loss(
+        flat_spo(
             *hidden, weight, *labels, 0.0, 0.0, chunk_size=chunk_size, shift=False
         ).loss.backward()
     return watch.bytes

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.fused import cut_blocks
-from spoloss.torch import _devices, _exponentials, _softmax, linear_logps, linear_pair_loss
+from helpers.fused import cut_blocks, flat_logps, flat_pair
+from spoloss.torch import _devices, _exponentials, _softmax
 
 GAPS = (27.0, 18.0, 9.0, 4.0, 1.0, 0.0, -10.0, -1000.0, -10_000.0)
 """The target's logit minus the others': -log p from about 1e-12 to 1e4."""
@@ -31,12 +31,12 @@ def one_pass(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> 
     none = torch.full_like(labels, -100)
     empty = hidden.detach()
     call = {"beta": 1.0, "reduction": "sum", **options}
-    out = linear_pair_loss(Margin(), hidden, empty, weight, labels, none, 0.0, 0.0, **call)
+    out = flat_pair(Margin(), hidden, empty, weight, labels, none, 0.0, 0.0, **call)
     torch.testing.assert_close(out.loss, out.chosen_logps.sum())
     return out.chosen_logps + (out.loss - out.loss.detach()) / len(labels)
 
 
-WAYS = {"recomputed": linear_logps, "one pass": one_pass}
+WAYS = {"recomputed": flat_logps, "one pass": one_pass}
 
 
 @pytest.fixture(params=["in place", "fused kernel"])
@@ -129,7 +129,7 @@ def test_an_entry_that_a_bias_forbids(way: str, softcap: float | None, *, traine
             assert (with_padding[5:] == 0).all()
     labels[0, 2] = 6
     leaves = [hidden, *padded.values()]
-    logps = linear_logps(
+    logps = flat_logps(
         hidden, padded["weight"], labels, bias=padded["bias"], softcap=softcap, per_token=True
     )
     assert logps[0, 1] == -torch.inf

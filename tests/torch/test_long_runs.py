@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.fused import flat_logps, flat_spo
 from spoloss import DPO, SPO, Squared, spo_loss
-from spoloss.torch import DPOLoss, SPOLoss, SquaredLoss, linear_logps, linear_spo_loss
+from spoloss.torch import DPOLoss, SPOLoss, SquaredLoss
 from spoloss.torch import sequence_logps as logps_of
 
 WIDTH, WORDS, PAIRS = 8, 32, 4
@@ -51,12 +52,12 @@ Loss = Callable[[Model, Tensor, Tensor], Tensor]
 
 def fused(model: Model, chosen: Tensor, rejected: Tensor) -> Tensor:
     states = (model(chosen), model(rejected))
-    return linear_spo_loss(*states, model.head, chosen, rejected, 0.0, 0.0, chunk_size=20).loss
+    return flat_spo(*states, model.head, chosen, rejected, 0.0, 0.0, chunk_size=20).loss
 
 
 def unfused(model: Model, chosen: Tensor, rejected: Tensor) -> Tensor:
     sides = (logps_of(model(tokens) @ model.head.t(), tokens) for tokens in (chosen, rejected))
-    return spo_loss(*sides, 0.0, 0.0)
+    return spo_loss(*sides, 0.0, 0.0, beta=0.1)
 
 
 def train(loss: Loss, steps: int) -> tuple[Model, list[float]]:
@@ -206,9 +207,9 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     weight = torch.randn(300, 16, generator=generator, dtype=dtype, requires_grad=True)
     labels = torch.randint(0, 300, (2, 3, 40), generator=generator)
     labels[:, 0, :20] = -100
-    out = linear_spo_loss(*hidden, weight, *labels, 0.0, 0.0, chunk_size=16, nll_weight=0.1)
+    out = flat_spo(*hidden, weight, *labels, 0.0, 0.0, chunk_size=16, nll_weight=0.1)
     offsets = torch.tensor([0, 15, 40])
-    packed = linear_logps(hidden[0, :1], weight, labels[0, :1], cu_seqlens=offsets)
+    packed = flat_logps(hidden[0, :1], weight, labels[0, :1], cu_seqlens=offsets)
     plain = logps_of(hidden[1] @ weight.t(), labels[1])
     total = out.loss + packed.sum() + plain.sum()
     return [out.loss.detach(), packed, plain, *torch.autograd.grad(total, (hidden, weight))]

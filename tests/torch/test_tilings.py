@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.fused import flat_logps, flat_pair, with_memory
 from spoloss import SPO, pair_loss
-from spoloss.torch import _devices, _head, linear_logps, linear_pair_loss, sequence_logps
+from spoloss.torch import _devices, _tiles, sequence_logps
 
 WIDTH = 3
 
@@ -43,15 +44,16 @@ class Tiling:
 
     def apply(self, patch: pytest.MonkeyPatch) -> None:
         itemsize = torch.float64.itemsize
-        device = _devices.CPU._replace(
+        device = with_memory(
+            _devices.CPU,
             block_bytes=self.block_numbers * itemsize,
             rows=self.rows,
             kept_bytes=self.kept_numbers * itemsize,
         )
         patch.setattr(_devices, "CPU", device)
-        patch.setattr(_head, "LEAST_COLUMNS", self.least)
-        patch.setattr(_head, "ALIGNED", self.least)
-        patch.setattr(_head, "LEAST_KEPT_ROWS", 1)
+        patch.setattr(_tiles, "LEAST_COLUMNS", self.least)
+        patch.setattr(_tiles, "ALIGNED", self.least)
+        patch.setattr(_tiles, "LEAST_KEPT_ROWS", 1)
 
 
 TILINGS = st.builds(
@@ -85,8 +87,8 @@ def test_loss_and_gradients_do_not_depend_on_the_tiling(tiling: Tiling) -> None:
     by_logits = torch.autograd.grad(logps.sum(), inputs, retain_graph=True)
     with pytest.MonkeyPatch.context() as patch:
         tiling.apply(patch)
-        out = linear_pair_loss(SPO(), *hidden, weight, *labels, -5.0, -5.0, beta=0.1, shift=False)
-        ours = linear_logps(hidden.flatten(0, 1), weight, labels.flatten(0, 1), shift=False)
+        out = flat_pair(SPO(), *hidden, weight, *labels, -5.0, -5.0, beta=0.1, shift=False)
+        ours = flat_logps(hidden.flatten(0, 1), weight, labels.flatten(0, 1), shift=False)
         torch.testing.assert_close(torch.autograd.grad(ours.sum(), inputs), by_logits)
         torch.testing.assert_close(torch.autograd.grad(out.loss, inputs), wanted)
     torch.testing.assert_close(ours, logps)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import spoloss
-from spoloss.torch import _recompute, linear_dpo_loss, linear_logps, linear_spo_loss
+from helpers.fused import flat_dpo, flat_logps, flat_spo
+from spoloss.torch import _operator
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGPS = torch.randn(4, 3, generator=GENERATOR, dtype=torch.float64)
@@ -41,9 +42,9 @@ NUMBERS: list[tuple[Callable[..., Tensor], Callable[..., Any], list[str]]] = [
     (core, spoloss.dpo_grad, ["beta", "label_smoothing"]),
     (core, spoloss.squared_loss, ["beta", "reward_gap"]),
     (core, spoloss.preference_metrics, ["beta", "weights"]),
-    (head, linear_logps, OF_THE_HEAD),
-    (fused, linear_dpo_loss, ["beta", "label_smoothing"]),
-    (fused, linear_spo_loss, ["weights", "reward_gap", "linear_below", "nll_weight", *OF_THE_HEAD]),
+    (head, flat_logps, OF_THE_HEAD),
+    (fused, flat_dpo, ["beta", "label_smoothing"]),
+    (fused, flat_spo, ["weights", "reward_gap", "linear_below", "nll_weight", *OF_THE_HEAD]),
 ]
 
 
@@ -85,23 +86,29 @@ def strided(name: str, tensor: Tensor) -> Tensor:
     return other.detach().requires_grad_(tensor.requires_grad)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "gaps"])
-def test_the_operators_are_what_the_compiler_assumes(strides: str, softcap: float | None) -> None:
+def test_the_operators_are_what_the_compiler_assumes(
+    strides: str, softcap: float, *, frozen: bool
+) -> None:
     hidden, weight = strided(strides, HIDDEN[0]), strided(strides, WEIGHT)
-    bias = torch.stack([WEIGHT[:, 0], WEIGHT[:, 1]], dim=1)[:, 1].detach().requires_grad_()
-    number = lambda value: torch.tensor(value, dtype=torch.float64)  # noqa: E731
-    options = (None if softcap is None else number(softcap), number(0.5), number(2.0))
-    inputs = (hidden, weight, bias, strided(strides, LABELS[0]), None, None, *options)
-    others = ("labels", -100, None, None)
-    torch.library.opcheck(_recompute._forward_operator, (*inputs, *others))
-    logps, lse = _recompute._forward_operator(*inputs, *others)
+    weight.requires_grad_(not frozen)
+    bias = torch.stack([WEIGHT[:, 0], WEIGHT[:, 1]], dim=1)[:, 1].detach()
+    bias.requires_grad_(not frozen)
+    numbers = torch.tensor([softcap, 0.5, 2.0], dtype=torch.float64)
+    inputs = (hidden, weight, bias, strided(strides, LABELS[0]), None, None, numbers)
+    others = ("completions", -100, None, None)
+    torch.library.opcheck(_operator._forward_operator, (*inputs, *others, frozen))
+    if frozen:
+        return
+    logps, lse, _ = _operator._forward_operator(*inputs, *others, False)
     found = (logps.detach(), lse, torch.ones_like(logps))
     for wanted in ([True, True, True], [False, True, False]):
         arguments = (wanted, *found, *inputs, *others)
         with torch.no_grad():  # it is a gradient, which has none itself
             torch.library.opcheck(
-                _recompute._backward_operator,
+                _operator._backward_operator,
                 [x.detach() if isinstance(x, Tensor) else x for x in arguments],
             )
 
@@ -117,7 +124,7 @@ def test_cuda_graphs_leave_the_operators_out(monkeypatch: pytest.MonkeyPatch) ->
     torch.compiler.reset()
     options = {"triton.cudagraphs": True, "graph_partition": True}
     compiled = torch.compile(
-        lambda hidden: linear_logps(2 * hidden, WEIGHT, LABELS[0]).exp(), options=options
+        lambda hidden: flat_logps(2 * hidden, WEIGHT, LABELS[0]).exp(), options=options
     )
     with config.patch(fx_graph_cache=False):  # another machine's partition may be there
         _, codes = run_and_get_code(lambda: compiled(HIDDEN[0]).sum().backward())
@@ -141,9 +148,7 @@ def test_compiled_autograd_over_the_eager_loss(reduction: str, *, trained: bool)
 
     @torch.compiler.disable
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        out = linear_spo_loss(
-            hidden, hidden, weight, *labels, 0.0, 0.0, beta=0.01, reduction=reduction
-        )
+        out = flat_spo(hidden, hidden, weight, *labels, 0.0, 0.0, beta=0.01, reduction=reduction)
         return out.loss.sum()
 
     def gradients(step: Callable[..., None], factor: float) -> list[Tensor | None]:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from helpers.fused import (
-    CHUNKS,
     HALF,
     INPUTS,
-    LOSSES,
-    NEEDS,
-    OTHER_T,
     Case,
     D,
     P,
@@ -29,55 +23,14 @@ from helpers.fused import (
     check_half_precision,
     check_linear_logps,
     cut_blocks,
+    flat_logps,
+    flat_pair,
+    flat_spo,
     largest,
 )
 from helpers.memory import LargestTensor
-from helpers.pairwise import pairwise
-from spoloss import DPO, SPO, pair_loss, spo_grad, spo_loss
-from spoloss.torch import (
-    _exponentials,
-    _one_pass,
-    linear_dpo_loss,
-    linear_logps,
-    linear_pair_loss,
-    linear_spo_loss,
-    sequence_logps,
-)
-
-ROWS = pairwise(
-    {
-        "loss": LOSSES,
-        "chunk_size": CHUNKS,
-        "need": NEEDS,
-        "bias": ["trained", "frozen", "none"],
-        "columns": [None, 1, 5],
-        "reduction": ["mean", "sum", "none"],
-        "nll_weight": [0.0, 0.4],
-        "average": [False, True],
-        "shift": [True, False],
-        "softcap": [None, 3.0],
-        "logit_scale": [1.0, 0.5],
-        "temperature": [1.0, 0.7, 2.0],
-    }
-)
-ROWS.append({**ROWS[0], "need": (False, False, False), "bias": "trained"})
-ROWS.append({**ROWS[0], "softcap": None, "logit_scale": 2.0, "temperature": 1.0})
-
-
-def check_row(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row of options: the fused loss is the unfused one."""
-    options = {k: v for k, v in row.items() if k not in ("loss", "need", "bias", "columns")}
-    if row["bias"] == "none":
-        options["bias"] = None
-    if row["columns"] is not None:
-        cut_blocks(monkeypatch, row["columns"])
-    case = Case((*row["need"], row["bias"] == "trained"))
-    check_fused(case, row["loss"], case.fused, **options)
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
-def test_fused_is_unfused(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    check_row(row, monkeypatch)
+from spoloss import SPO, pair_loss, spo_loss
+from spoloss.torch import _exponentials, _one_pass, sequence_logps
 
 
 @pytest.fixture(params=[1, 5])
@@ -117,62 +70,6 @@ def test_the_check_catches_wrong_blocks(
     case = Case((True, True, False, False))
     with pytest.raises(AssertionError):
         check_fused(case, SPO(), case.fused)
-
-
-def wrong_slope(case: Case) -> Callable[..., Any]:
-    class Half(SPO):
-        def slope(self, margin: Any, beta: Any) -> Any:
-            return 0.5 * super().slope(margin, beta)
-
-    return lambda loss, **options: case.fused(Half() if isinstance(loss, SPO) else loss, **options)
-
-
-def no_prompt_mask(case: Case) -> Callable[..., Any]:
-    case.labels = tuple(labels.clamp(min=0) for labels in case.labels)  # type: ignore[assignment]
-    got = case.fused(SPO())
-    case.labels = Case().labels
-    return lambda *_, **__: got
-
-
-def swapped(case: Case) -> Callable[..., Any]:
-    def fused(loss: Any, **options: Any) -> Any:
-        case.reference = case.reference[::-1]
-        out = case.fused(loss, **options)
-        case.reference = case.reference[::-1]
-        return out
-
-    return fused
-
-
-@pytest.mark.parametrize("wrong", [wrong_slope, no_prompt_mask, swapped])
-def test_the_check_catches_wrong_fusions(wrong: Callable[[Case], Callable[..., Any]]) -> None:
-    case = Case()
-    with pytest.raises(AssertionError):
-        check_fused(case, SPO(), wrong(case))
-
-
-def test_spellings() -> None:
-    case = Case()
-    chosen, rejected, weight, bias = case.tensors.values()
-    inputs = (chosen, rejected, weight, *case.labels, *case.reference)
-    gap = torch.tensor([0.5, 1.0, 2.0, 1.0, 3.0], dtype=torch.float64)
-    options = {"bias": bias, "weights": case.weights, "chunk_size": 3}
-    spo = linear_spo_loss(*inputs, beta=0.2, reward_gap=gap, linear_below=-1.0, **options)
-    want = case.fused(SPO(-1.0), beta=0.2 / gap, chunk_size=3)
-    torch.testing.assert_close(tuple(spo), tuple(want))
-    dpo = linear_dpo_loss(*inputs, beta=0.2, label_smoothing=0.1, **options)
-    torch.testing.assert_close(tuple(dpo), tuple(case.fused(DPO(0.1), beta=0.2, chunk_size=3)))
-    logps = sequence_logps(chosen @ weight.t() + bias, case.labels[0])
-    torch.testing.assert_close(spo.chosen_logps, logps.detach())
-    assert not spo.chosen_logps.requires_grad
-    with pytest.raises(TypeError, match="unexpected keyword argument 'softcapp'"):
-        linear_spo_loss(*inputs, softcapp=3.0)  # type: ignore[call-arg]
-
-
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str)
-def test_linear_logps(chunk_size: int | None, options: dict[str, Any]) -> None:
-    check_linear_logps(chunk_size, options)
 
 
 @pytest.mark.slow
@@ -228,30 +125,6 @@ def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
             torch.testing.assert_close(sums.target, logits.gather(1, targets[:, None])[:, 0])
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
-def test_a_token_that_is_all_but_certain_keeps_its_gradient(*, one_pass: bool) -> None:
-    """1 - p is 2e-13 here, which float32 loses where it subtracts p from 1."""
-    weight = (30.0 * torch.eye(3, 2)).requires_grad_()  # logits 30, 0, 0
-    hidden = torch.tensor([[[1.0, 0.0]]], requires_grad=True)
-    label, none = torch.tensor([[0]]), torch.tensor([[-100]])
-    other, slope = math.exp(-30.0), 1.0
-    if one_pass:
-        logp, reference = np.array([-2.0 * other]), np.array([-1.0])
-        slope = spo_grad(logp, np.zeros(1), reference, np.zeros(1)).policy_chosen.item()
-        value = linear_spo_loss(
-            hidden, hidden.detach(), weight, label, none, -1.0, 0.0, shift=False
-        ).loss
-    else:
-        value = linear_logps(hidden, weight, label, shift=False).sum()
-        torch.testing.assert_close(value.item(), -2.0 * other, rtol=1e-5, atol=0.0)
-    value.backward()
-    of_logits = slope * torch.tensor([2.0 * other, -other, -other])
-    by_hidden = (of_logits @ weight.detach()).view(1, 1, 2)
-    torch.testing.assert_close(hidden.grad, by_hidden, rtol=1e-5, atol=0.0)
-    by_weight = of_logits[:, None] * hidden.detach()[0]
-    torch.testing.assert_close(weight.grad, by_weight, rtol=1e-5, atol=0.0)
-
-
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_words_that_a_bias_forbids(dtype: torch.dtype) -> None:
@@ -271,7 +144,7 @@ def test_words_that_a_bias_forbids(dtype: torch.dtype) -> None:
 def test_a_vocabulary_of_one_word() -> None:
     hidden, weight = torch.randn(2, P, T, D), torch.randn(1, D, requires_grad=True)
     labels = torch.zeros(P, T).long()
-    out = linear_spo_loss(*hidden, weight, labels, labels, 0.0, 0.0)
+    out = flat_spo(*hidden, weight, labels, labels, 0.0, 0.0)
     assert (out.chosen_logps == 0).all()
     out.loss.backward()
     assert (weight.grad == 0).all()
@@ -327,7 +200,7 @@ class Upstream:
 
     def loss(self, first: Tensor, weight: Tensor, **options: Any) -> Tensor:
         chosen, rejected = (self.case.tensors[name].detach() for name in INPUTS[:2])
-        return linear_spo_loss(
+        return flat_spo(
             torch.tanh(chosen @ first),
             torch.tanh(rejected @ first),
             weight,
@@ -342,7 +215,7 @@ class Upstream:
             sequence_logps(torch.tanh(hidden @ first) @ weight.t(), labels)
             for hidden, labels in zip((chosen, rejected), self.case.labels, strict=True)
         ]
-        return spo_loss(*logps, *self.case.reference)
+        return spo_loss(*logps, *self.case.reference, beta=0.1)
 
 
 @pytest.fixture
@@ -429,9 +302,7 @@ def test_a_gradient_changed_in_place_does_not_reach_back(upstream: Upstream) -> 
 
 def test_second_derivative_is_refused(upstream: Upstream) -> None:
     inputs = leaves(upstream)
-    tokens = linear_logps(
-        upstream.case.tensors["chosen_hidden"], inputs[1], upstream.case.labels[0]
-    )
+    tokens = flat_logps(upstream.case.tensors["chosen_hidden"], inputs[1], upstream.case.labels[0])
     for value in (upstream.loss(*inputs), upstream.loss(*inputs) ** 2, tokens.sum()):
         (grad,) = torch.autograd.grad(value, inputs[1], create_graph=True)
         with pytest.raises(RuntimeError, match="the fused head has no second derivative"):
@@ -448,15 +319,6 @@ def test_without_a_gradient_there_is_no_graph() -> None:
     torch.testing.assert_close(out.loss, case.unfused(SPO()).detach())
 
 
-def test_pairs_without_any_token() -> None:
-    case = Case()
-    case.labels = tuple(torch.full_like(labels, -100) for labels in case.labels)  # type: ignore[assignment]
-    out = case.fused(SPO(), nll_weight=1.0, average=True)
-    assert (out.chosen_logps == 0).all()
-    assert torch.isfinite(out.loss)
-    assert all((grad == 0).all() for grad in case.grads(out.loss))
-
-
 def test_ignored_rows_may_hold_anything() -> None:
     case, dirty = Case(), Case()
     with torch.no_grad():
@@ -471,9 +333,9 @@ def test_interleaved_views() -> None:
     both = torch.randn(2 * P, T, D, dtype=torch.float64, requires_grad=True)
     case = Case()
     weight, (chosen, _) = case.tensors["weight"], case.labels
-    out = linear_spo_loss(both[::2], both[1::2], weight, chosen, chosen, *case.reference)
+    out = flat_spo(both[::2], both[1::2], weight, chosen, chosen, *case.reference)
     logps = sequence_logps(both @ weight.t(), chosen.repeat_interleave(2, dim=0))
-    want = spo_loss(logps[::2], logps[1::2], *case.reference)
+    want = spo_loss(logps[::2], logps[1::2], *case.reference, beta=0.1)
     torch.testing.assert_close(torch.autograd.grad(out.loss, both), torch.autograd.grad(want, both))
 
 
@@ -500,11 +362,11 @@ def test_only_a_block_of_the_vocabulary_exists_where_no_tile_is_kept(
     for trained in (False, True):
         weight.requires_grad_(trained)
         with LargestTensor(torch.float32) as watch:
-            linear_logps(hidden, weight, labels, chunk_size=128).sum().backward()
+            flat_logps(hidden, weight, labels, chunk_size=128).sum().backward()
         assert watch.bytes == (max(block, head) if trained else block)
     frozen = weight.detach()
     with LargestTensor(torch.float32) as watch:
-        linear_spo_loss(
+        flat_spo(
             *hidden.chunk(2), frozen, *labels.chunk(2), 0.0, 0.0, chunk_size=128
         ).loss.backward()
     assert watch.bytes == block
@@ -516,80 +378,12 @@ def test_a_frozen_head_makes_nothing_of_its_size() -> None:
     weight, labels = torch.randn(32, wide), torch.randint(0, 32, (2, 1, tokens))
     for chunk_size in (4, 64):
         with LargestTensor(torch.float32) as watch:
-            out = linear_spo_loss(*hidden, weight, *labels, 0.0, 0.0, chunk_size=chunk_size)
+            out = flat_spo(*hidden, weight, *labels, 0.0, 0.0, chunk_size=chunk_size)
             inside = watch.bytes
             out.loss.backward()
         # The hidden gradients of both sides; the weight would be as large as one and a half.
         assert inside <= 2 * tokens * wide * 4
         assert weight.numel() * 4 == 2 * tokens * wide * 4
-
-
-BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"weight": torch.zeros(V, D, 1)}, ValueError, r"weight must have shape \[V, D\], got"),
-    ({"weight": torch.zeros(V, D + 1)}, ValueError, r"chosen_hidden must have shape \[B, T, D\]"),
-    ({"weight": torch.zeros(V, D).long()}, TypeError, "weight must be real floating, got"),
-    ({"weight": torch.zeros(V, D).half()}, TypeError, "chosen_hidden must have the weight's dty"),
-    ({"chosen_hidden": torch.zeros(P, D)}, ValueError, r"chosen_hidden must have shape \[B, T"),
-    ({"rejected_hidden": torch.zeros(P + 1, OTHER_T, D)}, ValueError, "rejected_labels must have"),
-    ({"chosen_labels": torch.zeros(P, T)}, TypeError, "chosen_labels must be integer, got"),
-    ({"chosen_labels": torch.zeros(P, 2).long()}, ValueError, "chosen_labels must have the shape"),
-    (
-        {"bias": torch.zeros(V + 1)},
-        ValueError,
-        r"bias must have shape \[V\] = \(13,\), got \(14,\)",
-    ),
-    ({"reference_chosen_logps": torch.zeros(P + 1)}, ValueError, "expected one shape for all"),
-    ({"reference_chosen_logps": [0.0] * P}, TypeError, "reference_chosen_logps must be a PyTorch"),
-    ({"weights": torch.zeros(P, 1)}, ValueError, "weights must be a number or have"),
-    ({"beta": 0.0}, ValueError, "beta must be positive"),
-    ({"beta": torch.ones(P, requires_grad=True)}, ValueError, "beta must not require a gradient"),
-    ({"nll_weight": -1.0}, ValueError, "nll_weight must be finite and not negative"),
-    ({"softcap": 0.0}, ValueError, "softcap must be positive and finite"),
-    ({"temperature": -1.0}, ValueError, "temperature must be positive and finite"),
-    ({"logit_scale": float("inf")}, ValueError, "logit_scale must be finite"),
-    ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of tokens, got 0"),
-    ({"chunk_size": 1.5}, TypeError, "chunk_size must be an integer, got float"),
-    ({"reduction": "avg"}, ValueError, "reduction must be one of"),
-    (
-        {"chosen_labels": torch.full((P, T), V)},
-        ValueError,
-        r"chosen_labels must be in \[0, V = 13\) or equal to ignore_index = -100",
-    ),
-    (
-        {"rejected_labels": torch.full((P, OTHER_T), -1)},
-        ValueError,
-        r"rejected_labels must be in \[0, V = 13\) or equal to ignore_index = -100",
-    ),
-    ({"loss": "spo"}, TypeError, "loss must be an object with value and slope"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda v: str(v)[:40])
-def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    call: dict[str, Any] = {
-        "loss": SPO(),
-        "chosen_hidden": torch.zeros(P, T, D),
-        "rejected_hidden": torch.zeros(P, OTHER_T, D),
-        "weight": torch.zeros(V, D),
-        "chosen_labels": torch.zeros(P, T).long(),
-        "rejected_labels": torch.zeros(P, OTHER_T).long(),
-        "reference_chosen_logps": torch.zeros(P),
-        "reference_rejected_logps": 0.0,
-        "beta": 0.1,
-    }
-    linear_pair_loss(**call)
-    with pytest.raises(error, match=message):
-        linear_pair_loss(**{**call, **change})
-
-
-def test_a_wrong_loss_is_refused_before_any_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    def multiplied(*_: object) -> None:
-        raise AssertionError("the head was multiplied")
-
-    monkeypatch.setattr("spoloss.torch.fused.fused_loss", multiplied)
-    hidden, labels = torch.zeros(P, T, D), torch.zeros(P, T).long()
-    with pytest.raises(TypeError, match="loss must be an object with value and slope"):
-        linear_pair_loss(SPO, hidden, hidden, torch.zeros(V, D), labels, labels, 0.0, 0.0, beta=0.1)
 
 
 def test_tiles_of_unequal_height_with_a_frozen_head() -> None:
@@ -603,9 +397,7 @@ def test_tiles_of_unequal_height_with_a_frozen_head() -> None:
     sides = zip(hidden, labels, strict=True)
     logps = [sequence_logps(states @ weight.T, targets, shift=False) for states, targets in sides]
     expected = pair_loss(SPO(), *logps, -40.0, -40.0, beta=1e-3)
-    loss = linear_pair_loss(
-        SPO(), *hidden, weight, *labels, -40.0, -40.0, beta=1e-3, shift=False
-    ).loss
+    loss = flat_pair(SPO(), *hidden, weight, *labels, -40.0, -40.0, beta=1e-3, shift=False).loss
     torch.testing.assert_close(loss, expected)
     for ours, theirs in zip(
         torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden), strict=True
@@ -617,7 +409,7 @@ def test_log_probabilities_in_tiles_that_are_shorter_than_they_may_be() -> None:
     torch.manual_seed(0)
     weight = torch.randn(4_160, D, requires_grad=True)
     hidden, labels = torch.randn(1, 1040, D), torch.randint(4_160, (1, 1040))
-    logps = linear_logps(hidden, weight, labels, shift=False)  # two tiles of 520 tokens
+    logps = flat_logps(hidden, weight, labels, shift=False)  # two tiles of 520 tokens
     expected = sequence_logps(hidden @ weight.T, labels, shift=False)
     torch.testing.assert_close(logps, expected)
     torch.testing.assert_close(
@@ -625,20 +417,6 @@ def test_log_probabilities_in_tiles_that_are_shorter_than_they_may_be() -> None:
         rtol=1e-4,
         atol=1e-5,
     )
-
-
-def test_numbers_of_pairs_that_differ() -> None:
-    message = "chosen_hidden and rejected_hidden must have the same number of pairs, got 5 and 4"
-    with pytest.raises(ValueError, match=message):
-        linear_spo_loss(
-            torch.zeros(P, T, D),
-            torch.zeros(P - 1, T, D),
-            torch.zeros(V, D),
-            torch.zeros(P, T).long(),
-            torch.zeros(P - 1, T).long(),
-            0.0,
-            0.0,
-        )
 
 
 def test_a_sharded_weight_is_refused() -> None:
@@ -650,31 +428,7 @@ def test_a_sharded_weight_is_refused() -> None:
 
     weight = torch.zeros(V, D).as_subclass(Sharded)
     with pytest.raises(TypeError, match="Call this inside the forward of the FSDP module"):
-        linear_logps(torch.zeros(P, T, D), weight, torch.zeros(P, T).long())
-
-
-def test_average_and_per_token_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="average and per_token exclude each other"):
-        linear_logps(
-            torch.zeros(P, T, D),
-            torch.zeros(V, D),
-            torch.zeros(P, T).long(),
-            average=True,
-            per_token=True,
-        )
-
-
-@pytest.mark.parametrize("chunk_size", [3, None])
-def test_a_loss_of_ones_own(chunk_size: int | None) -> None:
-    class Hinge:
-        def value(self, margin: Tensor, beta: Any) -> Tensor:
-            return torch.relu(1.0 - beta * margin)
-
-        def slope(self, margin: Tensor, beta: Any) -> Tensor:
-            return torch.where(beta * margin < 1.0, -beta, 0.0)
-
-    case = Case()
-    check_fused(case, Hinge(), case.fused, chunk_size=chunk_size)
+        flat_logps(torch.zeros(P, T, D), weight, torch.zeros(P, T).long())
 
 
 def test_hooks_never_see_a_buffer_overwritten(upstream: Upstream) -> None:

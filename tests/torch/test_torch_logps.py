@@ -10,8 +10,7 @@ from torch import Tensor
 
 from helpers.memory import LargestTensor
 from spoloss import spo_loss
-from spoloss.torch import logps as module
-from spoloss.torch import sequence_logps
+from spoloss.torch import _tiles, sequence_logps
 
 
 def case(dtype: torch.dtype = torch.float64, vocabulary: int = 11) -> tuple[Tensor, Tensor]:
@@ -41,7 +40,7 @@ def by_hand(logits: Tensor, labels: Tensor, *, shift: bool, average: bool) -> Te
 
 @pytest.fixture(params=[1, 3, 10**6], ids=lambda rows: f"{rows} rows a tile")
 def tile_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TILE_BYTES", request.param * 11 * 8)
+    monkeypatch.setattr(_tiles, "LOGITS_BYTES", request.param * 11 * 8)
 
 
 @pytest.mark.usefixtures("tile_rows")
@@ -147,7 +146,7 @@ def largest_float32(function: Any) -> int:
 
 
 def test_no_float32_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TILE_BYTES", 16 * 128 * 4)
+    monkeypatch.setattr(_tiles, "LOGITS_BYTES", 16 * 128 * 4)
     whole = 4 * 64 * 128 * 4
     assert largest_float32(sequence_logps) == 16 * 128 * 4
     naive = lambda z, y: z.float().log_softmax(-1).gather(2, y[..., None])  # noqa: E731

@@ -39,7 +39,7 @@ def test_modules_are_the_functions(module, function, options, arguments) -> None
         torch.testing.assert_close(out.losses, want)
         assert out.losses.requires_grad
         assert out.losses.shape == (() if reduction != "none" else (5,))
-    assert module().reduction == "none"
+    assert module(0.2).reduction == "none"
     losses, chosen_rewards, rejected_rewards = module(0.2)(*logps)
     rewards = spoloss.implicit_rewards(*logps, beta=0.2)
     torch.testing.assert_close((chosen_rewards, rejected_rewards), tuple(rewards))
@@ -70,19 +70,13 @@ def test_bad_hyperparameters(module) -> None:
     with pytest.raises(TypeError, match="beta must be a number, got Tensor"):
         module(torch.tensor(0.1))
     with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'avg'"):
-        module(reduction="avg")
+        module(0.1, reduction="avg")
 
 
-@pytest.mark.parametrize(("module", "function"), [case[:2] for case in CASES])
-def test_defaults(module, function) -> None:
-    logps = tensors()
-    torch.testing.assert_close(module().beta, 0.1, rtol=0.0, atol=0.0)
-    want = function(*logps, beta=0.1, reduction="none")
-    torch.testing.assert_close(module()(*logps).losses, want, rtol=0.0, atol=0.0)
-    rewards = spoloss.implicit_rewards(*logps, beta=0.1)
-    torch.testing.assert_close(module()(*logps).chosen_rewards, rewards.chosen)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(module(0.2)(*logps).losses, want)
+@pytest.mark.parametrize("module", [SPOLoss, DPOLoss, SquaredLoss])
+def test_beta_has_no_default(module) -> None:
+    with pytest.raises(TypeError, match="beta"):
+        module()
 
 
 @pytest.mark.parametrize("module", [SPOLoss, DPOLoss, SquaredLoss])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
-from helpers.fused import D, P, T, V
+from helpers.fused import D, P, T, V, flat_logps, flat_spo
 from helpers.pages import ROOT, table_below
-from spoloss.torch import linear_logps, linear_spo_loss, sequence_logps
+from spoloss.torch import sequence_logps
 
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN = torch.randn(2, P, T, D, generator=GENERATOR, dtype=torch.float64)
@@ -26,11 +26,11 @@ def by_logits(weight: Tensor) -> Tensor:
 
 
 def by_head(weight: Tensor) -> Tensor:
-    return linear_logps(HIDDEN[0], weight, LABELS[0])
+    return flat_logps(HIDDEN[0], weight, LABELS[0])
 
 
 def one_loss(weight: Tensor) -> Tensor:
-    return linear_spo_loss(*HIDDEN, weight, *LABELS, 0.0, 0.0).loss
+    return flat_spo(*HIDDEN, weight, *LABELS, 0.0, 0.0).loss
 
 
 def plain(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
