@@ -10,6 +10,7 @@ except ImportError as error:
     raise ImportError('spoloss.torch needs PyTorch: pip install "spoloss[torch]"') from error
 
 from spoloss.torch._fused import LinearPairLoss
+from spoloss.torch.head_of import head_of
 from spoloss.torch.heads import (
     Completions,
     Head,
@@ -30,6 +31,7 @@ __all__ = [
     "PreferenceOutput",
     "SPOLoss",
     "SquaredLoss",
+    "head_of",
     "linear_dpo_loss",
     "linear_ipo_loss",
     "linear_logps",

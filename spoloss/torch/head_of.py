@@ -1,0 +1,316 @@
+"""`head_of`: the head of a Transformers model, compared with the model's own logits.
+
+A configuration does not say what a model computes: some models ignore a field that others use, and
+some mask or rescale logits without a field. So the fields only propose heads. The model itself
+decides: its decoder's output is replaced with random states, and its logits must be those of the
+proposed head, for small logits as well as for logits that a soft-cap would change.
+
+Numbers cannot show a new adapter, which does not change the logits yet. So the head must be exactly
+a linear layer, and the model must not have a prompt that only its outer forward adds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spoloss.torch.heads import Head
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+"""The fields of a configuration that may hold a soft-cap, or a factor or divisor of the logits."""
+
+LARGEST_LOGITS = (0.0, 1.0, 1.0, 30.0, 30.0, 30.0, 1000.0, 1000.0)
+"""The largest logit of each probe, before scale and soft-cap. 0 shows what a model adds."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def head_of(model: Any) -> Head:
+    """The head of a Transformers model, compared with the model's own logits.
+
+        logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap)
+
+    The hidden states are `model.get_decoder()(...).last_hidden_state`, also for a PEFT model. Call
+    this once, before the training loop and before any wrapper (DDP, FSDP, DeepSpeed). It runs the
+    model twice on 8 tokens, in evaluation mode and without gradients. Modes and random state are
+    afterwards as before.
+
+    Under DDP, FSDP and DeepSpeed, read the weight inside the forward of the wrapped module, and put
+    it into the head there: `dataclasses.replace(head, weight=...)`.
+
+    Args:
+      model: a causal language model of Transformers, or a PEFT model of one. LoRA, DoRA, IA3,
+        `modules_to_save`, also of the head, and other adapters of the decoder are allowed.
+
+    Returns:
+      The head with the model's weight and bias themselves, not copies, and with its soft-cap and
+      scale.
+
+    Raises:
+      TypeError: `model` has no head, or its head is not exactly an `nn.Linear` of plain numbers: it
+        has an adapter, a hook or quantised weights.
+      ValueError: the weights are not here (meta device, ZeRO-3, FSDP, several devices), the model
+        has a prompt (prompt, prefix or P-tuning), or its logits are not those of a `Head`. The
+        message says what differs.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    find = getattr(model, "get_output_embeddings", None)
+    linear = None if find is None else _saved(find())
+    if linear is None:
+        raise TypeError(
+            "model must be a Transformers model with a language-model head, got "
+            f"{type(model).__name__}. Pass the model itself, not a wrapper such as DDP"
+        )
+    _refuse_distributed(model, linear)
+    _refuse_prompts(model)
+    _refuse_other_layers(linear)
+    trial = _try(model, linear.weight)
+    plain = _Plain.of(trial.probe, linear)
+    heads = [
+        Head(linear.weight, linear.bias, softcap=softcap, logit_scale=scale)
+        for softcap, scale in itertools.product(*_proposals(model))
+    ]
+    best = min(heads, key=lambda head: plain.mismatch(trial.logits, head))
+    plain.check(trial.logits, best)
+    return best
+
+
+def _refuse_distributed(model: Any, linear: Any) -> None:
+    """Raise an error for weights that are not whole, or not all on one device."""
+    weight = getattr(linear, "weight", None)
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 has partitioned the head's weight. Call head_of before "
+            "deepspeed.initialize, or build a Head inside the wrapped module's forward"
+        )
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(
+            "the head's weight is a sharded DTensor. Call head_of before you shard the model"
+        )
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+        raise ValueError("FSDP has sharded the model. Call head_of before you wrap it")
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
+    if len(devices) > 1:
+        raise ValueError(f"device_map has spread the model over {', '.join(devices)}: use one")
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise ValueError("the head's weight is on the meta device. Load the model's weights first")
+
+
+def _refuse_prompts(model: Any) -> None:
+    """Raise an error for virtual tokens, which a call of the decoder would leave out."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"the adapter {name!r} is a {type(config).__name__}: the decoder's hidden states "
+                "do not include its virtual tokens. Use the model's logits and sequence_logps"
+            )
+
+
+def _refuse_other_layers(linear: Any) -> None:
+    """Raise an error for a head that is not exactly its weight and bias."""
+    kind = type(linear) if type(linear) is not nn.Linear else type(linear.weight)
+    if kind not in (nn.Parameter, Tensor):
+        raise TypeError(
+            "the head must be exactly an nn.Linear, without adapter, parametrization or "
+            f"quantisation, got {kind.__module__}.{kind.__name__}"
+        )
+    if linear.weight.dtype not in DTYPES:
+        raise TypeError(f"the head's weight must not be quantised, got {linear.weight.dtype}")
+    if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
+        raise TypeError("the head must have no hook and no forward of its own")
+
+
+def _saved(module: Any) -> Any:
+    """The layer that is used where PEFT trains a copy of the head (`modules_to_save`)."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    active = [name for name in module.active_adapters if name in copies]
+    return copies[active[0]] if active and not module.disable_adapters else module.original_module
+
+
+def _proposals(model: Any) -> tuple[list[float | None], list[float]]:
+    """The soft-caps and scales that the configuration may mean, and none of each."""
+    config = model.config.get_text_config()
+    numbers = {name: getattr(config, name, None) for name in (*SOFTCAPS, *SCALES)}
+    given = {name: float(x) for name, x in numbers.items() if isinstance(x, (int, float)) and x}
+    softcaps = [given[name] for name in SOFTCAPS if given.get(name, 0.0) > 0.0]
+    scales = [given[name] for name in SCALES if name in given]
+    # Granite divides by logits_scaling, HyperCLOVA X multiplies by it.
+    return [None, *softcaps], [1.0, *scales, *(1.0 / scale for scale in scales)]
+
+
+class _Trial(NamedTuple):
+    """The model's logits, [1, n, V], for hidden states that we chose, [1, n, D]."""
+
+    probe: Tensor
+    logits: Tensor
+
+
+def _try(model: Any, weight: Tensor) -> _Trial:
+    """Run the decoder alone, then the model with the decoder's output replaced."""
+    decoder = model.get_decoder()
+    ids = torch.arange(len(LARGEST_LOGITS), device=weight.device)[None] % len(weight)
+    probe = _probe(weight)
+    met: list[Tensor] = []
+
+    def replace(_: Any, __: Any, output: Any) -> Any:
+        met.append(_hidden(output).clone())
+        if isinstance(output, tuple):
+            return (probe, *output[1:])
+        output.last_hidden_state = probe
+        return output
+
+    alone = _hidden(_run(decoder, ids, model, weight))
+    if alone.shape != probe.shape or alone.dtype != weight.dtype:
+        raise ValueError(
+            f"the decoder's last hidden states must have shape {tuple(probe.shape)} and the head's "
+            f"dtype {weight.dtype}, got {tuple(alone.shape)} and {alone.dtype}"
+        )
+    hook = decoder.register_forward_hook(replace)
+    try:
+        logits = _run(model, ids, model, weight).logits
+    finally:
+        hook.remove()
+    if len(met) != 1:
+        raise ValueError(f"model must call model.get_decoder() once, got {len(met)} calls")
+    if met[0].shape != alone.shape or not _close(met[0], alone):
+        raise ValueError(
+            "the decoder's hidden states differ in a call of the whole model, which adds to its "
+            "input. Use the model's logits and sequence_logps"
+        )
+    return _Trial(probe, logits)
+
+
+def _run(module: Any, ids: Tensor, model: Any, weight: Tensor) -> Any:
+    """Call the model or its decoder, in evaluation mode and without gradients."""
+    with _in_evaluation(model, weight):
+        try:
+            return module(input_ids=ids, use_cache=False)
+        except Exception as error:
+            raise ValueError(
+                f"{type(module).__name__} cannot be called with input_ids and use_cache alone: "
+                f"{error}. Build a Head with what the model does"
+            ) from error
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+    if not isinstance(hidden, Tensor):
+        raise ValueError(
+            f"model.get_decoder() must return last hidden states, got {type(output).__name__}"
+        )
+    return hidden
+
+
+def _probe(weight: Tensor) -> Tensor:
+    """Random hidden states [1, n, D] with LARGEST_LOGITS, in the weight's dtype."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(len(LARGEST_LOGITS), weight.shape[1], generator=generator)
+    directions = directions.to(weight.device, torch.float64)
+    largest = torch.stack([block.abs().amax(1) for block in _products(directions, weight)]).amax(0)
+    wanted = torch.tensor(LARGEST_LOGITS, dtype=torch.float64, device=weight.device)
+    # A weight of zeros gives no large logits, and float16 ends at 65,504.
+    factor = (wanted / largest.clamp(min=1e-30)).clamp(max=1e4)
+    return (directions * factor[:, None]).to(weight.dtype)[None]
+
+
+def _products(states: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """The products with a weight's rows in float64, block by block: the weight may be large."""
+    for rows in weight.detach().split(8192):
+        yield states @ rows.double().t()
+
+
+class _Plain(NamedTuple):
+    """hidden W^T + bias in float64, [n, V].
+
+    Attributes:
+      logits: the logits without scale and soft-cap.
+      spread: the root of the sum of the squares of the products in each logit, and its bias: what
+        rounding errors are proportional to.
+      eps: the relative rounding error of a logit.
+    """
+
+    logits: Tensor
+    spread: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, probe: Tensor, linear: nn.Linear) -> _Plain:
+        """For some hidden states [1, n, D]."""
+        states, weight = probe[0].double(), linear.weight
+        logits = torch.cat(list(_products(states, weight)), dim=1)
+        squares = torch.cat(list(_products(states**2, weight.detach() ** 2)), dim=1)
+        bias = torch.zeros_like(logits[0]) if linear.bias is None else linear.bias.detach().double()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        # A sum of D terms, in float32 for half precision. A GPU may use TF32 for float32.
+        summed = math.sqrt(weight.shape[1]) * torch.finfo(wide).eps
+        reduced = wide == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        eps = torch.finfo(torch.bfloat16 if reduced else weight.dtype).eps
+        return cls(logits + bias, squares.sqrt() + bias.abs(), max(eps, summed))
+
+    def under(self, head: Head) -> Tensor:
+        """The logits of a head."""
+        logits = self.logits * head.logit_scale
+        return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
+
+    def errors(self, logits: Tensor, head: Head) -> Tensor:
+        """How far other logits are from a head's, in units of the rounding error."""
+        size = (self.logits.abs() + self.spread) * (abs(head.logit_scale) * self.eps)
+        tiny = torch.finfo(torch.float64).tiny
+        return (logits[0].double() - self.under(head)).abs() / size.clamp(min=tiny)
+
+    def mismatch(self, logits: Tensor, head: Head) -> float:
+        """The root mean square of the errors."""
+        if logits.shape[1:] != self.logits.shape:
+            return math.inf
+        error = float(self.errors(logits, head).square().mean().sqrt())
+        return math.inf if math.isnan(error) else error
+
+    def check(self, logits: Tensor, head: Head) -> None:
+        """Raise an error if other logits are not those of a head."""
+        if logits.shape[1:] != self.logits.shape:
+            raise ValueError(
+                f"the model's logits must have shape {tuple(self.logits.shape)}, as its head has, "
+                f"got {tuple(logits.shape[1:])}"
+            )
+        worst = self.errors(logits, head)
+        if not (self.mismatch(logits, head) <= 1.0 and worst.amax() <= 8.0):
+            token, entry = divmod(int(worst.nan_to_num(math.inf).argmax()), worst.shape[1])
+            found, own = float(logits[0, token, entry]), float(self.under(head)[token, entry])
+            raise ValueError(
+                f"the model's logits are not those of its head, not even with logit_scale = "
+                f"{head.logit_scale} and softcap = {head.softcap}: entry {entry} of the vocabulary "
+                f"has the logit {found:.6g} in the model and {own:.6g} in the head. Build a Head "
+                "with what the model does, or use its logits and sequence_logps"
+            )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two runs of the same computation agree."""
+    apart = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
+    return float(apart) <= 32.0 * torch.finfo(b.dtype).eps
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: Any, weight: Tensor) -> Iterator[None]:
+    """Evaluation mode without gradients and autocast, with modes and random state as before."""
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        model.eval()
+        with (
+            torch.no_grad(),
+            torch.autocast(weight.device.type, enabled=False),
+            torch.random.fork_rng([weight.device] if weight.is_cuda else []),
+        ):
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,185 @@
+"""`head_of` on every causal language model of Transformers and every method of PEFT."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from helpers.tiny_models import causal_models, tiny_model
+from spoloss.torch import Completions, Head, head_of, linear_logps, sequence_logps
+
+# What Transformers and PEFT warn of concerns their own sizes and names.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+
+LARGE = "its vision, audio or byte parts have sizes of their own, which are not tiny"
+LAYERS = "its kinds of layers do not fit in two layers of these sizes"
+SKIPPED = {
+    "BailingHybridForCausalLM": LAYERS,
+    "BltForCausalLM": LARGE,
+    "CohereCompassForCausalLM": LAYERS,
+    "FuyuForCausalLM": LARGE,
+    "Gemma3ForConditionalGeneration": LARGE,
+    "Gemma3nForConditionalGeneration": "it needs timm",
+    "Gemma4AssistantForCausalLM": LAYERS,
+    "Gemma4UnifiedAssistantForCausalLM": LAYERS,
+    "GitForCausalLM": LARGE,
+    "GotOcr2ForConditionalGeneration": LARGE,
+    "MiMoV2FlashForCausalLM": LAYERS,
+    "MossTranscribeDiarizeForConditionalGeneration": LARGE,
+    "Phi4MultimodalForCausalLM": LARGE,
+    "Zamba2ForCausalLM": LAYERS,
+    "ZambaForCausalLM": LAYERS,
+}
+"""Models that are not built here, and why."""
+
+TRANSFORM = "the model's logits are not those of its head"  # a layer before the head, as in BERT
+DECODER = "get_decoder.. must return last hidden states|cannot be called with input_ids"
+REFUSED = {
+    **dict.fromkeys(
+        (
+            *("BertLMHeadModel", "BigBirdForCausalLM", "CamembertForCausalLM"),
+            *("Data2VecTextForCausalLM", "ElectraForCausalLM", "ErnieForCausalLM"),
+            *("MegatronBertForCausalLM", "RemBertForCausalLM", "RoCBertForCausalLM"),
+            *("RoFormerForCausalLM", "RobertaForCausalLM", "RobertaPreLayerNormForCausalLM"),
+            *("XLMRobertaForCausalLM", "XLMRobertaXLForCausalLM", "XmodForCausalLM"),
+        ),
+        TRANSFORM,
+    ),
+    "InklingForCausalLM": TRANSFORM,  # it divides by a field of another name
+    "ProphetNetForCausalLM": TRANSFORM,
+    "Llama4ForCausalLM": DECODER,
+    "MllamaForCausalLM": DECODER,
+    "ModernBertDecoderForCausalLM": DECODER,
+    "MusicgenForCausalLM": "the head must be exactly an nn.Linear",  # a head per codebook
+    "MusicgenMelodyForCausalLM": "the head must be exactly an nn.Linear",
+}
+"""Models whose logits are not those of a `Head` on the decoder's hidden states."""
+
+
+def check_same(model: Any, head: Head) -> None:
+    model.eval()
+    with torch.no_grad():
+        want = sequence_logps(model(input_ids=IDS, use_cache=False).logits, IDS)
+        hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
+        found = linear_logps(head, Completions(hidden, IDS))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", causal_models(), ids=lambda kind: kind.__name__)
+def test_every_model(kind: type[PreTrainedModel]) -> None:
+    name = kind.__name__
+    if name in SKIPPED:
+        pytest.skip(SKIPPED[name])
+    model = tiny_model(kind)
+    if name in REFUSED:
+        with pytest.raises((TypeError, ValueError), match=REFUSED[name]):
+            head_of(model)
+    else:
+        check_same(model, head_of(model))
+
+
+def test_the_lists_name_models_that_exist() -> None:
+    names = {kind.__name__ for kind in causal_models()}
+    assert SKIPPED.keys() | REFUSED.keys() <= names
+    assert not SKIPPED.keys() & REFUSED.keys()
+
+
+# PEFT
+
+METHODS = {getattr(kind, "value", kind): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+ARGUMENTS: dict[str, Any] = {
+    "target_modules": ["q_proj", "v_proj"],
+    "feedforward_modules": [],
+    "num_virtual_tokens": 4,
+    "token_indices": [5, 6],
+    "total_step": 10,
+    "oft_block_size": 4,
+    "boft_block_size": 4,
+    "block_size": 8,
+    "group_size": 8,
+    "vector_length": 8,
+    "n_frequency": 10,
+    "cpt_token_ids": [1, 2, 3, 4],
+    "cpt_tokens_type_mask": [1, 2, 3, 4],
+    "cpt_mask": [1, 1, 1, 1],
+}
+OF_A_METHOD: dict[str, dict[str, Any]] = {
+    "ADAPTION_PROMPT": {"target_modules": "self_attn", "adapter_len": 4, "adapter_layers": 1},
+    "MISS": {"r": 4},
+    "SHIRA": {"r": 4},
+}
+NEEDS_MORE = {
+    "ADAMSS": "it needs scikit-learn",
+    "XLORA": "it mixes adapters that are trained before",
+}
+PROMPTS = {
+    *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
+}
+OTHER_CALLS = {"POLY", "SHADOW"}
+"""Methods whose models need more than input_ids."""
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    return LlamaForCausalLM(config)
+
+
+def adapted(method: str, **other: Any) -> Any:
+    made = METHODS[method]
+    accepted = inspect.signature(made).parameters
+    given = {name: value for name, value in ARGUMENTS.items() if name in accepted}
+    given |= OF_A_METHOD.get(method, {}) | other
+    return peft.get_peft_model(llama(), made(task_type="CAUSAL_LM", **given))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_peft(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if method in NEEDS_MORE:
+        pytest.skip(NEEDS_MORE[method])
+    monkeypatch.chdir(tmp_path)
+    model = adapted(method)
+    torch.manual_seed(1)
+    for parameter in model.parameters():  # as if it had been trained
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    if method in PROMPTS:
+        with pytest.raises(ValueError, match="do not include its virtual tokens"):
+            head_of(model)
+    elif method in OTHER_CALLS:
+        with pytest.raises(ValueError, match="cannot be called with input_ids and use_cache alone"):
+            head_of(model)
+    else:
+        check_same(model, head_of(model))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        method
+        for method, made in METHODS.items()
+        if "target_modules" in inspect.signature(made).parameters
+        and method not in NEEDS_MORE
+        and method != "ADAPTION_PROMPT"
+    ],
+)
+def test_every_new_adapter_on_the_head(method: str) -> None:
+    model = adapted(method, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(TypeError, match=r"the head must be exactly an nn.Linear.*, got peft\."):
+        head_of(model)
