@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ def test_functions_are_spellings_of_pair_loss(name: str, backend: Backend) -> No
         rtol=1e-15,
     )
     np.testing.assert_allclose(
-        np.asarray(loss(*logps)),
+        np.asarray(loss(*logps, beta=0.1)),
         np.asarray(spoloss.pair_loss(margin_loss, *logps, beta=0.1)),
         rtol=1e-15,
     )
@@ -62,32 +63,37 @@ def test_half_precision_is_computed_and_returned_in_float32(half: str) -> None:
     logps = [torch.tensor(array).to(getattr(torch, half)) for array in four()]
     exact = [array.double() for array in logps]
     for loss, grad, _ in FUNCTIONS.values():
-        got = loss(*logps)
+        got = loss(*logps, beta=0.1)
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), loss(*exact), rtol=2e-5, atol=1e-6)
-        assert grad(*logps).policy_chosen.dtype == torch.float32
+        torch.testing.assert_close(got.double(), loss(*exact, beta=0.1), rtol=2e-5, atol=1e-6)
+        assert grad(*logps, beta=0.1).policy_chosen.dtype == torch.float32
     jax_logps = [jnp.asarray(array.float().numpy(), dtype=half) for array in logps]
-    assert spoloss.spo_loss(*jax_logps).dtype == jnp.float32
-    np.testing.assert_allclose(spoloss.spo_loss(*jax_logps), spoloss.spo_loss(*logps), rtol=1e-6)
+    assert spoloss.spo_loss(*jax_logps, beta=0.1).dtype == jnp.float32
+    np.testing.assert_allclose(
+        spoloss.spo_loss(*jax_logps, beta=0.1), spoloss.spo_loss(*logps, beta=0.1), rtol=1e-6
+    )
 
 
 def test_dtypes_stay_or_widen(backend: Backend) -> None:
     single = backend.arrays(*four(dtype=np.float32))
     double = backend.arrays(*four())
     weights = backend.array(np.ones(5))
-    assert spoloss.spo_loss(*single).dtype == backend.float32
-    assert spoloss.spo_loss(*double).dtype == backend.float64
-    assert spoloss.spo_loss(*single[:2], *double[2:]).dtype == backend.float64
+    assert spoloss.spo_loss(*single, beta=0.1).dtype == backend.float32
+    assert spoloss.spo_loss(*double, beta=0.1).dtype == backend.float64
+    assert spoloss.spo_loss(*single[:2], *double[2:], beta=0.1).dtype == backend.float64
     assert spoloss.spo_loss(*single, weights=weights, beta=np.float64(0.1)).dtype == backend.float32
-    assert spoloss.spo_loss(np.float16([0.5]), np.float16([0.5]), 0.0, 0.0).dtype == np.float32
+    assert (
+        spoloss.spo_loss(np.float16([0.5]), np.float16([0.5]), 0.0, 0.0, beta=0.1).dtype
+        == np.float32
+    )
 
 
 def test_no_reference_is_the_number_zero(backend: Backend) -> None:
     pc, pr, rc, _ = backend.arrays(*four())
     zeros = backend.array(np.zeros(5))
     np.testing.assert_allclose(
-        np.asarray(spoloss.spo_loss(pc, pr, 0.0, 0.0)),
-        np.asarray(spoloss.spo_loss(pc, pr, zeros, zeros)),
+        np.asarray(spoloss.spo_loss(pc, pr, 0.0, 0.0, beta=0.1)),
+        np.asarray(spoloss.spo_loss(pc, pr, zeros, zeros, beta=0.1)),
     )
     np.testing.assert_allclose(
         np.asarray(spoloss.implicit_rewards(pc, pr, rc, 0.0, beta=0.5).rejected),
@@ -124,7 +130,7 @@ def test_a_loss_of_ones_own() -> None:
 def test_any_object_with_value_and_slope_is_a_loss() -> None:
     logps, spo = four(), SPO()
     loss = SimpleNamespace(value=spo.value, slope=spo.slope)
-    assert spoloss.pair_loss(loss, *logps, beta=0.1) == spoloss.spo_loss(*logps)
+    assert spoloss.pair_loss(loss, *logps, beta=0.1) == spoloss.spo_loss(*logps, beta=0.1)
 
     class Abstract(ABC):
         @abstractmethod
@@ -138,12 +144,17 @@ def test_any_object_with_value_and_slope_is_a_loss() -> None:
 
 
 ALL_FUNCTIONS = [
-    *(f for loss, grad, _ in FUNCTIONS.values() for f in (loss, grad)),
-    lambda *logps: spoloss.log_ratio_margin(*logps),
-    lambda *logps: spoloss.implicit_rewards(*logps, beta=0.1),
-    lambda *logps: spoloss.preference_metrics(*logps, beta=0.1),
-    spoloss.spo_prob_grad,
-    spoloss.dpo_prob_grad,
+    *(functools.partial(f, beta=0.1) for loss, grad, _ in FUNCTIONS.values() for f in (loss, grad)),
+    spoloss.log_ratio_margin,
+    *(
+        functools.partial(f, beta=0.1)
+        for f in (
+            spoloss.implicit_rewards,
+            spoloss.preference_metrics,
+            spoloss.spo_prob_grad,
+            spoloss.dpo_prob_grad,
+        )
+    ),
 ]
 
 
@@ -207,14 +218,14 @@ def test_mixed_libraries(first: str, other: str) -> None:
         with pytest.raises(
             TypeError, match=f"{name} must be from the same library as policy_chosen"
         ):
-            spoloss.spo_loss(*logps)
+            spoloss.spo_loss(*logps, beta=0.1)
     logps = list(BACKENDS[first].arrays(*four()))
     stranger = BACKENDS[other].array(np.ones(5))
     for argument in ("beta", "weights", "reward_gap"):
         with pytest.raises(
             TypeError, match=f"{argument} must be from the same library as the log-pr"
         ):
-            spoloss.spo_loss(*logps, **{argument: stranger})
+            spoloss.spo_loss(*logps, **{"beta": 0.1, argument: stranger})
 
 
 def test_parameters_out_of_range(backend: Backend) -> None:
@@ -231,7 +242,7 @@ def test_parameters_out_of_range(backend: Backend) -> None:
                 function(*logps, beta=bad)
         for function in (spoloss.spo_loss, spoloss.squared_grad, spoloss.spo_prob_grad):
             with pytest.raises(ValueError, match="reward_gap must be positive and finite, got"):
-                function(*logps, reward_gap=bad)
+                function(*logps, beta=0.1, reward_gap=bad)
 
 
 @pytest.mark.parametrize("reduction", ["avg", "MEAN", "", None])
@@ -239,7 +250,7 @@ def test_unknown_reduction(reduction: Any) -> None:
     for loss, grad, _ in FUNCTIONS.values():
         for function in (loss, grad):
             with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got"):
-                function(*four(), reduction=reduction)
+                function(*four(), beta=0.1, reduction=reduction)
 
 
 @pytest.mark.parametrize("bad", ["spo", SPO, None, 0.1])
@@ -251,16 +262,16 @@ def test_what_is_no_loss(bad: Any) -> None:
 
 def test_arguments_that_a_loss_cannot_honour_do_not_exist() -> None:
     with pytest.raises(TypeError, match="unexpected keyword"):
-        spoloss.dpo_loss(*four(), reward_gap=1.0)  # type: ignore[call-arg]
+        spoloss.dpo_loss(*four(), reward_gap=1.0, beta=0.1)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unexpected keyword"):
-        spoloss.squared_loss(*four(), linear_below=0.0)  # type: ignore[call-arg]
+        spoloss.squared_loss(*four(), linear_below=0.0, beta=0.1)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="positional"):
-        spoloss.spo_loss(*four(), 0.1)  # type: ignore[misc]
+        spoloss.spo_loss(*four(), 0.1, beta=0.1)  # type: ignore[misc]
 
 
 def test_empty_batches() -> None:
     empty = [torch.empty(0, requires_grad=True) for _ in range(4)]
-    total = spoloss.spo_loss(*empty, reduction="sum")
+    total = spoloss.spo_loss(*empty, reduction="sum", beta=0.1)
     assert total.item() == 0.0
     total.backward()
-    assert torch.isnan(spoloss.spo_loss(*empty))
+    assert torch.isnan(spoloss.spo_loss(*empty, beta=0.1))

@@ -81,7 +81,7 @@ def test_half_precision_rounds_no_parameter(function: Callable[..., Any], half: 
     for parameters in (
         {"beta": BETA},
         {"beta": BETA, "reward_gap": GAP},
-        {"weights": WEIGHTS},
+        {"beta": BETA, "weights": WEIGHTS},
         {"beta": np.array(0.1037), "reward_gap": np.array(1.3101), "weights": np.array(0.3333)},
     ):
         check_parameters_keep_float32(each_pair(function), HALVES[half], parameters)
@@ -100,7 +100,7 @@ def test_the_check_of_half_precision_sees_a_rounded_gap() -> None:
 def test_a_gap_below_the_range_of_float16() -> None:
     logps = [torch.zeros(2, dtype=torch.float16)] * 4
     gap = torch.tensor([1e-6, 1.0])
-    assert spoloss.spo_loss(*logps, reward_gap=gap).item() == 0.0
+    assert spoloss.spo_loss(*logps, reward_gap=gap, beta=0.1).item() == 0.0
 
 
 def test_the_widest_of_the_four_decides_for_the_parameters(backend: Backend) -> None:
@@ -122,7 +122,7 @@ def test_numbers_of_python_and_numpy_are_numbers(number: Any, backend: Backend) 
         got = spoloss.spo_loss(*logps, beta=number, reward_gap=number, weights=number)
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
-        free = spoloss.spo_loss(*logps[:2], number, number)
+        free = spoloss.spo_loss(*logps[:2], number, number, beta=0.1)
         assert free.dtype == want.dtype
         metrics = spoloss.preference_metrics(*logps, beta=number, reward_gap=number, weights=number)
         assert all(value.dtype == want.dtype for value in metrics.values())
@@ -133,9 +133,9 @@ def test_a_boolean_is_no_number(truth: Any) -> None:
     logps = [torch.tensor(array) for array in four()]
     for name in ("beta", "reward_gap", "weights"):
         with pytest.raises(TypeError, match=f"^{name} must be .*(array or a number, got|library)"):
-            spoloss.spo_loss(*logps, **{name: truth})
+            spoloss.spo_loss(*logps, **{"beta": 0.1, name: truth})
     with pytest.raises(TypeError, match=r"^reference_chosen_logps must be "):
-        spoloss.spo_loss(*logps[:2], truth, 0.0)
+        spoloss.spo_loss(*logps[:2], truth, 0.0, beta=0.1)
     with pytest.raises(TypeError, match="linear_below must be a number or None, got bool"):
         SPO(linear_below=truth)
     with pytest.raises(TypeError, match="label_smoothing must be a number, got bool"):
@@ -152,7 +152,7 @@ def test_options_bring_no_dtype_of_their_own(scalar: Any, backend: Backend) -> N
         ):
             plain = {name: float(value) for name, value in options.items()}
             for function in (loss, lambda *x, g=grad, **o: g(*x, **o).policy_chosen):
-                got, want = function(*logps, **options), function(*logps, **plain)
+                got, want = (function(*logps, beta=0.1, **o) for o in (options, plain))
                 assert got.dtype == want.dtype == getattr(backend, dtype.__name__)
                 np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
@@ -160,18 +160,18 @@ def test_options_bring_no_dtype_of_their_own(scalar: Any, backend: Backend) -> N
 def test_errors_name_the_argument_that_is_wrong() -> None:
     z = torch.zeros(2)
     for first, got in (([0.0, 0.0], "list"), (-1.0, "float"), (None, "NoneType")):
-        for options in ({}, {"reward_gap": z + 1}, {"beta": z + 1, "reward_gap": 2.0}):
+        for options in ({"reward_gap": z + 1, "beta": 0.1}, {"beta": z + 1, "reward_gap": 2.0}):
             for function in SPO_FAMILY:
                 with pytest.raises(TypeError, match=f"^policy_chosen_logps must .* got {got}$"):
                     function(first, z, z, z, **options)
         with pytest.raises(TypeError, match=f"^policy_chosen_logps must .* got {got}$"):
-            spoloss.spo_prob_grad(first, z, z, z, reward_gap=z + 1)
+            spoloss.spo_prob_grad(first, z, z, z, reward_gap=z + 1, beta=0.1)
     with pytest.raises(TypeError, match=r"^margin must be a PyTorch, NumPy, JAX or MLX array, got"):
         SPO().value([1.0], 0.1)
     with pytest.raises(ValueError, match=r"^beta / reward_gap must be positive and finite, got"):
         spoloss.spo_loss(z, z, z, z, beta=1e-300, reward_gap=1e300)
     with pytest.raises(TypeError, match="array or a number, got list"):
-        spoloss.spo_loss(z, z, [0.0], 0.0)
+        spoloss.spo_loss(z, z, [0.0], 0.0, beta=0.1)
 
 
 @pytest.mark.parametrize(
@@ -191,17 +191,17 @@ def test_a_mixed_call_is_told_how_to_convert(first: str, converter: str) -> None
     with pytest.raises(
         TypeError, match=rf"^reference_chosen_logps .*\. Convert it with {converter}$"
     ):
-        spoloss.spo_loss(*policies, *references)
+        spoloss.spo_loss(*policies, *references, beta=0.1)
     module, _, name = converter.rpartition(".")
     convert = getattr(__import__(module, fromlist=[name]), name)
     if first != "numpy":  # NumPy reads no tensor that requires a gradient, but any other
-        spoloss.spo_loss(*policies, *(convert(array) for array in references))
+        spoloss.spo_loss(*policies, *(convert(array) for array in references), beta=0.1)
 
 
 def test_jax_by_way_of_numpy_under_jit() -> None:
     references = four()[2:]
     with pytest.raises(TypeError, match=r"Convert it with jax\.numpy\.asarray"):
-        jax.jit(lambda *x: spoloss.spo_loss(*x, *references))(*four()[:2])
+        jax.jit(lambda *x: spoloss.spo_loss(*x, *references, beta=0.1))(*four()[:2])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -209,33 +209,26 @@ def test_weights_that_are_numbers_are_finite(bad: float, backend: Backend) -> No
     logps = backend.arrays(*four())
     for function in (spoloss.spo_loss, spoloss.dpo_grad):
         with pytest.raises(ValueError, match=r"^weights must be finite, got"):
-            function(*logps, weights=bad)
+            function(*logps, beta=0.1, weights=bad)
     with pytest.raises(ValueError, match=r"^weights must be finite, got"):
         spoloss.preference_metrics(*logps, beta=0.1, weights=bad)
 
 
-WITH_BETA = [
+BETA_ALONE = [
     *(f for loss, grad, _ in FUNCTIONS.values() for f in (loss, grad)),
     spoloss.spo_prob_grad,
     spoloss.dpo_prob_grad,
+    spoloss.implicit_rewards,
+    spoloss.preference_metrics,
 ]
 
 
-@pytest.mark.parametrize("function", WITH_BETA)
-def test_defaults(function: Callable[..., Any]) -> None:
-    logps = four()
-    explicit: dict[str, Any] = {"beta": 0.1}
-    parameters = inspect.signature(function).parameters
-    if "reduction" in parameters:
-        explicit["reduction"] = "mean"
-    if "label_smoothing" in parameters:
-        explicit["label_smoothing"] = 0.0
-    if "reward_gap" in parameters:
-        explicit["reward_gap"] = 1.0
-    if "weights" in parameters:
-        explicit["weights"] = np.ones(5)
-    for a, b in zip(_leaves(function(*logps)), _leaves(function(*logps, **explicit)), strict=True):
-        np.testing.assert_array_equal(a, b)
+@pytest.mark.parametrize("function", BETA_ALONE)
+def test_beta_is_required_because_it_means_4_times_as_much_to_spo(
+    function: Callable[..., Any],
+) -> None:
+    with pytest.raises(TypeError, match="beta"):
+        function(*four())
 
 
 @pytest.mark.parametrize("loss", [SPO(), SPO(linear_below=-1.0), DPO(), DPO(label_smoothing=0.2)])
@@ -268,12 +261,12 @@ def test_numpy_is_silent() -> None:
     """As silent as the others, where it would warn; pytest turns a warning into an error."""
     empty, inf = np.zeros(0), np.inf
     for loss, grad, _ in FUNCTIONS.values():
-        assert np.isnan(loss(empty, empty, empty, empty))
-        assert loss(empty, empty, empty, empty, reduction="sum") == 0.0
-        assert grad(empty, empty, empty, empty).policy_chosen.shape == (0,)
+        assert np.isnan(loss(empty, empty, empty, empty, beta=0.1))
+        assert loss(empty, empty, empty, empty, reduction="sum", beta=0.1) == 0.0
+        assert grad(empty, empty, empty, empty, beta=0.1).policy_chosen.shape == (0,)
         both = np.array([inf, -inf])
-        assert np.isnan(loss(both, both, both, both))
-        assert np.isnan(grad(both, both, both, both).policy_chosen).all()
+        assert np.isnan(loss(both, both, both, both, beta=0.1))
+        assert np.isnan(grad(both, both, both, both, beta=0.1).policy_chosen).all()
     assert all(
         np.isnan(value)
         for value in spoloss.preference_metrics(empty, empty, empty, empty, beta=0.1).values()
@@ -283,13 +276,15 @@ def test_numpy_is_silent() -> None:
     keywords = dict(zip(inspect.signature(spoloss.spo_loss).parameters, [both] * 4, strict=False))
     assert np.isnan(spoloss.log_ratio_margin(**keywords)).all()
     assert np.isnan(spoloss.implicit_rewards(**keywords, beta=0.1).chosen).all()
-    assert np.isnan(spoloss.spo_prob_grad(both, both, 0.0, 0.0).policy_chosen.log_abs).all()
+    assert np.isnan(
+        spoloss.spo_prob_grad(both, both, 0.0, 0.0, beta=0.1).policy_chosen.log_abs
+    ).all()
     steep = np.array([-83.0], np.float32)
     zero = np.zeros(1, np.float32)
     assert spoloss.spo_loss(steep, zero, 0.0, 0.0, beta=1.0, weights=10.0) == inf
     tiny_gap = np.array([0.0], np.float32)
-    assert np.isnan(spoloss.spo_loss(zero, zero, 0.0, 0.0, reward_gap=tiny_gap))
-    assert spoloss.squared_loss(np.array([inf, 1.0]), np.zeros(2), 0.0, 0.0) == inf
+    assert np.isnan(spoloss.spo_loss(zero, zero, 0.0, 0.0, reward_gap=tiny_gap, beta=0.1))
+    assert spoloss.squared_loss(np.array([inf, 1.0]), np.zeros(2), 0.0, 0.0, beta=0.1) == inf
 
 
 DEEP = np.float32([-12.0, -10.0, -1.0, 0.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,8 @@ def test_numbers_and_arrays_are_the_same_weights(
     name: str, reduction: str, backend: Backend
 ) -> None:
     logps = backend.arrays(*four())
-    for function in FUNCTIONS[name][:2]:
+    for plain_function in FUNCTIONS[name][:2]:
+        function = functools.partial(plain_function, beta=0.1)
         want = function(*logps, weights=backend.array(np.full(5, 2.5)), reduction=reduction)
         for weights in (2.5, np.float64(2.5), backend.array(np.array(2.5))):
             got = function(*logps, weights=weights, reduction=reduction)
@@ -44,12 +46,14 @@ def test_numbers_and_arrays_are_the_same_weights(
 def test_negative_weights_are_factors_too(backend: Backend) -> None:
     logps, weights = backend.arrays(*four()), np.array([1.0, -2.0, 0.5, -0.5, 3.0])
     for loss, grad, _ in FUNCTIONS.values():
-        there = loss(*logps, weights=backend.array(weights), reduction="none")
-        back = loss(*logps, weights=backend.array(-weights), reduction="none")
+        there = loss(*logps, weights=backend.array(weights), reduction="none", beta=0.1)
+        back = loss(*logps, weights=backend.array(-weights), reduction="none", beta=0.1)
         np.testing.assert_array_equal(np.asarray(there), -np.asarray(back))
-        assert float(loss(*logps, weights=-1.0)) == -float(loss(*logps))
-        slopes = grad(*logps, weights=backend.array(weights), reduction="none").policy_chosen
-        plain = np.asarray(grad(*logps, reduction="none").policy_chosen)
+        assert float(loss(*logps, weights=-1.0, beta=0.1)) == -float(loss(*logps, beta=0.1))
+        slopes = grad(
+            *logps, weights=backend.array(weights), reduction="none", beta=0.1
+        ).policy_chosen
+        plain = np.asarray(grad(*logps, reduction="none", beta=0.1).policy_chosen)
         np.testing.assert_allclose(np.asarray(slopes), weights * plain, rtol=1e-14)
 
 
@@ -174,8 +178,10 @@ def test_the_analytic_gradient_of_weight_0_is_0(poison: str, backend: Backend) -
 def test_a_number_or_a_0d_array_of_0_leaves_all_out(backend: Backend) -> None:
     nan = backend.arrays(*[np.array([np.nan, 1.0])] * 4)
     for weights in (0.0, 0, backend.array(np.array(0.0))):
-        assert float(spoloss.spo_loss(*nan, weights=weights)) == 0.0
-        assert np.all(np.asarray(spoloss.spo_grad(*nan, weights=weights).policy_chosen) == 0.0)
+        assert float(spoloss.spo_loss(*nan, weights=weights, beta=0.1)) == 0.0
+        assert np.all(
+            np.asarray(spoloss.spo_grad(*nan, weights=weights, beta=0.1).policy_chosen) == 0.0
+        )
 
 
 def test_a_shared_beta_survives_a_pair_that_is_left_out() -> None:
@@ -191,8 +197,8 @@ def test_a_shared_beta_survives_a_pair_that_is_left_out() -> None:
 def check_gradient_by_weights(loss: Callable[..., Any], backend: Backend) -> None:
     """It is each pair's loss, at weight 0 too, and its derivative by h is that pair's slope."""
     logps, weights = four(), np.array([0.0, 2.0, 0.0, -1.0, 0.0])
-    each = np.asarray(loss(*backend.arrays(*logps), reduction="none"))
-    weighted = lambda w: loss(*backend.arrays(*logps), weights=w, reduction="sum")  # noqa: E731
+    each = np.asarray(loss(*backend.arrays(*logps), reduction="none", beta=0.1))
+    weighted = lambda w: loss(*backend.arrays(*logps), weights=w, reduction="sum", beta=0.1)  # noqa: E731
     (by_weight,) = gradients(backend, weighted, weights)
     np.testing.assert_allclose(by_weight, each, rtol=backend.rtol(1e-13))
 
@@ -207,7 +213,7 @@ def test_the_gradient_by_a_weight_is_the_loss(name: str, library: str) -> None:
 def test_the_gradient_by_a_weight_of_no_finite_loss_is_0(library: str) -> None:
     backend = BACKENDS[library]
     nan, zeros = backend.arrays(np.array([np.nan, 1.0, np.inf]), np.zeros(3))
-    loss = lambda w: spoloss.spo_loss(nan, zeros, 0.0, 0.0, weights=w, reduction="sum")  # noqa: E731
+    loss = lambda w: spoloss.spo_loss(nan, zeros, 0.0, 0.0, weights=w, reduction="sum", beta=0.1)  # noqa: E731
     (by_weight,) = gradients(backend, loss, np.zeros(3))
     want = [0.0, -0.1 * np.exp(-0.1), 0.0]
     np.testing.assert_allclose(by_weight, want, rtol=backend.rtol(1e-13))
@@ -217,13 +223,13 @@ def test_the_gradient_by_a_weight_of_no_finite_loss_is_0(library: str) -> None:
 def test_the_mixed_derivative_at_weight_0_is_the_slope(name: str) -> None:
     """What learning to weigh examples follows: how a weight of 0 would move the gradient."""
     loss, grad, _ = FUNCTIONS[name]
-    want = grad(*four(), reduction="none").policy_chosen
+    want = grad(*four(), reduction="none", beta=0.1).policy_chosen
     h = [torch.tensor(array) for array in four()]
-    function = lambda pc, w: loss(pc, *h[1:], weights=w, reduction="sum")  # noqa: E731
+    function = lambda pc, w: loss(pc, *h[1:], weights=w, reduction="sum", beta=0.1)  # noqa: E731
     mixed = torch.func.jacrev(torch.func.grad(function), argnums=1)(h[0], torch.zeros(5).double())
     np.testing.assert_allclose(np.diag(mixed), want, rtol=1e-13)
     rest = [jnp.asarray(array) for array in four()]
-    by_jax = lambda pc, w: loss(pc, *rest[1:], weights=w, reduction="sum")  # noqa: E731
+    by_jax = lambda pc, w: loss(pc, *rest[1:], weights=w, reduction="sum", beta=0.1)  # noqa: E731
     mixed = jax.jacfwd(jax.grad(by_jax), argnums=1)(rest[0], jnp.zeros(5))
     np.testing.assert_allclose(np.diag(mixed), want, rtol=1e-13)
 
@@ -258,7 +264,7 @@ def test_the_checks_see_wrong_ways_to_leave_a_pair_out() -> None:
 
     def losses(*logps: Any, weights: Any = None, **_: str) -> Any:
         if weights is None:
-            return spoloss.spo_loss(*logps, reduction="none")
+            return spoloss.spo_loss(*logps, reduction="none", beta=0.1)
         return masked_margin(*logps, weights=weights)
 
     with pytest.raises(AssertionError):
