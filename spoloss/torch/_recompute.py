@@ -48,10 +48,10 @@ def token_logps(
     if frozen and any(map(needs_grad, hidden)):
         call = Call(table, options, directions=True)
         known = _Known(Held(), table.sizes, anchor(*hidden))
-        logps = _Directed.apply(weight, bias, call, known, *hidden)  # type: ignore[no-untyped-call]
+        logps = _Directed.apply(*hidden, weight, bias, call, known)  # type: ignore[no-untyped-call]
     else:
         call = Call(table, options, directions=False)
-        logps, _ = _Recomputed.apply(weight, bias, call, *hidden)  # type: ignore[no-untyped-call]
+        logps, _ = _Recomputed.apply(*hidden, weight, bias, call)  # type: ignore[no-untyped-call]
     return [
         part.view(states.shape[:2])
         for part, states in zip(torch.split(logps, list(table.sizes)), hidden, strict=True)
@@ -107,16 +107,15 @@ class _Directed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        weight: Tensor, bias: Tensor | None, call: Call, known: _Known, *hidden: Tensor
-    ) -> Tensor:
+    def forward(*inputs: Any) -> Tensor:
+        *hidden, weight, bias, call, known = inputs
         found = forward(weight, bias, call, *hidden)
         known.held.put(found.directions)
         return found.logps
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _, _, _, ctx.known, *hidden = inputs
+        *hidden, _, _, _, ctx.known = inputs
         ctx.shapes = [states.shape for states in hidden]
         ctx.set_materialize_grads(False)
 
@@ -127,7 +126,7 @@ class _Directed(torch.autograd.Function):
         with torch.no_grad():
             (rows,) = ctx.known.held.scaled(upstream[:, None])
             grads = _by_side(rows, ctx.known.sizes, ctx.shapes)
-        return *(None,) * 4, *refuse_second_derivative(grads, ctx.known.anchor)
+        return *refuse_second_derivative(grads, ctx.known.anchor), *(None,) * 4
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
@@ -138,15 +137,14 @@ class _Recomputed(torch.autograd.Function):
     """Log-probabilities and log-sum-exp. The backward computes the logits again."""
 
     @staticmethod
-    def forward(
-        weight: Tensor, bias: Tensor | None, call: Call, *hidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        *hidden, weight, bias, call = inputs
         found = forward(weight, bias, call, *hidden)
         return found.logps, found.lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        weight, bias, ctx.call, *hidden = inputs
+        *hidden, weight, bias, ctx.call = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, bias, *output, *hidden)
@@ -157,17 +155,15 @@ class _Recomputed(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         refuse_batched(upstream)
         weight, bias, logps, lse, *hidden = ctx.saved_tensors
-        of_weight, of_bias, _, *of_hidden = ctx.needs_input_grad
+        *of_hidden, of_weight, of_bias, _ = ctx.needs_input_grad
         wanted = Wanted(any(of_hidden), of_weight, of_bias)
         with torch.no_grad():
             found = Forward(logps, lse, None)
             grads = backward(weight, bias, ctx.call, found, upstream, wanted, *hidden)
             shapes = [states.shape for states in hidden]
             of_sides = _by_side(grads.hidden, ctx.call.table.sizes, shapes)
-        of_weight, of_bias, *of_hidden = refuse_second_derivative(
-            (grads.weight, grads.bias, *of_sides), weight, bias, *hidden
-        )
-        return of_weight, of_bias, None, *of_hidden
+        of_all = (*of_sides, grads.weight, grads.bias)
+        return *refuse_second_derivative(of_all, *hidden, weight, bias), None
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
