@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spoloss._options import check_head_options
+from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._devices import device_of
 from spoloss.torch._head import HeadOptions, tiles_of
 from spoloss.torch._labels import (
@@ -16,6 +17,7 @@ from spoloss.torch._labels import (
     check_floating,
     check_labels,
     check_token_weights,
+    targets_of,
 )
 from spoloss.torch._tokens import Sequences
 from spoloss.torch._vocab_parallel import VocabShard, join, refuse_compilation
@@ -23,10 +25,47 @@ from spoloss.torch._vocab_parallel import VocabShard, join, refuse_compilation
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from spoloss.torch.heads import Completions, Head
+
+class Call(NamedTuple):
+    """A call's arguments after all checks.
+
+    Attributes:
+      options: the head's options.
+      sequences: the sequences of each side.
+    """
+
+    options: HeadOptions
+    sequences: list[Sequences]
 
 
-def check_head(head: Head, sides: Mapping[str, Completions]) -> HeadOptions:
+def prepare(head: Head, sides: Mapping[str, Completions]) -> Call:
+    """Check the head and the completions, by the names of their arguments."""
+    if not isinstance(head, Head):
+        raise TypeError(f"head must be a Head, got {type(head).__name__}")
+    for name, side in sides.items():
+        if not isinstance(side, Completions):
+            raise TypeError(f"{name} must be Completions, got {type(side).__name__}")
+    options = _check_head(head, sides)
+    sequences = [_sequences(name, side) for name, side in sides.items()]
+    if head.vocab_parallel_group is not None:
+        hidden = [side.hidden for side in sides.values()]
+        shard = _join_shards(head.vocab_parallel_group, head, options, sequences, hidden)
+        options = options.sharded(shard)
+    return Call(options, sequences)
+
+
+def _sequences(name: str, side: Completions) -> Sequences:
+    targets = targets_of(
+        side.labels,
+        side.token_weights,
+        side.ignore_index,
+        shift=side.shift,
+        cu_seqlens=side.cu_seqlens,
+    )
+    return Sequences(name, targets, side.ignore_index, side.cu_seqlens)
+
+
+def _check_head(head: Head, sides: Mapping[str, Completions]) -> HeadOptions:
     """Check the tensors and numbers of a call, and return the head's options.
 
     Args:
@@ -57,8 +96,12 @@ def check_head(head: Head, sides: Mapping[str, Completions]) -> HeadOptions:
     return HeadOptions(head.softcap, head.logit_scale, head.temperature, head.chunk_size, dtype)
 
 
-def join_shards(
-    group: ProcessGroup, head: Head, options: HeadOptions, sides: list[Sequences], hidden: Any
+def _join_shards(
+    group: ProcessGroup,
+    head: Head,
+    options: HeadOptions,
+    sides: list[Sequences],
+    hidden: Sequence[Tensor],
 ) -> VocabShard:
     """This rank's part of a head that is split over the vocabulary, from one exchange.
 

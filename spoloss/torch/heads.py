@@ -1,4 +1,4 @@
-"""Losses from hidden states, without ever holding the logits: `Head`, `Completions` and the losses.
+"""Losses from hidden states, without ever holding the logits.
 
 `Head` says how hidden states become logits, and `Completions` says which tokens count. Every option
 is documented there, once.
@@ -6,91 +6,29 @@ is documented there, once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
-import torch.distributed
 from torch import Tensor
 
 from spoloss._arrays import check_reduction, per_pair
 from spoloss._options import check_nll_weight
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
 from spoloss.pairs import IPO_GAP, beta_for_gap, log_ratio_margin
-from spoloss.torch._checks import check_head, join_shards
+from spoloss.torch._arguments import Completions, Head
+from spoloss.torch._checks import prepare
 from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
-from spoloss.torch._head import HeadOptions
-from spoloss.torch._labels import targets_of
 from spoloss.torch._objective import Constants, Objective, zero_weights
 from spoloss.torch._tokens import Sequences
 
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The head of a language model: how hidden states become logits.
-
-        logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature
-
-    The computation runs over tiles of tokens, one block of the vocabulary at a time. On CUDA with
-    Triton installed, torch.compile fuses the softmax of a block at the first call, which needs a C
-    compiler. TORCH_COMPILE_DISABLE=1 disables compilation (slower).
-
-    Attributes:
-      weight: W, [V, D], in the dtype of the hidden states. Under DDP, FSDP and DeepSpeed, read it
-        inside the forward of the wrapped module. Outside, its gradient is not synchronised, and no
-        error is raised. It does not include a LoRA adapter on the head.
-      bias: [V], or None. An entry of -inf has probability 0, also under a soft-cap.
-      softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
-      logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
-      temperature: divisor of the logits, > 0.
-      chunk_size: tokens per tile; None for a size that fits the device. Without a gradient by the
-        head, a tile has 1,024 tokens (on CUDA 4,096), and a block of its logits takes 16 MiB (on
-        CUDA 512 MiB) but has at least 1,024 entries; with `softcap` twice that. With a gradient by
-        the head, one pass keeps a tile's exponentials: 64 MiB (on CUDA 2 GiB), but at least 256
-        tokens.
-      vocab_parallel_group: the ranks that share a head split over the vocabulary. `weight` and
-        `bias` are then this rank's rows (for a DTensor: `to_local()`), in the order of the ranks,
-        in shards of any size. All else and the upstream gradient must be equal on all ranks. The
-        results are then equal too, and so is the gradient by the hidden states, which is summed
-        over the ranks. Not under torch.compile(fullgraph=True).
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    temperature: float = 1.0
-    chunk_size: int | None = None
-    vocab_parallel_group: torch.distributed.ProcessGroup | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Completions:
-    """The hidden states of completions, and which of their tokens count.
-
-    Attributes:
-      hidden: last hidden states, [B, T, D], real floating.
-      labels: token ids, [B, T], integer. Labels equal to `ignore_index` (prompt, padding) do not
-        count and cost nothing. Others must lie in [0, V).
-      token_weights: the factor of each label's log-probability, [B, T], real floating, finite and
-        >= 0; None for 1. They align with `labels` and are shifted with them. A label of weight 0
-        does not count, whatever its hidden state holds. Averages and the NLL divide by their sum.
-      cu_seqlens: offsets of S sequences that are packed into one row (B = 1) without padding,
-        [S + 1], int32 or int64, rising from 0 to T; None if each row is a sequence. This is the
-        format of FlashAttention's variable-length functions. The last token of a sequence does not
-        predict the next sequence.
-      ignore_index: the label that does not count.
-      shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
-        you have shifted already, so position t predicts label t.
-    """
-
-    hidden: Tensor
-    labels: Tensor
-    token_weights: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    ignore_index: int = -100
-    shift: bool = True
+__all__ = [
+    "Completions",
+    "Head",
+    "LinearPairLoss",
+    "linear_dpo_loss",
+    "linear_ipo_loss",
+    "linear_pair_loss",
+    "linear_spo_loss",
+    "linear_squared_loss",
+]
 
 
 def linear_pair_loss(
@@ -117,8 +55,8 @@ def linear_pair_loss(
     4NDV FLOPs with a frozen head, for any loss: the forward keeps each token's direction, an array
     like the hidden states, and the backward scales it. With a head that requires a gradient it
     takes 6NDV, and 8NDV for `reduction="none"` and under torch.compile. Without a gradient it takes
-    2NDV. A pair that is longer than a tile needs an array of the weight's size beside its gradient,
-    and every further one the same array and a second.
+    2NDV. With a trained head, a pair longer than a tile takes one more array of the weight's size,
+    and two or more such pairs take two.
 
     Args:
       loss: `SPO(...)`, `DPO(...)`, `Squared()`, or your own `MarginLoss` or `PairLoss`.
@@ -187,7 +125,7 @@ def linear_spo_loss(
 
     h = (log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x)) is the margin, in
     nats (paper eq. 4). Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language
-    Model Alignment", 12 August 2025 ("the paper").
+    Model Alignment", arXiv:2508.07137v1 ("the paper").
 
     Args:
       head: how hidden states become logits.
@@ -302,7 +240,7 @@ def linear_squared_loss(
         l = (h - reward_gap / beta)^2, in nats^2
 
     Section 2.2 of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
-    Alignment", 12 August 2025, with the margin h in nats (eq. 4).
+    Alignment", arXiv:2508.07137v1, with the margin h in nats (eq. 4).
 
     Args:
       head: how hidden states become logits.
@@ -394,45 +332,6 @@ def linear_ipo_loss(
         average=average,
         reduction=reduction,
     )
-
-
-class Call(NamedTuple):
-    """A call's arguments after all checks.
-
-    Attributes:
-      options: the head's options.
-      sequences: the sequences of each side.
-    """
-
-    options: HeadOptions
-    sequences: list[Sequences]
-
-
-def prepare(head: Head, sides: Mapping[str, Completions]) -> Call:
-    """Check the head and the completions, by the names of their arguments."""
-    if not isinstance(head, Head):
-        raise TypeError(f"head must be a Head, got {type(head).__name__}")
-    for name, side in sides.items():
-        if not isinstance(side, Completions):
-            raise TypeError(f"{name} must be Completions, got {type(side).__name__}")
-    options = check_head(head, sides)
-    sequences = [_sequences(name, side) for name, side in sides.items()]
-    if head.vocab_parallel_group is not None:
-        hidden = [side.hidden for side in sides.values()]
-        shard = join_shards(head.vocab_parallel_group, head, options, sequences, hidden)
-        options = options.sharded(shard)
-    return Call(options, sequences)
-
-
-def _sequences(name: str, side: Completions) -> Sequences:
-    targets = targets_of(
-        side.labels,
-        side.token_weights,
-        side.ignore_index,
-        shift=side.shift,
-        cu_seqlens=side.cu_seqlens,
-    )
-    return Sequences(name, targets, side.ignore_index, side.cu_seqlens)
 
 
 def _check_pairs(chosen: Sequences, rejected: Sequences) -> None:

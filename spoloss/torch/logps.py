@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._autograd import is_batched, refuse_batched
+from spoloss.torch._checks import prepare
 from spoloss.torch._fused import logps_of_tokens
 from spoloss.torch._labels import (
     IGNORED,
@@ -19,7 +21,6 @@ from spoloss.torch._labels import (
     targets_of,
 )
 from spoloss.torch._tiles import logits_rows
-from spoloss.torch.heads import Completions, Head, prepare
 
 
 def sequence_logps(

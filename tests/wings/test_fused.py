@@ -32,7 +32,7 @@ ROWS = pairwise(
         "chunk_size": [1, 3, 20, None],  # 20 holds one pair and some two, so pairs of both kinds
         "need": [(*STATES, *HEAD), STATES, HEAD, ("weight",), (STATES[0], "bias"), ()],
         "numbers": [NUMBERS, ()],
-        "token_weights": [True, False],
+        "token_weights": [TOKENS, TOKENS[:1], ()],  # the sides may differ
         "bias": [True, False],
         "reduction": ["mean", "sum", "none"],
         "nll_weight": [0.0, 0.4],
@@ -48,13 +48,13 @@ ROWS = pairwise(
 def case_of(wing: Wing, row: dict[str, Any]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
     """The arrays of a row, those that require a gradient, and the options."""
     arrays, options = make_arrays(wing), dict(row)
-    loss_of_tokens = options.pop("token_weights")
+    tokens = options.pop("token_weights")
     left_out = [] if options.pop("bias") else ["bias"]
-    left_out += [] if loss_of_tokens else TOKENS
+    left_out += [name for name in TOKENS if name not in tokens]
     arrays = {name: array for name, array in arrays.items() if name not in left_out}
     need = [*options.pop("need"), *options.pop("numbers")]
-    if loss_of_tokens and "beta" in need:
-        need += TOKENS
+    if "beta" in need:
+        need += tokens
     return arrays, [name for name in need if name in arrays], options
 
 
@@ -180,7 +180,7 @@ def test_the_check_catches(wing: Wing, wrong: str, chunk_size: int | None) -> No
     loss, mine = WRONG[wrong]
     row = {"loss": loss, "chunk_size": chunk_size, "need": (*STATES, *HEAD), "numbers": ()}
     with pytest.raises(AssertionError):
-        check_row(wing, {**row, "token_weights": True, "bias": True}, mine)
+        check_row(wing, {**row, "token_weights": TOKENS, "bias": True}, mine)
 
 
 @pytest.mark.parametrize("name", ["spo", "dpo", "squared", "ipo"])
