@@ -32,7 +32,7 @@ def train(
     accelerator: Accelerator,
     *,
     micro_batches: int,
-    beta: float = 0.1,
+    beta: float,
 ) -> Iterator[float]:
     """Yields the mean loss per pair of each optimizer step, over all ranks."""
     if micro_batches > 1 and accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -77,5 +77,7 @@ if __name__ == "__main__":
     policy, optimizer, loader = accelerator.prepare(policy, optimizer, loader)
     reference.to(accelerator.device)
     for _ in range(3):
-        for loss in train(policy, reference, loader, optimizer, accelerator, micro_batches=2):
+        for loss in train(
+            policy, reference, loader, optimizer, accelerator, micro_batches=2, beta=0.025
+        ):
             accelerator.print(loss)

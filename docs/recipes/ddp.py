@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spoloss import spo_loss
-from spoloss.torch import linear_spo_loss, sequence_logps
+from spoloss.torch import Completions, head_of, linear_spo_loss, sequence_logps
 
 
 class FusedSPO(nn.Module):
@@ -20,13 +20,13 @@ class FusedSPO(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.head = model, head_of(model)
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
         """Returns the sum of the pairs' losses. The rows are all chosen, then all rejected."""
         hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
-        sides = *hidden.chunk(2), self.model.lm_head.weight, *labels.chunk(2), *ref.chunk(2)
-        return linear_spo_loss(*sides, beta=0.1, reduction="sum").loss
+        sides = map(Completions, hidden.chunk(2), labels.chunk(2))
+        return linear_spo_loss(self.head, *sides, *ref.chunk(2), beta=0.1, reduction="sum").loss
 
 
 class LogitsSPO(FusedSPO):

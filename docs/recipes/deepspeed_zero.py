@@ -13,6 +13,7 @@ the backward pass. Pitfalls: with the weight's `.data` the head gets no gradient
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spoloss.torch import linear_spo_loss, sequence_logps
+from spoloss.torch import Completions, head_of, linear_spo_loss, sequence_logps
 
 
 class FusedSPO(nn.Module):
@@ -29,12 +30,15 @@ class FusedSPO(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.head = replace(head_of(model), weight=None, bias=None)  # read in each forward
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
         """Returns the sum of the pairs' losses. The rows are all chosen, then all rejected."""
         hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
-        sides = *hidden.chunk(2), self.model.lm_head.weight, *labels.chunk(2), *ref.chunk(2)
-        return linear_spo_loss(*sides, beta=0.1, reduction="sum").loss
+        lm_head = self.model.lm_head
+        head = replace(self.head, weight=lm_head.weight, bias=lm_head.bias)
+        sides = map(Completions, hidden.chunk(2), labels.chunk(2))
+        return linear_spo_loss(head, *sides, *ref.chunk(2), beta=0.1, reduction="sum").loss
 
 
 def settings(stage: int, micro_batches: int) -> dict[str, Any]:

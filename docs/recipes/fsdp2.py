@@ -5,12 +5,14 @@ processes on gloo. Pitfall: outside its group's forward, the head's weight is a 
 raises an error for a shard, but not for its `full_tensor()`, whose gradient is not averaged.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from spoloss.torch import linear_spo_loss, sequence_logps
+from spoloss.torch import Completions, head_of, linear_spo_loss, sequence_logps
 
 # Casting inputs would round the reference's log-probabilities to bfloat16, in steps of 2 at -300.
 BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -22,14 +24,17 @@ class FusedSPO(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.head = replace(head_of(model), weight=None, bias=None)  # read in each forward
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
         """Returns the sum of the pairs' losses. The rows are all chosen, then all rejected."""
         hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
         if isinstance(self.model.lm_head, FSDPModule):  # its own group is not unsharded yet
             self.model.lm_head.unshard()
-        sides = *hidden.chunk(2), self.model.lm_head.weight, *labels.chunk(2), *ref.chunk(2)
-        return linear_spo_loss(*sides, beta=0.1, reduction="sum").loss
+        lm_head = self.model.lm_head
+        head = replace(self.head, weight=lm_head.weight, bias=lm_head.bias)
+        sides = map(Completions, hidden.chunk(2), labels.chunk(2))
+        return linear_spo_loss(head, *sides, *ref.chunk(2), beta=0.1, reduction="sum").loss
 
 
 def shard(model: nn.Module, **options: object) -> FusedSPO:

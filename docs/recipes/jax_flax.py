@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from spoloss.jax import linear_logps, linear_spo_loss
+from spoloss.jax import Completions, Head, linear_logps, linear_spo_loss
 
 
 def mean_loss(policy: Callable, reference: Callable, batch: Any, beta: float) -> jax.Array:
@@ -27,21 +27,16 @@ def mean_loss(policy: Callable, reference: Callable, batch: Any, beta: float) ->
     The models are (ids, mask) -> hidden states [2B, T, D] and the head's kernel [D, V].
     """
     hidden, kernel = reference(batch.ids, batch.mask)
-    reference_logps = linear_logps(hidden, kernel.T, batch.labels)
+    ref_logps = linear_logps(Head(kernel.T), Completions(hidden, batch.labels))
     hidden, kernel = policy(batch.ids, batch.mask)
-    return linear_spo_loss(
-        *jnp.split(hidden, 2),
-        kernel.T,
-        *jnp.split(batch.labels, 2),
-        *jnp.split(reference_logps, 2),
-        beta=beta,
-    ).loss
+    sides = map(Completions, jnp.split(hidden, 2), jnp.split(batch.labels, 2))
+    return linear_spo_loss(Head(kernel.T), *sides, *jnp.split(ref_logps, 2), beta=beta).loss
 
 
 def make_train_step(
     apply: Callable[..., tuple[jax.Array, jax.Array]],
     optimizer: optax.GradientTransformation,
-    beta: float = 0.1,
+    beta: float,
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """Optax: (params, reference's, optimizer state, batch) -> (params, optimizer state, loss)."""
 
@@ -79,7 +74,7 @@ if __name__ == "__main__":
     batch = toy_jax.batch(6)
     optimizer = optax.adamw(1e-2)
     state = optimizer.init(params)
-    train_step = make_train_step(toy_jax.apply, optimizer)
+    train_step = make_train_step(toy_jax.apply, optimizer, beta=0.025)
     for _ in range(3):
         params, state, loss = train_step(params, reference, state, batch)
         print("optax", loss)
@@ -87,4 +82,4 @@ if __name__ == "__main__":
     policy, reference = toy_jax.Model(reference), toy_jax.Model(reference)
     nnx_optimizer = nnx.Optimizer(policy, optimizer, wrt=nnx.Param)
     for _ in range(3):
-        print("nnx", nnx_train_step(policy, reference, nnx_optimizer, batch, 0.1))
+        print("nnx", nnx_train_step(policy, reference, nnx_optimizer, batch, 0.025))

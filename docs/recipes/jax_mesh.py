@@ -1,4 +1,4 @@
-"""SPO on a mesh with Flax NNX and Optax: pairs over "data", the head's words over "model".
+"""SPO on a mesh with Flax NNX and Optax: pairs over "data", the head's rows over "model".
 
 Tested with JAX 0.10, Optax 0.2.8 and Flax 0.12. To change an existing train step: the two calls
 with `mesh`, and the pairs as two arrays. On four virtual devices of a CPU:
@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spoloss.jax import linear_logps, linear_spo_loss
+from spoloss.jax import Completions, Head, linear_logps, linear_spo_loss
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -29,11 +29,11 @@ def make_mesh(data: int, model: int) -> Mesh:
 
 
 def place(model: nnx.Module, mesh: Mesh) -> None:
-    """Put a model on the mesh: the head's kernel [D, V] by its words, the rest on all devices."""
+    """Put a model on the mesh: the head's kernel [D, V] by V, the rest on all devices."""
     for path, param in nnx.iter_graph(model):
         if isinstance(param, nnx.Param):
-            words = PartitionSpec(None, "model") if path[-1] == "head" else PartitionSpec()
-            param[...] = jax.device_put(param[...], NamedSharding(mesh, words))
+            split = PartitionSpec(None, "model") if path[-1] == "head" else PartitionSpec()
+            param[...] = jax.device_put(param[...], NamedSharding(mesh, split))
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
@@ -46,22 +46,14 @@ def mean_loss(
 ) -> jax.Array:
     """The loss of all pairs on the mesh. A side has ids, mask and labels, [B, T] each."""
     where = {"mesh": mesh, "batch_axis": "data", "vocab_axis": "model"}
-    reference_logps = []
+    ref_logps, completions = [], []
     for side in (chosen, rejected):
         hidden, kernel = reference(side.ids, side.mask)
-        reference_logps.append(linear_logps(hidden, kernel.T, side.labels, **where))
-    chosen_hidden, kernel = policy(chosen.ids, chosen.mask)
-    rejected_hidden, _ = policy(rejected.ids, rejected.mask)
-    return linear_spo_loss(
-        chosen_hidden,
-        rejected_hidden,
-        kernel.T,
-        chosen.labels,
-        rejected.labels,
-        *reference_logps,
-        beta=beta,
-        **where,
-    ).loss
+        head = Head(kernel.T, **where)
+        ref_logps.append(linear_logps(head, Completions(hidden, side.labels)))
+        hidden, kernel = policy(side.ids, side.mask)
+        completions.append(Completions(hidden, side.labels))
+    return linear_spo_loss(Head(kernel.T, **where), *completions, *ref_logps, beta=beta).loss
 
 
 @nnx.jit(static_argnames=("beta", "mesh"))
@@ -96,5 +88,5 @@ if __name__ == "__main__":
     )
     optimizer = nnx.Optimizer(policy, optax.adamw(1e-2), wrt=nnx.Param)
     for _ in range(3):
-        loss = train_step(policy, reference, optimizer, chosen, rejected, beta=0.1, mesh=mesh)
+        loss = train_step(policy, reference, optimizer, chosen, rejected, beta=0.025, mesh=mesh)
         print("loss", loss)

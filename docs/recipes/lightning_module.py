@@ -33,7 +33,7 @@ class SPOModule(lightning.LightningModule):
         reference: nn.Module,
         *,
         pairs_per_micro_batch: int,
-        beta: float = 0.1,
+        beta: float,
         lr: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ if __name__ == "__main__":
     import toy
 
     policy, reference = toy.models()
-    module = SPOModule(policy, reference, pairs_per_micro_batch=3, lr=1e-3)
+    module = SPOModule(policy, reference, pairs_per_micro_batch=3, beta=0.025, lr=1e-3)
     loader = torch.utils.data.DataLoader(toy.pairs(6), batch_size=3, collate_fn=toy.collate)
     trainer = lightning.Trainer(
         max_epochs=3, accumulate_grad_batches=2, logger=False, enable_checkpointing=False

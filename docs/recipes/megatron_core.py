@@ -23,7 +23,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from spoloss.torch import linear_logps, linear_spo_loss
+from spoloss.torch import Completions, Head, linear_logps, linear_spo_loss
 
 
 def hidden_states(model: GPTModel, ids: Tensor) -> Tensor:
@@ -46,20 +46,21 @@ def head_weight(model: GPTModel) -> Tensor:
     return model.output_layer.weight
 
 
-def spo_step(policy: GPTModel, reference: GPTModel, batch: Any, beta: float = 0.1) -> Tensor:
+def spo_step(policy: GPTModel, reference: GPTModel, batch: Any, beta: float) -> Tensor:
     """The mean loss of a batch that all ranks of the group share.
 
     The rows are all chosen, then all rejected. Sequences are padded on the right, so causal
     attention needs no mask.
     """
-    options = {"vocab_parallel_group": parallel_state.get_tensor_model_parallel_group()}
+    group = parallel_state.get_tensor_model_parallel_group()
     ids, labels = batch.ids, batch.labels
     with torch.no_grad():
-        ref_hidden = hidden_states(reference, ids)
-        ref_logps = linear_logps(ref_hidden, head_weight(reference), labels, **options)
+        ref_head = Head(head_weight(reference), vocab_parallel_group=group)
+        ref_logps = linear_logps(ref_head, Completions(hidden_states(reference, ids), labels))
     hidden = hidden_states(policy, ids)
-    sides = *hidden.chunk(2), head_weight(policy), *labels.chunk(2), *ref_logps.chunk(2)
-    return linear_spo_loss(*sides, beta=beta, **options).loss
+    head = Head(head_weight(policy), vocab_parallel_group=group)
+    sides = map(Completions, hidden.chunk(2), labels.chunk(2))
+    return linear_spo_loss(head, *sides, *ref_logps.chunk(2), beta=beta).loss
 
 
 if __name__ == "__main__":
@@ -74,7 +75,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     batch = toy.collate(toy.pairs(4))
     for _ in range(3):
-        loss = spo_step(policy, reference, batch)
+        loss = spo_step(policy, reference, batch, beta=0.025)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

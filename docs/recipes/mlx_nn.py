@@ -43,7 +43,7 @@ def mean_loss(
 
 
 def make_train_step(
-    policy: nn.Module, reference: nn.Module, optimizer: Optimizer, beta: float = 0.1
+    policy: nn.Module, reference: nn.Module, optimizer: Optimizer, beta: float
 ) -> Callable[[mx.array, mx.array], mx.array]:
     """(ids, labels) -> the mean loss. Each step changes policy and optimizer in place."""
     optimizer.init(policy.trainable_parameters())
@@ -71,6 +71,6 @@ if __name__ == "__main__":
 
     policy, reference = toy_mlx.model(), toy_mlx.model().freeze()
     batch = toy_mlx.batch(6)
-    train_step = make_train_step(policy, reference, AdamW(1e-2))
+    train_step = make_train_step(policy, reference, AdamW(1e-2), beta=0.025)
     for _ in range(3):
         print(train_step(*batch).item())

@@ -36,9 +36,9 @@ def before(prompt: list[int], answer: list[int]) -> list[int]:
 
 
 def loss_and_grad(
-    table: Table, reference: Table, pairs: Sequence[tuple], beta: float = 0.1
+    table: Table, reference: Table, pairs: Sequence[tuple], beta: float
 ) -> tuple[float, Table]:
-    """The mean loss of pairs (prompt, chosen, rejected), and its gradient by the table."""
+    """The mean loss of pairs (prompt, chosen, rejected), and its gradient in the table."""
     prompts, *sides = zip(*pairs, strict=True)
     logps, ref_logps = log_softmax(table), log_softmax(reference)
     four = [sequence_logps(side_of, prompts, s) for side_of in (logps, ref_logps) for s in sides]
@@ -61,6 +61,6 @@ if __name__ == "__main__":
     table = reference.copy()
     pairs = [tuple(random.integers(20, size=n).tolist() for n in (3, 5, 7)) for _ in range(8)]
     for _ in range(5):
-        loss, grad = loss_and_grad(table, reference, pairs)
+        loss, grad = loss_and_grad(table, reference, pairs, beta=0.1)
         table -= 20.0 * grad
         print(loss)

@@ -8,14 +8,15 @@ without the offsets, each sequence's last token would be scored on the next sequ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spoloss import spo_loss
-from spoloss.torch import linear_logps, sequence_logps
+from spoloss.torch import Completions, Head, head_of, linear_logps, sequence_logps
 
 IGNORED = -100
 
@@ -42,30 +43,25 @@ def pack(pairs: Sequence[tuple[list[int], list[int], list[int]]]) -> Row:
     )
 
 
-def loss_by_logits(policy: Any, reference: Any, row: Row, beta: float = 0.1) -> Tensor:
-    """The mean loss of the pairs of a row."""
-    ids, labels, position_ids, cu_seqlens = row
+def by_logits(model: Any, row: Row) -> Tensor:
+    """The log-probabilities of a row's sequences, [S]."""
+    logits = model(row.ids, position_ids=row.position_ids, use_cache=False).logits
+    return sequence_logps(logits, row.labels, cu_seqlens=row.cu_seqlens)
 
-    def logps(model: Any) -> Tensor:
-        logits = model(ids, position_ids=position_ids, use_cache=False).logits
-        return sequence_logps(logits, labels, cu_seqlens=cu_seqlens)
 
+def by_tiles(model: Any, head: Head, row: Row) -> Tensor:
+    """The same from hidden states, without the logits. `head` is `head_of(model)`."""
+    hidden = model.model(row.ids, position_ids=row.position_ids, use_cache=False).last_hidden_state
+    return linear_logps(head, Completions(hidden, row.labels, cu_seqlens=row.cu_seqlens))
+
+
+def mean_loss(
+    policy: Callable[[Row], Tensor], reference: Callable[[Row], Tensor], row: Row, beta: float
+) -> Tensor:
+    """The mean loss of the pairs of a row. The models return its log-probabilities."""
     with torch.no_grad():
-        ref_logps = logps(reference)
-    return spo_loss(*logps(policy).chunk(2), *ref_logps.chunk(2), beta=beta)
-
-
-def loss_by_tiles(policy: Any, reference: Any, row: Row, beta: float = 0.1) -> Tensor:
-    """The same from hidden states, without the logits."""
-    ids, labels, position_ids, cu_seqlens = row
-
-    def logps(model: Any) -> Tensor:
-        hidden = model.model(ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        return linear_logps(hidden, model.lm_head.weight, labels, cu_seqlens=cu_seqlens)
-
-    with torch.no_grad():
-        ref_logps = logps(reference)
-    return spo_loss(*logps(policy).chunk(2), *ref_logps.chunk(2), beta=beta)
+        ref_logps = reference(row)
+    return spo_loss(*policy(row).chunk(2), *ref_logps.chunk(2), beta=beta)
 
 
 if __name__ == "__main__":
@@ -74,10 +70,14 @@ if __name__ == "__main__":
     policy, reference = toy.models()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     row = pack(toy.pairs(6))
-    for loss_of in (loss_by_logits, loss_by_tiles):
+    forms = {
+        "logits": [partial(by_logits, model) for model in (policy, reference)],
+        "tiles": [partial(by_tiles, model, head_of(model)) for model in (policy, reference)],
+    }
+    for name, models in forms.items():
         for _ in range(3):
-            loss = loss_of(policy, reference, row)
+            loss = mean_loss(*models, row, beta=0.025)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            print(loss_of.__name__, loss.item())
+            print(name, loss.item())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spoloss import spo_loss
-from spoloss.torch import linear_logps, linear_spo_loss, sequence_logps
+from spoloss.torch import Completions, head_of, linear_logps, linear_spo_loss, sequence_logps
 
 
 def loss_by_logits(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
@@ -27,20 +27,20 @@ def loss_by_logits(policy: Any, reference: Any, batch: Any, beta: float) -> Tens
     return spo_loss(chosen, rejected, *ref_logps.chunk(2), beta=beta, reduction="sum")
 
 
-def loss_by_tiles(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
-    """The same from hidden states, without holding all logits."""
-    hidden = policy.model(batch.ids, batch.mask).last_hidden_state
-    with torch.no_grad():
-        ref_hidden = reference.model(batch.ids, batch.mask).last_hidden_state
-        ref_logps = linear_logps(ref_hidden, reference.lm_head.weight, batch.labels)
-    return linear_spo_loss(
-        *hidden.chunk(2),
-        policy.lm_head.weight,
-        *batch.labels.chunk(2),
-        *ref_logps.chunk(2),
-        beta=beta,
-        reduction="sum",
-    ).loss
+def without_logits(policy: Any, reference: Any) -> Callable[..., Tensor]:
+    """The same from hidden states, without holding all logits. Call it once, before the loop."""
+    head, ref_head = head_of(policy), head_of(reference)  # or an error if the logits differ
+
+    def loss_by_tiles(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
+        hidden = policy.model(batch.ids, batch.mask).last_hidden_state
+        with torch.no_grad():
+            ref_hidden = reference.model(batch.ids, batch.mask).last_hidden_state
+            ref_logps = linear_logps(ref_head, Completions(ref_hidden, batch.labels))
+        sides = map(Completions, hidden.chunk(2), batch.labels.chunk(2))
+        loss = linear_spo_loss(head, *sides, *ref_logps.chunk(2), beta=beta, reduction="sum")
+        return loss.loss
+
+    return loss_by_tiles
 
 
 def accumulate(
@@ -48,7 +48,7 @@ def accumulate(
     policy: Any,
     reference: Any,
     micro_batches: Sequence[Any],
-    beta: float = 0.1,
+    beta: float,
 ) -> float:
     """Runs backward for the micro-batches of one step. Returns their mean loss per pair."""
     pairs = sum(len(batch.labels) // 2 for batch in micro_batches)
@@ -67,8 +67,9 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     pairs = toy.pairs(6)
     micro_batches = [toy.collate(pairs[:4]), toy.collate(pairs[4:])]
-    for loss_of in (loss_by_logits, loss_by_tiles):
+    for loss_of in (loss_by_logits, without_logits(policy, reference)):
         for _ in range(3):
-            print(loss_of.__name__, accumulate(loss_of, policy, reference, micro_batches))
+            loss = accumulate(loss_of, policy, reference, micro_batches, beta=0.025)
+            print(loss_of.__name__, loss)
             optimizer.step()
             optimizer.zero_grad()

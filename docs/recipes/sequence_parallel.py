@@ -8,6 +8,7 @@ shift the labels before you split them, and not again. Otherwise the label of ev
 token is lost.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spoloss import spo_loss
-from spoloss.torch import linear_logps, sequence_logps
+from spoloss.torch import Completions, head_of, linear_logps, sequence_logps
 
 GROUP: dist.ProcessGroup | None = None  # the ranks that share a sequence; None is all of them
 
@@ -40,11 +41,14 @@ class SliceLogps(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.head = replace(head_of(model), weight=None, bias=None)  # read in each forward
 
     def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
         """Returns the sum of the log-probabilities of a slice's labels, [B]."""
         hidden = self.model.model(ids, position_ids=positions).last_hidden_state
-        return linear_logps(hidden, self.model.lm_head.weight, labels, shift=False)
+        lm_head = self.model.lm_head
+        head = replace(self.head, weight=lm_head.weight, bias=lm_head.bias)
+        return linear_logps(head, Completions(hidden, labels, shift=False))
 
 
 class LogitsSliceLogps(SliceLogps):
@@ -71,7 +75,7 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
-        """Sums the ranks' gradients by this part."""
+        """Sums the ranks' gradients with respect to this part."""
         return SumOverRanks.forward(None, grad)
 
 
@@ -115,12 +119,13 @@ if __name__ == "__main__":
 
     dist.init_process_group("gloo")  # "nccl" on GPUs
     policy, reference = toy.models()
-    policy.set_attn_implementation("ulysses")
-    reference.set_attn_implementation("ulysses")
+    modules = [SliceLogps(model) for model in (policy, reference)]  # with whole sequences
+    for model in (policy, reference):
+        model.set_attn_implementation("ulysses")
     ids, _, labels = toy.collate(toy.pairs(4))
     with torch.no_grad():
-        ref = SumOverRanks.apply(SliceLogps(reference)(*cut(ids, labels)))
-    backward(DistributedDataParallel(SliceLogps(policy)), ids, labels, ref)
+        ref = SumOverRanks.apply(modules[1](*cut(ids, labels)))
+    backward(DistributedDataParallel(modules[0]), ids, labels, ref)
     norm = nn.utils.get_total_norm([p.grad for p in policy.parameters()])
     print(f"rank {dist.get_rank()}: |gradient| {norm:.6f}")
     dist.destroy_process_group()

@@ -26,7 +26,7 @@ class SPOTrainer(Trainer):
 
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, reference: nn.Module, beta: float = 0.1, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reference: nn.Module, beta: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reference, self.beta = reference.to(self.args.device).eval(), beta
 
@@ -88,5 +88,4 @@ if __name__ == "__main__":
                 remove_unused_columns=False,  # Trainer would drop keys that forward does not name
             )
             data = toy.pairs(6)
-            trainer = trainer_class(policy, arguments, collate, data, reference=reference, beta=0.1)
-            trainer.train()
+            trainer_class(policy, arguments, collate, data, reference=reference, beta=0.025).train()

@@ -12,10 +12,10 @@ passes the references to the loss. As arguments of the forward, FSDP2 would cast
 under mixed precision, which has steps of 2 near -300.
 
 Pitfalls: as in TRL, a step is the mean of its micro-batches' means and of the ranks' means. The
-loss uses only the head's weight, so `head_options` passes on a soft-cap and scales, and raises an
-error for a bias. `check_head` compares the result with the model's own logits. This class does not
-compute what TRL adds to its own losses, and raises a ValueError for options such as label
-smoothing, WPO's weights or LD-DPO. It does not log entropy and logits.
+weights must be whole when the trainer is made, because `head_of` compares them with the model's
+logits: load the model before you make a DPOConfig with ZeRO-3. This class does not compute what TRL
+adds to its own losses, and raises a ValueError for options such as label smoothing, WPO's weights
+or LD-DPO. It does not log entropy and logits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
 from spoloss import preference_metrics
-from spoloss.torch import LinearPairLoss, linear_logps, linear_spo_loss, sequence_logps
+from spoloss.torch import Completions, LinearPairLoss, head_of, linear_spo_loss
 
 PER_PAIR = ("weights", "reward_gap")
 NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", *PER_PAIR}
@@ -61,52 +62,19 @@ def collate_with_columns(collate: Callable[..., Any], examples: list[Any]) -> di
 
 
 def add_head_call(model: Any) -> None:
-    """Makes `model(..., head_call=f)` return f(hidden states, head's weight) from its forward."""
+    """Makes `model(..., head_call=f)` return f(hidden states, lm_head) from its forward."""
     forward = model.forward
 
     @functools.wraps(forward)  # `generate` reads the signature
     def forward_or_call(
-        *args: Any, head_call: Callable[[Tensor, Tensor], Any] | None = None, **kwargs: Any
+        *args: Any, head_call: Callable[[Tensor, nn.Module], Any] | None = None, **kwargs: Any
     ) -> Any:
         if head_call is None:
             return forward(*args, **kwargs)
         hidden = model.base_model(*args, **kwargs).last_hidden_state
-        return head_call(hidden, model.get_output_embeddings().weight)
+        return head_call(hidden, model.get_output_embeddings())
 
     model.forward = forward_or_call
-
-
-def head_options(model: Any) -> dict[str, Any]:
-    """The soft-cap and scales of the model's configuration, as arguments of the fused loss."""
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ValueError("the head has a bias: pass it to linear_spo_loss as bias=")
-    config = model.config.get_text_config()
-    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Falcon-H1, ...
-    scale = next((s for s in (getattr(config, n, None) for n in names) if s is not None), 1.0)
-    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite, MiniCPM3
-    if config.model_type == "hyperclovax":  # multiplies by logits_scaling instead
-        divisor = 1.0 / divisor
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return {"logit_scale": scale / divisor, "softcap": softcap}
-
-
-@torch.no_grad()
-def check_head(model: Any, options: dict[str, Any]) -> None:
-    """Raises a ValueError if the fused log-probabilities are not those of the model's logits."""
-    weight = model.get_output_embeddings().weight
-    if weight.is_meta or not weight.numel():  # the weights are elsewhere: nothing to compare yet
-        return
-    ids = torch.arange(16, device=weight.device)[None] % len(weight)
-    training = model.training
-    model.eval()
-    expected = sequence_logps(model(ids, use_cache=False).logits, ids)
-    found = model(ids, use_cache=False, head_call=lambda h, w: linear_logps(h, w, ids, **options))
-    model.train(training)
-    if not torch.allclose(found, expected, rtol=32.0 * torch.finfo(weight.dtype).eps):
-        raise ValueError(
-            f"the model's logits are not its hidden states times its head's weight with {options}: "
-            f"log-probabilities are {found.item()}, by the model's logits {expected.item()}"
-        )
 
 
 class SPOTrainer(DPOTrainer):
@@ -127,10 +95,9 @@ class SPOTrainer(DPOTrainer):
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError("SPOTrainer has no auxiliary loss: set router_aux_loss_coef=0.0")
         self.linear_below = linear_below
-        policy = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        add_head_call(policy)
-        self.head_options = head_options(policy)
-        check_head(policy, self.head_options)
+        self.head = replace(head_of(self.model), weight=None, bias=None)  # read in each forward
+        is_peft = hasattr(self.model, "peft_config")
+        add_head_call(self.model.get_base_model() if is_peft else self.model)
         self.data_collator = functools.partial(collate_with_columns, self.data_collator)
 
     def _set_signature_columns_if_needed(self) -> None:  # the columns that Trainer does not drop
@@ -149,10 +116,10 @@ class SPOTrainer(DPOTrainer):
             ref_logps = self.compute_ref_log_probs(reference, of_trl)
         options = {"beta": self.beta, **{key: inputs[key] for key in PER_PAIR if key in inputs}}
 
-        def pair_loss(hidden: Tensor, weight: Tensor) -> LinearPairLoss:
-            sides = *hidden.chunk(2), weight, *labels.chunk(2), *ref_logps
-            below = {"linear_below": self.linear_below}
-            return linear_spo_loss(*sides, **below, **options, **self.head_options)
+        def pair_loss(hidden: Tensor, lm_head: nn.Module) -> LinearPairLoss:
+            head = replace(self.head, weight=lm_head.weight, bias=lm_head.bias)
+            sides = *map(Completions, hidden.chunk(2), labels.chunk(2)), *ref_logps
+            return linear_spo_loss(head, *sides, linear_below=self.linear_below, **options)
 
         model_inputs = {key: inputs[key] for key in inputs.keys() - NOT_OF_THE_MODEL}
         loss, *policy_logps = model(**model_inputs, use_cache=False, head_call=pair_loss)

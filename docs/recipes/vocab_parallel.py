@@ -11,41 +11,43 @@ states), and splitting a head that is tied to the embeddings silently unties it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from spoloss.torch import linear_logps, linear_spo_loss
+from spoloss.torch import Completions, Head, head_of, linear_logps, linear_spo_loss
 
 
-def split_head(model: Any, mesh: DeviceMesh) -> None:
-    """Keeps only this rank's rows of the head. The rest of the model stays whole on every rank."""
-    weight = model.lm_head.weight
+def split_head(model: Any, mesh: DeviceMesh) -> Head:
+    """Keeps only this rank's rows of the head. The rest of the model stays whole on every rank.
+
+    Returns the head without its weight, which the step reads from the model.
+    """
+    head, weight = head_of(model), model.lm_head.weight
+    if head.bias is not None:
+        raise ValueError("split the head's bias as its weight")
     shard = distribute_tensor(weight.detach(), mesh, [Shard(0)])
     model.lm_head.weight = nn.Parameter(shard, requires_grad=weight.requires_grad)
+    return replace(head, weight=None, vocab_parallel_group=mesh.get_group())
 
 
-def spo_step(policy: Any, reference: Any, batch: Any, beta: float = 0.1) -> Tensor:
+def spo_step(
+    policy: Any, reference: Any, head: Head, ref_head: Head, batch: Any, beta: float
+) -> Tensor:
     """The mean loss of a batch that all ranks share. Rows are all chosen, then all rejected."""
-
-    def head(model: Any) -> tuple[Tensor, dict[str, Any]]:
-        weight = model.lm_head.weight
-        assert isinstance(weight, DTensor)
-        return weight.to_local(), {"vocab_parallel_group": weight.device_mesh.get_group()}
-
+    head = replace(head, weight=policy.lm_head.weight.to_local())
+    ref_head = replace(ref_head, weight=reference.lm_head.weight.to_local())
     with torch.no_grad():
-        weight, options = head(reference)
         ref_hidden = reference.model(batch.ids, batch.mask).last_hidden_state
-        ref_logps = linear_logps(ref_hidden, weight, batch.labels, **options)
-    weight, options = head(policy)
+        ref_logps = linear_logps(ref_head, Completions(ref_hidden, batch.labels))
     hidden = policy.model(batch.ids, batch.mask).last_hidden_state
-    return linear_spo_loss(
-        *hidden.chunk(2), weight, *batch.labels.chunk(2), *ref_logps.chunk(2), beta=beta, **options
-    ).loss
+    sides = map(Completions, hidden.chunk(2), batch.labels.chunk(2))
+    return linear_spo_loss(head, *sides, *ref_logps.chunk(2), beta=beta).loss
 
 
 if __name__ == "__main__":
@@ -54,12 +56,11 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")  # "nccl" on GPUs
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy, reference = toy.models()
-    split_head(policy, mesh)
-    split_head(reference, mesh)
+    heads = [split_head(model, mesh) for model in (policy, reference)]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     batch = toy.collate(toy.pairs(4))
     for _ in range(3):
-        loss = spo_step(policy, reference, batch)
+        loss = spo_step(policy, reference, *heads, batch, beta=0.025)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
