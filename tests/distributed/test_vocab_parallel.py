@@ -5,8 +5,11 @@ The processes are started once and run everything; the tests read what each rank
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,63 +18,76 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from helpers import processes, steps
-from helpers.fused import ALL, INPUTS, Case, cut_blocks
 from helpers.steps import Exact
+from helpers.wings import HEAD, STATES, WINGS, APODown, fused, make_arrays, upstream
 from spoloss import SPO
-from spoloss.torch import _vocab_parallel, linear_logps
+from spoloss.torch import Completions, Head, _devices, _tiles, _vocab_parallel, linear_logps
 
+WING = WINGS["torch"]
 WORLD = 3
 SIZES = {3: (5, 5, 3), 2: (1, 12)}  # rows of V = 13 by rank, in a group of 3 and one of 2
-FROZEN_HEAD = (True, True, False, False)
-NEEDS = {"all": ALL, "frozen head": FROZEN_HEAD, "frozen hidden": (False, False, True, False)}
+NEEDS = {"all": (*STATES, *HEAD), "frozen head": STATES, "frozen hidden": ("weight",)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "a row at a time": {"chunk_size": 1},
     "pairs longer than a tile": {"chunk_size": 3},
     "one tile": {"chunk_size": 10_000},
+    "a loss of two log-ratios": {"loss": APODown()},
     "no shift": {"shift": False, "chunk_size": 3},
     "averages and NLL": {"average": True, "nll_weight": 0.7, "chunk_size": 5},
     "sum": {"reduction": "sum"},
     "a loss per pair": {"reduction": "none"},
     "softcap": {"softcap": 2.0, "logit_scale": 0.5, "temperature": 1.7, "chunk_size": 4},
 }
+PLAIN = SPO()
 OFFSETS = torch.tensor([0, 4, 4, 11, 35])
+
+Arrays = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------- on each process
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
+def relative(found: Any, expected: Any) -> float:
+    found, expected = np.asarray(found), np.asarray(expected)
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-300))
 
 
-def mine(tensor: Tensor, group: Any) -> Tensor:
-    """This rank's rows of a whole weight or bias."""
-    return tensor.detach().split(SIZES[group.size()])[group.rank()].clone()
+def mine(whole: Any, group: Any) -> Any:
+    """This rank's rows of a whole weight, bias, or gradient."""
+    ends = np.cumsum(SIZES[group.size()])
+    return whole[ends[group.rank()] - SIZES[group.size()][group.rank()] : ends[group.rank()]]
 
 
-def split(case: Case, group: Any) -> Case:
-    for name in ("weight", "bias"):
-        tensor = case.tensors[name]
-        case.tensors[name] = mine(tensor, group).requires_grad_(tensor.requires_grad)
-    return case
+def with_part(arrays: Arrays, group: Any) -> Arrays:
+    """The arrays with this rank's rows of the head."""
+    return arrays | {name: mine(arrays[name], group).clone() for name in HEAD}
 
 
-def named_grads(case: Case, loss: Tensor) -> dict[str, Tensor]:
-    wanted = [name for name in INPUTS if case.tensors[name].requires_grad]
-    return dict(zip(wanted, case.grads(loss), strict=True))
+def computed(
+    arrays: Arrays,
+    wanted: Sequence[str],
+    *,
+    loss: Any = PLAIN,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> dict[str, Any]:
+    """The loss and its gradients, with hidden states and head in a dtype."""
+
+    def values(leaves: Any) -> Tensor:
+        cast = {name: leaves[name].to(dtype) for name in (*STATES, *HEAD)}
+        return upstream(WING, fused(WING, loss, {**leaves, **cast}, **options).loss)
+
+    value, grads = WING.grads(values, arrays, wanted)
+    return {"loss": WING.numpy(value), **grads}
 
 
-def error(group: Any, need: tuple[bool, ...] = FROZEN_HEAD, **options: Any) -> float:
+def error(group: Any, wanted: Sequence[str] = STATES, **options: Any) -> float:
     """The largest relative error of loss and gradients on this rank."""
-    whole, part = Case(need), split(Case(need), group)
-    expected = whole.fused(SPO(), **options).loss
-    found = part.fused(SPO(), **options, vocab_parallel_group=group).loss
-    values = [relative(found.detach(), expected.detach())]
-    grads = named_grads(part, found)
-    for name, grad in named_grads(whole, expected).items():
-        own = grad if "hidden" in name else mine(grad, group)
-        values.append(relative(grads[name], own))
-    return float(torch.tensor(values).max())  # nan stays nan
+    arrays = make_arrays(WING)
+    whole = computed(arrays, wanted, **options)
+    part = computed(with_part(arrays, group), wanted, **options, vocab_parallel_group=group)
+    own = {name: mine(x, group) if name in HEAD else x for name, x in whole.items()}
+    return float(np.max([relative(part[name], own[name]) for name in own]))  # nan stays nan
 
 
 def all_ways(group: Any) -> dict[str, float]:
@@ -92,90 +108,95 @@ def wrong_ways(group: Any) -> dict[str, float]:
                 super().sum_(partial)
 
     class FromZero(right):
-        def __init__(self, group: Any, start: int, *sizes: int) -> None:
+        def __init__(self, group: Any, start: int, *sizes: Any) -> None:
             super().__init__(group, 0 * start, *sizes)
 
-    class OwnShift(right):
-        def join_sums(self, shift: Tensor, others: Tensor, target: Tensor) -> Any:
-            return super().join_sums(shift - dist.get_rank(), others, target)
+    class OwnPeak(right):
+        def join_sums(self, peak: Tensor, others: Tensor, target: Tensor) -> Any:
+            return super().join_sums(peak - dist.get_rank(), others, target)
 
-    for wrong in (HiddenUnsummed, FromZero, OwnShift):
+    for wrong in (HiddenUnsummed, FromZero, OwnPeak):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_vocab_parallel, "VocabShard", wrong)
             found[wrong.__name__] = error(group)
     return found
 
 
-def logps_error(group: Any, *, dtype: torch.dtype = torch.float64, **options: Any) -> float:
-    """The largest error of log-probabilities against those of the whole head."""
-    case = Case(dtype=dtype)
-    hidden, weight, labels = case.tensors["chosen_hidden"], case.tensors["weight"], case.labels[0]
+def completions(arrays: Arrays, **options: Any) -> Completions:
+    hidden, labels = arrays["chosen_hidden"], arrays["chosen_labels"]
     if "cu_seqlens" in options:
         hidden, labels = hidden.reshape(1, -1, hidden.shape[2]), labels.reshape(1, -1)
-    with torch.no_grad():
-        part = mine(weight, group)
-        found = linear_logps(hidden, part, labels, vocab_parallel_group=group, **options)
-        expected = linear_logps(hidden.double(), weight.double(), labels, **options)
-    assert found.dtype == torch.promote_types(dtype, torch.float32)
-    return float((found - expected).abs().max())
+    return Completions(hidden, labels, **options)
+
+
+def logps_errors(group: Any) -> dict[str, float]:
+    """The errors of `linear_logps` in its forms, and of the gradient of a DTensor."""
+    arrays = make_arrays(WING)
+    weight = arrays["weight"]
+    whole, part = Head(weight), Head(mine(weight, group), vocab_parallel_group=group)
+    sums, packed = completions(arrays), completions(arrays, cu_seqlens=OFFSETS)
+    compiled = torch.compile(linear_logps, backend="eager")
+    found = {
+        "sums": relative(linear_logps(part, sums), linear_logps(whole, sums)),
+        "packed": relative(linear_logps(part, packed), linear_logps(whole, packed)),
+        "graph broken": relative(compiled(part, sums), linear_logps(whole, sums)),
+        "tokens": relative(
+            linear_logps(part, sums, per_token=True), linear_logps(whole, sums, per_token=True)
+        ),
+    }
+    torch.compiler.reset()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    leaf = weight.clone().requires_grad_()
+    linear_logps(Head(leaf), sums).sum().backward()
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    local = Head(sharded.to_local(), vocab_parallel_group=mesh.get_group())
+    linear_logps(local, sums).sum().backward()
+    grad = sharded.grad.redistribute(mesh, [Replicate()]).to_local()
+    return {**found, "DTensor": relative(grad, leaf.grad)}
 
 
 def half_precision(group: Any) -> dict[str, tuple[float, float]]:
     """By gradient its error in bfloat16 against float64, and that of the whole head."""
-    half, part, exact = (Case(dtype=torch.bfloat16) for _ in range(3))
-    for name, tensor in exact.tensors.items():
-        exact.tensors[name] = tensor.detach().double().requires_grad_()
-    options: dict[str, Any] = {"beta": 0.2, "weights": None}
-    truth, whole = (named_grads(c, c.fused(SPO(), **options).loss) for c in (exact, half))
-    split(part, group)
-    found = named_grads(part, part.fused(SPO(), **options, vocab_parallel_group=group).loss)
-    errors = {}
-    for name, grad in truth.items():
-        cut = (lambda g: g) if "hidden" in name else (lambda g: mine(g, group))
-        errors[name] = (
-            relative(found[name].double(), cut(grad)),
-            relative(cut(whole[name]).double(), cut(grad)),
-        )
-    return errors
-
-
-def dtensor_error() -> float:
-    """The gradient of a DTensor, from `to_local()`."""
-    case = Case(NEEDS["frozen hidden"])
-    hidden, weight, labels = case.tensors["chosen_hidden"], case.tensors["weight"], case.labels[0]
-    linear_logps(hidden, weight, labels).sum().backward()
-    mesh = init_device_mesh("cpu", (WORLD,))
-    sharded = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
-    group = mesh.get_group()
-    linear_logps(hidden, sharded.to_local(), labels, vocab_parallel_group=group).sum().backward()
-    return relative(sharded.grad.redistribute(mesh, [Replicate()]).to_local(), weight.grad)
+    arrays, wanted, half = make_arrays(WING), NEEDS["all"], {"dtype": torch.bfloat16}
+    arrays |= {name: arrays[name].bfloat16().double() for name in wanted}
+    truth, whole = computed(arrays, wanted), computed(arrays, wanted, **half)
+    part = computed(with_part(arrays, group), wanted, vocab_parallel_group=group, **half)
+    found = {}
+    for name, exact in truth.items():
+        own = partial(mine, group=group) if name in HEAD else np.asarray
+        found[name] = relative(part[name], own(exact)), relative(own(whole[name]), own(exact))
+    return found
 
 
 def refusals(group: Any) -> dict[str, str]:
-    rank, case = dist.get_rank(), Case()
-    hidden, labels = case.tensors["chosen_hidden"].detach(), case.labels[0]
-    whole = case.tensors["weight"].detach()
-    weight = mine(whole, group)
+    rank, arrays = dist.get_rank(), make_arrays(WING)
+    hidden, labels = arrays["chosen_hidden"], arrays["chosen_labels"]
+    weight = mine(arrays["weight"], group)
     beyond = labels.clone()
     beyond[4, 4] = 13
-    split_group = {"vocab_parallel_group": group}
-    sharded = distribute_tensor(whole, init_device_mesh("cpu", (WORLD,)), [Shard(0)])
+    sharded = distribute_tensor(arrays["weight"], init_device_mesh("cpu", (WORLD,)), [Shard(0)])
+    wrap = torch.compile(linear_logps, backend="eager", fullgraph=True)
 
-    def logps(hidden: Tensor, weight: Any, labels: Tensor, **options: Any) -> Tensor:
-        return linear_logps(hidden, weight, labels, **{**split_group, **options})
+    def logps(
+        weight: Any = weight,
+        labels: Tensor = labels,
+        hidden: Tensor = hidden,
+        call: Any = linear_logps,
+        **options: Any,
+    ) -> Tensor:
+        head = Head(weight, **{"vocab_parallel_group": group, **options})
+        return call(head, Completions(hidden, labels))
 
     calls: dict[str, Any] = {
-        "sizes": lambda: logps(hidden, weight, beyond),
-        "empty": lambda: logps(hidden, weight[: len(weight) * min(rank, 1)], labels),
-        "labels": lambda: logps(hidden, weight, (labels + rank).remainder(13)),
-        "tokens": lambda: logps(hidden[:, rank:], weight, labels[:, rank:]),
-        "chunks": lambda: logps(hidden, weight, labels, chunk_size=rank + 1),
-        "grads": lambda: logps(hidden, weight.clone().requires_grad_(rank == 0), labels),
-        "group": lambda: logps(hidden, weight, labels, vocab_parallel_group="tp"),
-        "dtensor": lambda: logps(hidden, sharded, labels),
-        "compile": lambda: torch.compile(linear_logps, backend="eager", fullgraph=True)(
-            hidden, weight, labels, **split_group
-        ),
+        "sizes": lambda: logps(labels=beyond),
+        "empty": lambda: logps(weight[: len(weight) * min(rank, 1)]),
+        "labels": lambda: logps(labels=(labels + rank).remainder(13)),
+        "tokens": lambda: logps(labels=labels[:, rank:], hidden=hidden[:, rank:]),
+        "chunks": lambda: logps(chunk_size=rank + 1),
+        "grads": lambda: logps(weight.clone().requires_grad_(rank == 0)),
+        "group": lambda: logps(vocab_parallel_group="tp"),
+        "dtensor": lambda: logps(sharded),
+        "compile": lambda: logps(call=wrap),
     }
     messages = {}
     for name, call in calls.items():
@@ -185,16 +206,6 @@ def refusals(group: Any) -> dict[str, str]:
         except (TypeError, ValueError, RuntimeError) as error:
             messages[name] = f"{type(error).__name__}: {error}"
     return messages
-
-
-def graph_broken(group: Any) -> float:
-    case = Case()
-    hidden, weight, labels = case.tensors["chosen_hidden"], case.tensors["weight"], case.labels[0]
-    with torch.no_grad():
-        compiled = torch.compile(linear_logps, backend="eager")
-        found = compiled(hidden, mine(weight, group), labels, vocab_parallel_group=group)
-        torch.compiler.reset()
-        return relative(found, linear_logps(hidden, weight, labels))
 
 
 def work(rank: int) -> dict[str, Any]:
@@ -210,20 +221,16 @@ def work(rank: int) -> dict[str, Any]:
         "scripts": {name: steps.script_in_group(name) for name in ("ddp", "vocab_parallel")},
         "ways": all_ways(group),
         "wrong": wrong_ways(group),
-        "logps": {
-            "sums": logps_error(group),
-            "tokens": logps_error(group, per_token=True),
-            "packed": logps_error(group, cu_seqlens=OFFSETS),
-            "graph broken": graph_broken(group),
-            "DTensor": dtensor_error(),
-        },
-        "bfloat16": logps_error(group, dtype=torch.bfloat16),
-        "bfloat16 gradients": half_precision(group),
+        "logps": logps_errors(group),
+        "bfloat16": half_precision(group),
         "refused": refusals(group),
     }
     if rank < 2:
-        with pytest.MonkeyPatch.context() as patch:
-            cut_blocks(patch, 4)  # each shard in blocks
+        with pytest.MonkeyPatch.context() as patch:  # each shard in blocks
+            patch.setattr(_tiles, "LEAST_COLUMNS", 4)
+            patch.setattr(_tiles, "ALIGNED", 4)
+            memory = _devices.CPU.memory._replace(block_bytes=1)
+            patch.setattr(_devices, "CPU", _devices.CPU._replace(memory=memory))
             found["ways of two"] = all_ways(pair)
     return found
 
@@ -250,13 +257,8 @@ def test_a_wrong_split_is_seen(ranks) -> None:
 
 
 def test_half_precision_is_no_worse_than_the_whole_heads(ranks) -> None:
-    case = Case(dtype=torch.bfloat16)
-    hidden, weight = case.tensors["chosen_hidden"].detach(), case.tensors["weight"].detach()
-    exact = linear_logps(hidden.double(), weight.double(), case.labels[0])
-    own = float((linear_logps(hidden, weight, case.labels[0]) - exact).abs().max())
     for rank in ranks:
-        assert rank["bfloat16"] <= 1.5 * own + 1e-6
-        for name, (found, whole) in rank["bfloat16 gradients"].items():
+        for name, (found, whole) in rank["bfloat16"].items():
             assert found < 2.0 * whole + 1e-6, name
 
 
@@ -266,9 +268,9 @@ def test_half_precision_is_no_worse_than_the_whole_heads(ranks) -> None:
         ("sizes", "ValueError: the shards of weight add up to 5 + 5 + 3 = 13 rows"),
         ("empty", "ValueError: every rank of vocab_parallel_group needs at least one row"),
         ("labels", "agree on the labels"),
-        ("tokens", "agree on the number of tokens of labels, got [35, 30, 25]"),
-        ("chunks", "agree on chunk_size, got [1, 2, 3]"),
-        ("grads", "agree on whether weight requires a gradient, got [1, 0, 0]"),
+        ("tokens", "agree on the number of tokens of completions.labels, got [35, 30, 25]"),
+        ("chunks", "agree on head.chunk_size, got [1, 2, 3]"),
+        ("grads", "agree on whether head.weight requires a gradient, got [1, 0, 0]"),
         ("group", "TypeError: vocab_parallel_group must be a torch.distributed ProcessGroup"),
         ("dtensor", "pass weight.to_local()"),
         ("compile", "Unsupported"),

@@ -25,7 +25,7 @@ from helpers.steps import (
     loss_sum,
     script_in_group,
 )
-from spoloss.torch import linear_logps
+from spoloss.torch import Completions, Head, linear_logps
 
 ddp, recipe = load("ddp"), load("deepspeed_zero")
 
@@ -33,7 +33,7 @@ Batch = tuple[Tensor, ...]
 
 case = Cases(Exact(1e-5), torch.float32, rate=1.0)  # what moves is not lost in the weights' digits
 PARTITIONED = Refused(
-    "ValueError: weight has shape (0,) because DeepSpeed ZeRO-3 has partitioned it"
+    "ValueError: head.weight has shape (0,) because DeepSpeed ZeRO-3 has partitioned it"
 )
 
 
@@ -76,7 +76,7 @@ class LogpsSPO(ddp.LogitsSPO):
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
-        return linear_logps(hidden, self.model.lm_head.weight, labels)
+        return linear_logps(Head(self.model.lm_head.weight), Completions(hidden, labels))
 
 
 class FromLogps(LogpsSPO):

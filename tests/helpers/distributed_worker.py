@@ -195,7 +195,7 @@ def fsdp_logits_outside(setting: Setting) -> Step:
 @case("FSDP2: full_tensor of the head", Wrong(0.62), weight=lambda w: w.full_tensor())
 @case(
     "FSDP2: shard of the head",
-    Refused("TypeError: weight is a sharded DTensor"),
+    Refused("TypeError: head.weight is a sharded DTensor"),
     weight=lambda w: w,
 )
 def fsdp_outside(setting: Setting, weight: Callable[[Any], Tensor]) -> Step:
@@ -219,10 +219,10 @@ def fsdp_inner_root(setting: Setting) -> Step:
 @case("vocabulary parallel: split head")
 def vocabulary(setting: Setting) -> Step:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for model in (setting.policy, setting.reference):
-        vocab_parallel.split_head(model, mesh)
+    models = setting.policy, setting.reference
+    heads = [vocab_parallel.split_head(model, mesh) for model in models]
     batch = toy.collate(PAIRS)
-    return lambda: vocab_parallel.spo_step(setting.policy, setting.reference, batch).backward()
+    return lambda: vocab_parallel.spo_step(*models, *heads, batch, BETA).backward()
 
 
 SPLIT = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ColwiseParallel)
@@ -233,10 +233,11 @@ SPLIT |= dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel)
 @case("tensor parallel: PyTorch's parallelize_module, split head")
 def tensor_parallel(setting: Setting) -> Step:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    step = vocabulary(setting)  # compares whole models with their heads
     for model in (setting.policy, setting.reference):
         for layer in model.model.layers:
             parallelize_module(layer, mesh, {name: style() for name, style in SPLIT.items()})
-    return vocabulary(setting)
+    return step
 
 
 # ------------------------------------------------------------------------------- sequence parallel
@@ -299,9 +300,9 @@ def sequence(
     total: Callable[[Tensor], Tensor] = sequence_parallel.SumOverRanks.apply,
     undo_shift: bool = False,
 ) -> Step:
-    setting.policy.set_attn_implementation("ulysses")
-    wrapped = engine(slices(setting.policy))
+    wrapped = engine(slices(setting.policy))  # compares whole sequences
     ids, _, labels, ref = setting.all
+    setting.policy.set_attn_implementation("ulysses")
     if undo_shift:  # of `cut`
         labels = torch.nn.functional.pad(labels, (1, 0), value=-100)[:, :-1]
 

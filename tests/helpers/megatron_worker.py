@@ -166,7 +166,7 @@ def run_all() -> dict[str, Any]:
     warnings.filterwarnings("error", module="spoloss")
     losses = script_in_group("megatron_core")
     assert losses == sorted(losses, reverse=True), losses
-    exact, refused = Exact(1e-10), Refused("ValueError: labels must be in [0, V = 32)")
+    exact, refused = Exact(1e-10), Refused("ValueError: completions.labels must be in [0, V = 32)")
     # Under sequence parallelism Megatron keeps its buffers on a GPU, whatever the model is on.
     with mock.patch.object(torch.cuda, "current_device", return_value="cpu"):
         return {

@@ -43,10 +43,10 @@ def hybrid(setting: Setting, factor: int) -> Step:
 @case("sequence x data parallel: sum * ranks / pairs", Wrong(1.00), factor=RANKS)
 def sequence(setting: Setting, factor: int) -> Step:
     mesh = square()
-    setting.policy.set_attn_implementation("ulysses")
     sequence_parallel.GROUP = mesh["inner"].get_group()
     wrapped = DDP(sequence_parallel.SliceLogps(setting.policy))
     ids, _, labels, ref = of_group(setting, mesh)
+    setting.policy.set_attn_implementation("ulysses")
 
     def step() -> None:
         parts = wrapped(*sequence_parallel.cut(ids, labels))

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from helpers import recipes_oracle
 from helpers.recipes_oracle import BETA, Grads, exact_step, models, relative_error, toy
-from spoloss.torch import linear_spo_loss, sequence_logps
+from spoloss.torch import Completions, Head, linear_spo_loss, sequence_logps
 
 PAIRS = toy.pairs(8)
 PARTS = (PAIRS[:3], PAIRS[3:5], PAIRS[5:7], PAIRS[7:])  # uneven micro-batches
@@ -228,8 +228,9 @@ def step_error(before: Grads, policy: nn.Module, exact: Grads, rate: float) -> f
 
 def loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ref: Tensor, **options: Any) -> Tensor:
     """The fused loss summed over the pairs of a batch of chosen, then rejected rows."""
-    sides = *hidden.chunk(2), weight, *labels.chunk(2), *ref.chunk(2)
-    return linear_spo_loss(*sides, beta=BETA, reduction="sum", **options).loss
+    sides = map(Completions, hidden.chunk(2), labels.chunk(2))
+    head = Head(weight, **options)
+    return linear_spo_loss(head, *sides, *ref.chunk(2), beta=BETA, reduction="sum").loss
 
 
 class Hidden(nn.Module):

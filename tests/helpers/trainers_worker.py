@@ -420,7 +420,13 @@ def by_loop(micro_batches: int, dtype: torch.dtype, **options: Any) -> Run:
     size = -(-len(mine()) // micro_batches)
     loader = [toy.collate(mine()[i : i + size]) for i in range(0, len(mine()), size)]
     steps = load("accelerate_loop").train(
-        wrapped, stepper.reference, loader, optimizer, accelerator, micro_batches=micro_batches
+        wrapped,
+        stepper.reference,
+        loader,
+        optimizer,
+        accelerator,
+        micro_batches=micro_batches,
+        beta=BETA,
     )
     list(steps)
     return stepper.made(wrapped, accelerator.num_processes, UNEVEN)

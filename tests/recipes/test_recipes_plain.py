@@ -6,6 +6,7 @@ The gradient of a step is what reaches the optimizer.
 from __future__ import annotations
 
 import re
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,13 +27,14 @@ from helpers.recipes_oracle import (
     run_script,
     toy,
 )
+from spoloss.torch import head_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXACT = 1e-6
 FLOAT64 = 1e-10
 PAIRS = toy.pairs(6)
-FORMS = ("loss_by_logits", "loss_by_tiles")
+FORMS = ("logits", "tiles")
 
 
 def grads_of(policy: nn.Module) -> Grads:
@@ -53,7 +55,10 @@ def step(loss_of: Any, policy: nn.Module, reference: nn.Module, *, size: int) ->
 def test_plain_pytorch(form, size, tied) -> None:
     policy, reference = models(tied=tied)
     loss, exact = exact_step(policy, reference, PAIRS)
-    found = step(getattr(load("plain_pytorch"), form), policy, reference, size=size)
+    recipe = load("plain_pytorch")
+    tiles = form == "tiles"
+    loss_of = recipe.without_logits(policy, reference) if tiles else recipe.loss_by_logits
+    found = step(loss_of, policy, reference, size=size)
     assert found == pytest.approx(loss, rel=EXACT)
     assert relative_error(grads_of(policy), exact) < EXACT
 
@@ -84,9 +89,16 @@ def test_the_comparison_sees_a_mean_of_means_and_swapped_pairs() -> None:
 def test_padding_free(form, attention) -> None:
     recipe = load("padding_free")
     policy, reference = models()
+    sides = []
     for model in (policy, reference):
         model.set_attn_implementation(attention)
-    found = getattr(recipe, form)(policy, reference, recipe.pack(PAIRS), BETA)
+        tiles = form == "tiles"
+        sides.append(
+            partial(recipe.by_tiles, model, head_of(model))
+            if tiles
+            else partial(recipe.by_logits, model)
+        )
+    found = recipe.mean_loss(*sides, recipe.pack(PAIRS), BETA)
     found.backward()
     loss, exact = exact_step(policy, reference, PAIRS)
     assert found.item() == pytest.approx(loss, rel=EXACT)

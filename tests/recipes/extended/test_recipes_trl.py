@@ -12,14 +12,9 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import (
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
-)
+from transformers import GraniteConfig, GraniteForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from helpers.recipes_oracle import (
     BETA,
@@ -245,41 +240,24 @@ def test_fused_still_gives_logits_to_those_who_ask(tmp_path) -> None:
     torch.testing.assert_close(outputs.logits, expected)
 
 
-def test_fused_takes_what_a_model_does_to_its_logits() -> None:
-    options = load("trl_fused").head_options
-    policy, _ = models()
-    assert options(policy) == {"logit_scale": 1.0, "softcap": None}
-    policy.config.update({"logits_scaling": 8.0, "final_logit_softcapping": 30.0})
-    assert options(policy) == {"logit_scale": 0.125, "softcap": 30.0}
-    policy.config.model_type = "hyperclovax"
-    assert options(policy) == {"logit_scale": 8.0, "softcap": 30.0}
-    policy.config.update({"lm_head_multiplier": 0.5})
-    assert options(policy) == {"logit_scale": 4.0, "softcap": 30.0}
-    policy.lm_head.bias = nn.Parameter(torch.zeros(toy.VOCABULARY))
-    with pytest.raises(ValueError, match="the head has a bias"):
-        options(policy)
-
-
-def test_fused_refuses_a_head_that_does_more_than_it_knows(tmp_path) -> None:
+def test_fused_takes_what_a_model_does_to_its_logits(tmp_path) -> None:
+    config = toy.models()[0].config.to_diff_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    shape = {name: config[name] for name in (*names, "num_attention_heads", "num_key_value_heads")}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     torch.manual_seed(0)
-    config = RecurrentGemmaConfig(
-        vocab_size=toy.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        lru_width=32,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
+    model = GraniteForCausalLM(GraniteConfig(**shape, **ends, logits_scaling=8.0)).double()
+    _, exact = exact_step(model, copy.deepcopy(model), with_end(PAIRS))
+    trainer = make_trainer(
+        load("trl_fused").SPOTrainer, tmp_path, model, ref_model=copy.deepcopy(model)
     )
-    policy = RecurrentGemmaForCausalLM(config)
-    policy.get_output_embeddings().weight.data.normal_(std=0.7)  # for logits that the cap changes
-    with pytest.raises(ValueError, match="the model's logits are not"):
-        make_trainer(
-            load("trl_fused").SPOTrainer, tmp_path, policy, ref_model=copy.deepcopy(policy)
-        )
+    assert relative_error(train(trainer), exact) < EXACT
+
+
+def test_fused_refuses_a_prompt(tmp_path) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        make_trainer(load("trl_fused").SPOTrainer, tmp_path, models()[0], peft_config=config)
 
 
 # ------------------------------------------------------------------------------------- the script
