@@ -144,6 +144,17 @@ def _(
     return [grad for grad, want in zip(grads, wanted, strict=True) if want]
 
 
+@torch.library.custom_op("spoloss::scale_directions", mutates_args=())
+def _scale_operator(rows: Tensor, upstream: Tensor) -> Tensor:
+    """An operator, because a product would have a second derivative, silently 0."""
+    return (rows.view(*upstream.shape, -1) * upstream[..., None]).to(rows.dtype)
+
+
+@_scale_operator.register_fake
+def _(rows: Tensor, upstream: Tensor) -> Tensor:
+    return rows.new_empty(*upstream.shape, rows.shape[1])
+
+
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, (*ctx.others, ctx.directions) = inputs[:7], inputs[7:]
     logps, lse, rows = output
@@ -154,8 +165,7 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> No
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     if ctx.directions:
         (rows,) = ctx.saved_tensors
-        of_hidden = (rows.view(*upstream.shape, -1) * upstream[..., None]).to(rows.dtype)
-        return of_hidden, *(None for _ in ctx.needs_input_grad[1:])
+        return _scale_operator(rows, upstream), *(None for _ in ctx.needs_input_grad[1:])
     *tensors, logps, lse = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     found = iter(_backward_operator(wanted, logps, lse, upstream, *tensors, *ctx.others))

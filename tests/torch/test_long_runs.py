@@ -83,7 +83,7 @@ def check_training(loss: Loss, steps: int = 1000) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_thousand_steps_fused_and_unfused() -> None:
     check_training(fused)
 
@@ -112,7 +112,7 @@ def growth(step: Callable[[int], Any], steps: int = 50) -> int:
     return live_bytes() - before
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_no_tensor_outlives_its_step() -> None:
     model, kept = Model(), []
 
@@ -145,7 +145,7 @@ def worker(number: int) -> list[list[float]]:
     return [tensor.flatten().tolist() for tensor in gradients(number)]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.filterwarnings("ignore:.*fork.*")  # JAX and Python 3.12 warn of every fork
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_worker_processes(method: str) -> None:

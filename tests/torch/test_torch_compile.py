@@ -101,6 +101,9 @@ def test_the_operators_are_what_the_compiler_assumes(
     others = ("completions", -100, None, None)
     torch.library.opcheck(_operator._forward_operator, (*inputs, *others, frozen))
     if frozen:
+        rows = torch.ones(hidden.numel() // 8, 8)
+        upstream = strided(strides, torch.ones(hidden.shape[:2]))
+        torch.library.opcheck(_operator._scale_operator, (rows, upstream))
         return
     logps, lse, _ = _operator._forward_operator(*inputs, *others, False)
     found = (logps.detach(), lse, torch.ones_like(logps))
@@ -111,6 +114,20 @@ def test_the_operators_are_what_the_compiler_assumes(
                 _operator._backward_operator,
                 [x.detach() if isinstance(x, Tensor) else x for x in arguments],
             )
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_derivative_is_an_error_in_a_graph_too(*, frozen: bool) -> None:
+    hidden, weight = HIDDEN[0].detach().requires_grad_(), WEIGHT.detach()
+    weight.requires_grad_(not frozen)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda states: flat_logps(states, weight, LABELS[0]).square().sum(), backend="eager"
+    )
+    (grad,) = torch.autograd.grad(compiled(hidden), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(grad.sum(), hidden)
 
 
 def test_cuda_graphs_leave_the_operators_out(monkeypatch: pytest.MonkeyPatch) -> None:

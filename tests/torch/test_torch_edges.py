@@ -276,10 +276,9 @@ def by_fused_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return flat_spo(*hidden, weight, *labels, 0.0, 0.0, nll_weight=0.1).loss
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("function", [by_logits, by_fused_head])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.extended)])
 def test_two_graphs_serve_any_number_of_lengths(function: Any, *, dynamic: bool | None) -> None:
     assert lengths_compiled(function, dynamic=dynamic) <= 2
 

@@ -60,7 +60,6 @@ def test_a_loop_over_tokens(shift: bool, average: bool) -> None:
     assert (got_grad[2] == 0).all()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("tile_rows")
 def test_derivatives_and_transforms() -> None:
     logits, labels = case()
@@ -122,14 +121,15 @@ def test_another_ignore_index_and_label_dtype() -> None:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_into_one_graph_with_the_loss() -> None:
     # The filter: Dynamo instantiates any autograd.Function and so warns of itself (torch 2.13).
     _, labels = case()
 
     def function(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return spo_loss(sequence_logps(chosen, labels), sequence_logps(rejected, labels), 0.0, 0.0)
+        return spo_loss(
+            sequence_logps(chosen, labels), sequence_logps(rejected, labels), 0.0, 0.0, beta=0.1
+        )
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     leaves = [case()[0].requires_grad_(), (case()[0] * 0.5).requires_grad_()]

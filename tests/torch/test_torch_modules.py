@@ -49,7 +49,6 @@ def test_modules_are_the_functions(module, function, options, arguments) -> None
 
 
 @pytest.mark.parametrize(("module", "function", "options", "arguments"), CASES)
-@pytest.mark.slow
 def test_modules_compile(module, function, options, arguments) -> None:
     loss = module(0.2, reduction="mean", **options)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

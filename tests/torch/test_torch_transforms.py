@@ -92,7 +92,6 @@ def test_transforms(name: str, transform: str) -> None:
         torch.testing.assert_close(apply(function), apply(plain(function)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck(name: str) -> None:
     weight = WEIGHT.clone().requires_grad_()
