@@ -1,14 +1,16 @@
-"""Five published losses in about six lines each, for PyTorch, NumPy, JAX and MLX arrays.
+"""Published losses in about six lines each, for PyTorch, NumPy, JAX and MLX arrays.
 
     python more_losses.py                              # their values and slopes at a few margins
 
 Copy the class that you need. `pair_loss`, `pair_grad` and `linear_pair_loss` accept an instance:
 
-    pair_loss(Hinge(), *logps, beta=0.1)
-    linear_pair_loss(SimPO(gamma=1.0), ..., 0.0, 0.0, beta=2.0, average=True)
+    pair_loss(APODown(), *logps, beta=0.1)
+    linear_pair_loss(SimPO(gamma=1.0), head, chosen, rejected, 0.0, 0.0, beta=2.0, average=True)
 
-h is the margin in nats, x = beta * h, s the logistic function. The tests compare every class with
-TRL's own code, in value and gradient. docs/your_own_loss.md has the rules for a loss of your own.
+h is the margin in nats, x = beta * h, and s the logistic function. u_w and u_l are the log-ratios
+log(pi / pi_ref) of the chosen and the rejected completion, and h = u_w - u_l. The tests compare
+every loss with TRL's own code where TRL has it, else with the paper's equation, in value and
+gradient. docs/your_own_loss.md has a table of the losses, and the rules for a loss of your own.
 
 Needs: pip install spoloss
 """
@@ -17,11 +19,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from spoloss import DPO, MarginLoss, pair_grad, pair_loss
+from spoloss import DPO, MarginLoss, PairLoss, pair_grad, pair_loss
 
 FAR = 800.0
 """Beyond |x| = 800, s(x) is 0 or 1 in every float dtype. Clipping x there avoids 0 * inf."""
@@ -44,6 +46,14 @@ def log_sigmoid(x: Any) -> Any:
 def sigmoid(x: Any) -> Any:
     """The logistic function s(x), with the right gradient at every x."""
     return namespace(x).exp(log_sigmoid(x))
+
+
+def bell(x: Any) -> Any:
+    """The derivative of s(x), which is s(x) * s(-x)."""
+    return sigmoid(x) * sigmoid(-x)
+
+
+# Losses of the margin
 
 
 @dataclass(frozen=True)
@@ -143,15 +153,237 @@ class EXO:
         return beta * sigmoid(x) * sigmoid(-x) * (x - math.log((1.0 - e) / e))
 
 
-GALLERY: tuple[MarginLoss, ...] = (Hinge(), RobustDPO(), SimPO(), DiscoPOP(), EXO())
+# Losses of the two log-ratios
+
+
+@dataclass(frozen=True)
+class NCA:
+    """l = -log s(a) - (log s(-a) + log s(-b)) / 2, a = beta * u_w, b = beta * u_l (2402.05369)."""
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """l(u_w, u_l)."""
+        a, b = beta * chosen, beta * rejected
+        return -log_sigmoid(a) - 0.5 * (log_sigmoid(-a) + log_sigmoid(-b))
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """dl/du_w and dl/du_l."""
+        a, b = beta * chosen, beta * rejected
+        return beta * (0.5 * sigmoid(a) - sigmoid(-a)), 0.5 * beta * sigmoid(b)
+
+
+@dataclass(frozen=True)
+class BCO:
+    """l = -log s(a - delta) - log s(delta - b), a = beta * u_w, b = beta * u_l (2404.04656).
+
+    The paper's delta is a running mean of the rewards a and b. TRL 1.16 sets it to 0.
+    """
+
+    delta: float = 0.0
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """l(u_w, u_l)."""
+        return -log_sigmoid(beta * chosen - self.delta) - log_sigmoid(self.delta - beta * rejected)
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """dl/du_w and dl/du_l."""
+        a, b = beta * chosen, beta * rejected
+        return -beta * sigmoid(self.delta - a), beta * sigmoid(b - self.delta)
+
+
+@dataclass(frozen=True)
+class SPPOHard:
+    """l = (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2 (2405.00675, hard labels)."""
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """l(u_w, u_l)."""
+        return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """dl/du_w and dl/du_l."""
+        return 2.0 * (chosen - 0.5 / beta), 2.0 * (rejected + 0.5 / beta)
+
+
+@dataclass(frozen=True)
+class APOZero:
+    """l = s(-beta * u_w) + s(beta * u_l): chosen up, rejected down (2408.06266, eq. 7)."""
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """l(u_w, u_l)."""
+        return sigmoid(-beta * chosen) + sigmoid(beta * rejected)
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """dl/du_w and dl/du_l."""
+        return -beta * bell(beta * chosen), beta * bell(beta * rejected)
+
+
+@dataclass(frozen=True)
+class APODown:
+    """l = s(beta * u_w) + s(-x): both down, the rejected more (2408.06266, eq. 8)."""
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """l(u_w, u_l)."""
+        return sigmoid(beta * chosen) + sigmoid(-beta * (chosen - rejected))
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """dl/du_w and dl/du_l."""
+        steep = beta * bell(beta * (chosen - rejected))
+        return beta * bell(beta * chosen) - steep, steep
+
+
+@dataclass(frozen=True)
+class DPOP:
+    """l = -log s(beta * (h - penalty * max(0, -u_w))): DPO-Positive (2402.13228, eq. 3)."""
+
+    penalty: float = 50.0
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """l(u_w, u_l)."""
+        return DPO().value(self._margin(chosen, rejected), beta)
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """dl/du_w and dl/du_l."""
+        slope = DPO().slope(self._margin(chosen, rejected), beta)
+        return slope * namespace(chosen).where(chosen < 0.0, 1.0 + self.penalty, 1.0), -slope
+
+    def _margin(self, chosen: Any, rejected: Any) -> Any:
+        below = namespace(chosen).where(chosen < 0.0, -chosen, 0.0)
+        return chosen - rejected - self.penalty * below
+
+
+@dataclass(frozen=True)
+class CalDPO:
+    """l = -log s(h) + ((u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2) / 2 (2412.14516).
+
+    beta is in the targets alone.
+    """
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """l(u_w, u_l)."""
+        return -log_sigmoid(chosen - rejected) + 0.5 * SPPOHard().value(chosen, rejected, beta)
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """dl/du_w and dl/du_l."""
+        push = sigmoid(rejected - chosen)
+        return chosen - 0.5 / beta - push, rejected + 0.5 / beta + push
+
+
+# Losses of the margin between two scores
+
+
+class Score(Protocol):
+    """What a loss may put in the place of the log-ratio u."""
+
+    def value(self, ratio: Any) -> Any:
+        """g(u)."""
+
+    def slope(self, ratio: Any) -> Any:
+        """dg/du."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """l(g(u_w) - g(u_l)): a loss of the margin between scores of the two completions.
+
+    | loss | is |
+    |---|---|
+    | f-DPO (2309.16240), forward KL | Scored(DPO(), Power(-1.0)) |
+    | f-DPO, alpha-divergence | Scored(DPO(), Power(alpha - 1.0)) |
+    | f-DPO, Jensen-Shannon | Scored(DPO(), JensenShannon()) |
+    | chi-PO (2407.13399), without its clip | Scored(DPO(), ChiSquared()) |
+    | AlphaPO (2501.03884) | Scored(SimPO(gamma), Power(-alpha)), references 0.0, average=True |
+    | ORPO's odds ratio (2403.07691) | Scored(DPO(), LogOdds()), beta=1.0, likewise |
+    """
+
+    loss: MarginLoss
+    score: Score
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        """l(g(u_w) - g(u_l))."""
+        return self.loss.value(self.score.value(chosen) - self.score.value(rejected), beta)
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        """dl/dh * g'(u_w) and -dl/dh * g'(u_l)."""
+        margin = self.score.value(chosen) - self.score.value(rejected)
+        slope = self.loss.slope(margin, beta)
+        return slope * self.score.slope(chosen), -slope * self.score.slope(rejected)
+
+
+@dataclass(frozen=True)
+class Power:
+    """g = (e^(k u) - 1) / k, with k not 0."""
+
+    exponent: float
+
+    def value(self, ratio: Any) -> Any:
+        """g(u)."""
+        return namespace(ratio).expm1(self.exponent * ratio) / self.exponent
+
+    def slope(self, ratio: Any) -> Any:
+        """dg/du = e^(k u)."""
+        return namespace(ratio).exp(self.exponent * ratio)
+
+
+@dataclass(frozen=True)
+class JensenShannon:
+    """g = log(2 s(u))."""
+
+    def value(self, ratio: Any) -> Any:
+        """g(u)."""
+        return math.log(2.0) + log_sigmoid(ratio)
+
+    def slope(self, ratio: Any) -> Any:
+        """dg/du = s(-u)."""
+        return sigmoid(-ratio)
+
+
+@dataclass(frozen=True)
+class ChiSquared:
+    """g = e^u + u."""
+
+    def value(self, ratio: Any) -> Any:
+        """g(u)."""
+        return namespace(ratio).exp(ratio) + ratio
+
+    def slope(self, ratio: Any) -> Any:
+        """dg/du = e^u + 1."""
+        return namespace(ratio).exp(ratio) + 1.0
+
+
+@dataclass(frozen=True)
+class LogOdds:
+    """g = u - log(1 - e^u), for average log-probabilities u < 0. It is constant above -1e-6."""
+
+    def value(self, ratio: Any) -> Any:
+        """g(u)."""
+        xp = namespace(ratio)
+        below = xp.clip(ratio, None, -1e-6)
+        return below - xp.log(-xp.expm1(below))
+
+    def slope(self, ratio: Any) -> Any:
+        """dg/du = 1 / (1 - e^u)."""
+        xp = namespace(ratio)
+        return xp.where(ratio < -1e-6, -1.0 / xp.expm1(xp.clip(ratio, None, -1e-6)), 0.0)
+
+
+OF_THE_MARGIN: tuple[MarginLoss, ...] = (Hinge(), RobustDPO(), SimPO(), DiscoPOP(), EXO())
+OF_TWO_LOG_RATIOS: tuple[PairLoss, ...] = (
+    *(NCA(), BCO(), SPPOHard(), APOZero(), APODown(), DPOP(), CalDPO()),
+    Scored(DPO(), Power(-1.0)),
+    Scored(DPO(), JensenShannon()),
+    Scored(DPO(), ChiSquared()),
+    Scored(SimPO(), Power(-0.25)),
+    Scored(DPO(), LogOdds()),
+)
 
 
 if __name__ == "__main__":
-    chosen = np.linspace(-40.0, 80.0, 7)
-    print("x = 0.1 * h", *(f"{0.1 * h:8.1f}" for h in chosen))
-    for loss in GALLERY:
-        values = pair_loss(loss, chosen, np.zeros(7), 0.0, 0.0, beta=0.1, reduction="none")
-        slopes = pair_grad(loss, chosen, np.zeros(7), 0.0, 0.0, beta=0.1, reduction="none")
+    chosen, rejected = np.linspace(-7.5, -0.5, 8), np.full(8, -2.0)
+    print("u_l = -2, beta = 0.5, u_w =", *(f"{u:8.1f}" for u in chosen))
+    for loss in OF_THE_MARGIN + OF_TWO_LOG_RATIOS:
+        call = {"beta": 0.5, "reduction": "none"}
+        values = pair_loss(loss, chosen, rejected, 0.0, 0.0, **call)
+        slopes = pair_grad(loss, chosen, rejected, 0.0, 0.0, **call)
         print(f"\n{loss}")
-        print("value      ", *(f"{value:8.4f}" for value in values))
-        print("slope dl/dh", *(f"{slope:8.4f}" for slope in slopes.policy_chosen))
+        print("value                      ", *(f"{value:8.4f}" for value in values))
+        print("slope dl/du_w              ", *(f"{slope:8.4f}" for slope in slopes.policy_chosen))
+        print("slope dl/du_l              ", *(f"{slope:8.4f}" for slope in slopes.policy_rejected))
