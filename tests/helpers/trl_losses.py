@@ -31,7 +31,9 @@ class Numbers:
     by_rejected: Tensor
 
 
-def dpo_trainer(folder: Path, loss_type: str, beta: float, **options: Any) -> trl.DPOTrainer:
+def dpo_trainer(
+    folder: Path, beta: float, *, loss_type: str = "sigmoid", **options: Any
+) -> trl.DPOTrainer:
     """DPOTrainer on the models and pairs of toy.py, in float64."""
     arguments = _arguments(folder) | {"loss_type": [loss_type], "beta": beta, **options}
     return trl.DPOTrainer(
@@ -42,15 +44,15 @@ def dpo_trainer(folder: Path, loss_type: str, beta: float, **options: Any) -> tr
     )
 
 
-def cpo_trainer(folder: Path, beta: float, gamma: float) -> Any:
+def cpo_trainer(folder: Path, beta: float, **options: Any) -> Any:
     """CPOTrainer with SimPO's loss and nothing beside it, on the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TRL may change it
         from trl.experimental.cpo import CPOConfig, CPOTrainer
-    options = {"loss_type": "simpo", "simpo_gamma": gamma, "cpo_alpha": 0.0, "beta": beta}
+    arguments = _arguments(folder) | {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": beta}
     return CPOTrainer(
         toy.models(dtype=torch.float64)[0],
-        CPOConfig(**_arguments(folder), **options, remove_unused_columns=False),
+        CPOConfig(**arguments, **options, remove_unused_columns=False),
         train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
         processing_class=toy.tokenizer(),
     )
@@ -74,14 +76,28 @@ def dpo_numbers(trainer: trl.DPOTrainer, logps: tuple[Tensor, ...]) -> Numbers:
         for c, r, ref_c, ref_r in zip(chosen, rejected, *logps[2:], strict=True):
             trainer.ref_model = _Given(ref_c, ref_r)
             losses.append(trainer.compute_loss(_Given(c, r), batch))
-    return _numbers(logps, trainer.beta, torch.stack(losses), (chosen, rejected))
+    return numbers_of(logps, trainer.beta, torch.stack(losses), (chosen, rejected))
 
 
 def cpo_numbers(trainer: Any, logps: tuple[Tensor, ...]) -> Numbers:
     """CPOTrainer's loss of each pair at average log-probabilities of our choice."""
     sides = [side.clone().requires_grad_() for side in logps[:2]]
     losses, *_ = trainer.cpo_loss(*sides)
-    return _numbers(logps, trainer.beta, losses, sides)
+    return numbers_of(logps, trainer.beta, losses, sides)
+
+
+def orpo_numbers(logps: tuple[Tensor, ...], beta: float) -> Numbers:
+    """ORPOTrainer's odds ratio at average log-probabilities of our choice, with its sign mended.
+
+    TRL's function returns log s(.), which its trainer subtracts from the NLL.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TRL may change it
+        from trl.experimental.orpo import ORPOTrainer
+    sides = [side.clone().requires_grad_() for side in logps[:2]]
+    trainer = SimpleNamespace(beta=beta, accelerator=SimpleNamespace(device="cpu"))
+    losses, *_ = ORPOTrainer.odds_ratio_loss(trainer, *sides)
+    return numbers_of(logps, beta, -losses, sides)
 
 
 class _Given(nn.Module):
@@ -98,9 +114,10 @@ class _Given(nn.Module):
         )
 
 
-def _numbers(logps: tuple[Tensor, ...], beta: float, losses: Tensor, sides: Any) -> Numbers:
+def numbers_of(logps: tuple[Tensor, ...], beta: float, losses: Tensor, sides: Any) -> Numbers:
+    """The losses of some pairs, and their gradients with respect to the two sides."""
     grads = torch.autograd.grad(losses.sum(), sides)
-    return Numbers(logps, beta, losses.detach(), *grads)
+    return Numbers(tuple(array.detach() for array in logps), beta, losses.detach(), *grads)
 
 
 @contextmanager

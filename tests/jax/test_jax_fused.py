@@ -28,7 +28,7 @@ from helpers.jax_fused import (
     unfused,
     value_and_grads,
 )
-from helpers.mutants import INCONSISTENT, mutants
+from helpers.wrong import INCONSISTENT, broken
 from helpers.pairwise import pairwise
 from spoloss import DPO, SPO, Squared
 from spoloss.jax import _objective, _one_pass, _softmax, linear_pair_loss
@@ -112,7 +112,7 @@ def test_a_loss_of_ones_own() -> None:
 @pytest.mark.parametrize("name", sorted(INCONSISTENT.keys() - {"slope cut"}))  # PyTorch's
 def test_the_check_sees_a_wrong_loss(name: str, chunk_size: int | None) -> None:
     with pytest.raises(AssertionError):
-        check_fused(mutants(SPO())[name], make_inputs(), ("weight",), chunk_size=chunk_size)
+        check_fused(broken(SPO())[name], make_inputs(), ("weight",), chunk_size=chunk_size)
 
 
 WRONG: dict[str, tuple[Any, str, Any]] = {
