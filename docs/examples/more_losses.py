@@ -242,8 +242,8 @@ class DPOP:
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
         """dl/du_w and dl/du_l."""
-        slope = DPO().slope(self._margin(chosen, rejected), beta)
-        return slope * namespace(chosen).where(chosen < 0.0, 1.0 + self.penalty, 1.0), -slope
+        xp, slope = namespace(chosen), DPO().slope(self._margin(chosen, rejected), beta)
+        return slope * xp.where(chosen < 0.0, 1.0 + self.penalty, xp.ones_like(chosen)), -slope
 
     def _margin(self, chosen: Any, rejected: Any) -> Any:
         below = namespace(chosen).where(chosen < 0.0, -chosen, 0.0)

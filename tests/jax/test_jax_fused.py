@@ -28,8 +28,8 @@ from helpers.jax_fused import (
     unfused,
     value_and_grads,
 )
-from helpers.wrong import INCONSISTENT, broken
 from helpers.pairwise import pairwise
+from helpers.wrong import INCONSISTENT, broken
 from spoloss import DPO, SPO, Squared
 from spoloss.jax import _objective, _one_pass, _softmax, linear_pair_loss
 
