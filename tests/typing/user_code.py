@@ -19,7 +19,15 @@ from spoloss import (
     spo_grad,
     spo_loss,
 )
-from spoloss.torch import PreferenceOutput, SPOLoss, linear_logps, linear_spo_loss, sequence_logps
+from spoloss.torch import (
+    Completions,
+    Head,
+    PreferenceOutput,
+    SPOLoss,
+    linear_logps,
+    linear_spo_loss,
+    sequence_logps,
+)
 
 
 def on_tensors(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -27,7 +35,9 @@ def on_tensors(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     chosen, rejected = sequence_logps(logits, labels).chunk(2)
     loss = spo_loss(chosen, rejected, 0.0, 0.0, beta=0.1, weights=torch.ones_like(chosen))
     assert_type(loss, torch.Tensor)
-    smooth = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), label_smoothing=0.1)
+    smooth = dpo_loss(
+        chosen, rejected, chosen.detach(), rejected.detach(), beta=0.1, label_smoothing=0.1
+    )
     output: PreferenceOutput = SPOLoss(beta=0.1)(chosen, rejected, chosen, rejected)
     losses, chosen_rewards, _ = output
     return loss + smooth + losses.mean() + chosen_rewards.mean()
@@ -35,8 +45,10 @@ def on_tensors(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def fused(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The fused head returns a named tuple."""
-    reference = linear_logps(hidden, weight, labels)
-    result = linear_spo_loss(hidden, hidden, weight, labels, labels, reference, reference, beta=0.1)
+    head, completions = Head(weight, softcap=30.0), Completions(hidden, labels)
+    reference = linear_logps(head, completions)
+    assert_type(reference, torch.Tensor)
+    result = linear_spo_loss(head, completions, completions, reference, reference, beta=0.1)
     assert_type(result.loss, torch.Tensor)
     return result.loss + result.chosen_logps.sum()
 
