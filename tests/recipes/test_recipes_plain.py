@@ -105,6 +105,21 @@ def test_padding_free(form, attention) -> None:
     assert relative_error(grads_of(policy), exact) < EXACT
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_shared_prompts(attention) -> None:
+    recipe = load("shared_prompts")
+    policy, reference = models()
+    for model in (policy, reference):
+        model.set_attn_implementation(attention)
+    row, heads = recipe.pack(PAIRS), (head_of(policy), head_of(reference))
+    assert row.ids.shape[1] == sum(len(part) for pair in PAIRS for part in pair)
+    found = recipe.mean_loss(policy, reference, heads, row, BETA)
+    found.backward()
+    loss, exact = exact_step(policy, reference, PAIRS)
+    assert found.item() == pytest.approx(loss, rel=EXACT)
+    assert relative_error(grads_of(policy), exact) < EXACT
+
+
 # --------------------------------------------------------------------------------------- NumPy
 
 
@@ -212,7 +227,7 @@ def test_shape_of_call(name) -> None:
 # ------------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("name", ["plain_pytorch", "padding_free"])
+@pytest.mark.parametrize("name", ["plain_pytorch", "padding_free", "shared_prompts"])
 def test_recipe_runs_as_a_script(name) -> None:
     first, *others = run_script(name)
     assert first == pytest.approx(0.0, abs=1e-6)  # the reference is a copy of the policy
