@@ -23,10 +23,7 @@ from helpers.backends import BACKENDS, Backend
 from helpers.interpreter import run_python
 
 TESTS = Path(__file__).parent
-EXTENDED = {
-    *("extended", "study"),
-    *("test_more_losses.py", "test_your_own_loss.py"),
-}
+EXTENDED = {"extended", "study", "test_more_losses.py"}
 """Folders and files whose tests are all extended; the default run does not even import them."""
 
 # Behind all else: the benchmarks come from the checkout, the package as it is installed.

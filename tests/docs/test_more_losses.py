@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -313,6 +314,36 @@ def test_where_the_losses_are_smallest() -> None:
     assert more.EXO().slope(np.array([math.log(999.0)]), 1.0) == pytest.approx(0.0, abs=1e-12)
     sides = np.array([0.5 / 0.1]), np.array([-0.5 / 0.1])
     assert more.SPPOHard().value(*sides, 0.1) == 0.0
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """The names that the script of docs/your_own_loss.md leaves."""
+    text = (EXAMPLES.parent / "your_own_loss.md").read_text()
+    names: dict[str, Any] = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), names)
+    return names
+
+
+def test_kto_of_pairs_without_z_is_half_of_apo_zero(page: dict[str, Any]) -> None:
+    logps = torch.randn(4, 5, dtype=torch.float64) * 6.0 - 40.0
+    desirable = torch.tensor([True] * 5 + [False] * 5)
+    got = page["kto_loss"](logps[:2].ravel(), logps[2:].ravel(), desirable, 0.0, beta=0.2)
+    torch.testing.assert_close(got, pair_loss(more.APOZero(), *logps, beta=0.2) / 2.0)
+    moved = page["kto_loss"](logps[:2].ravel(), logps[2:].ravel() - 3.0, desirable, 3.0, beta=0.2)
+    torch.testing.assert_close(moved, got)
+
+
+def test_plackett_luce_is_a_product_of_choices(page: dict[str, Any]) -> None:
+    logps, ref_logps = torch.randn(2, 4, 3, dtype=torch.float64)
+    rewards = 0.7 * (logps - ref_logps)
+    first = rewards.softmax(-1)[:, 0]
+    second = rewards[:, 1:].softmax(-1)[:, 0]
+    got = page["plackett_luce_loss"](logps, ref_logps, beta=0.7)
+    torch.testing.assert_close(got, -(first * second).log().mean())
+    two = page["plackett_luce_loss"](logps[:, :2], ref_logps[:, :2], beta=0.7)
+    four = logps[:, 0], logps[:, 1], ref_logps[:, 0], ref_logps[:, 1]
+    torch.testing.assert_close(two, pair_loss(DPO(), *four, beta=0.7))
 
 
 def test_the_file_runs_as_a_script(capsys: pytest.CaptureFixture[str]) -> None:
