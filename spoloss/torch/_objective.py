@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spoloss._arrays import is_number, reduction_scale
+from spoloss._arrays import reduction_scale
 from spoloss.gradients import pair_grad
 from spoloss.losses import MarginLoss, PairLoss
 from spoloss.pairs import pair_loss
@@ -149,6 +149,6 @@ class Objective:
 
 def zero_weights(weights: Tensor | float | None, like: Tensor) -> Tensor | None:
     """Which pairs have weight 0, as booleans of the shape of `like`, or None if none can."""
-    if weights is None or (is_number(weights) and weights != 0.0):
-        return None
-    return torch.as_tensor(weights, device=like.device).expand(like.shape) == 0.0
+    if isinstance(weights, Tensor):
+        return weights.to(like.device).expand(like.shape) == 0.0
+    return None if weights is None or weights != 0.0 else torch.ones_like(like, dtype=torch.bool)
