@@ -65,31 +65,28 @@ class Best:
         return Estimate(tuple(win_rate(ours, theirs) for ours, theirs in both))
 
 
-@dataclass(frozen=True)
-class Decided:
-    """A comparison of two groups, each by its best.
+def decided_rows(results: Results) -> list[Row]:
+    """The comparisons that were planned for a part, as far as they have been run."""
+    plan = DECIDED.get(results.part.name)
+    questions = list(plan(results)) if plan else []
+    return [
+        {"question": question, **compared(ours, theirs, len(questions))}
+        for question, ours, theirs in questions
+        if ours is not None and theirs is not None
+    ]
 
-    Attributes:
-      question: what is compared.
-      ours: the best of the first group.
-      theirs: the best of the second.
-    """
 
-    question: str
-    ours: Best
-    theirs: Best
-
-    def row(self, comparisons: int) -> Row:
-        """What was found, with the verdict of an interval that holds for so many at once."""
-        wins = self.ours.wins_over(self.theirs)
-        row: Row = {"question": self.question, "ours": self.ours.title, "theirs": self.theirs.title}
-        for name, best in (("our", self.ours), ("their", self.theirs)):
-            row |= {f"{name}_reward": best.reward.mean, f"{name}_reward_error": best.reward.error}
-        row |= {"win_rate": wins.mean, "standard_error": wins.error}
-        if not math.isnan(wins.error):
-            low, high = win_interval(wins, comparisons)
-            row |= {"low": low, "high": high, "verdict": verdict(wins, comparisons)}
-        return row
+def compared(ours: Best, theirs: Best, comparisons: int) -> Row:
+    """What was found, with the verdict of an interval that holds for so many at once."""
+    wins = ours.wins_over(theirs)
+    row: Row = {"ours": ours.title, "theirs": theirs.title}
+    for name, best in (("our", ours), ("their", theirs)):
+        row |= {f"{name}_reward": best.reward.mean, f"{name}_reward_error": best.reward.error}
+    row |= {"win_rate": wins.mean, "standard_error": wins.error}
+    if not math.isnan(wins.error):
+        low, high = win_interval(wins, comparisons)
+        row |= {"low": low, "high": high, "verdict": verdict(wins, comparisons)}
+    return row
 
 
 def gains(results: Results) -> list[Row]:
@@ -101,21 +98,9 @@ def gains(results: Results) -> list[Row]:
         if best is not None:
             both = zip(best.reward.values, reference, strict=True)
             gain = Estimate(tuple(ours - theirs for ours, theirs in both))
-            rows.append(
-                {"form": form, "best": best.title, "gain": gain.mean, "standard_error": gain.error}
-            )
+            found = {"best": best.title, "gain": gain.mean, "standard_error": gain.error}
+            rows.append({"form": form, **found})
     return rows
-
-
-def decided_rows(results: Results) -> list[Row]:
-    """The comparisons that were planned for a part, as far as they have been run."""
-    plan = DECIDED.get(results.part.name)
-    questions = list(plan(results)) if plan else []
-    return [
-        Decided(question, ours, theirs).row(len(questions))
-        for question, ours, theirs in questions
-        if ours is not None and theirs is not None
-    ]
 
 
 def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Best | None:

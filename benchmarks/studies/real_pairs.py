@@ -113,7 +113,7 @@ class Material:
             digest.update(repr(tuple(pair)).encode())
         return f"{len(self.pairs)} pairs, {digest.hexdigest()[:12]}"
 
-    @property
+    @cached_property
     def fold_of_each(self) -> Tensor:
         """The number of the fold that each pair is in, [N]; pairs of one prompt share it."""
         prompts = sorted({pair.prompt for pair in self.pairs})
@@ -322,104 +322,77 @@ class PairMean(NamedTuple):
         return cls(mean, math.sqrt((sums**2).sum()) / len(values))
 
 
-@dataclass(frozen=True)
-class Finished:
-    """The folds of which every arm is finished.
+Fold = dict[Arm, dict[str, Any]]
+"""What every arm has left in a fold."""
 
-    Attributes:
-      material: the pairs.
-      folds: what each arm has left, fold by fold.
-    """
 
-    material: Material
-    folds: list[dict[Arm, dict[str, Any]]]
+def finished_folds(store: Store) -> list[Fold]:
+    """The folds of which every arm is finished, up to the first unfinished one."""
+    folds: list[Fold] = []
+    while len(folds) < FOLDS:
+        names = {arm: result_name(arm, len(folds)) for arm in ARMS}
+        if not all(map(store.has, names.values())):
+            break
+        folds.append({arm: store.read(name) for arm, name in names.items()})
+    return folds
 
-    @classmethod
-    def read(cls, material: Material, store: Store) -> Finished:
-        """Reads the finished folds, up to the first unfinished one."""
-        folds = []
-        while len(folds) < FOLDS:
-            names = {arm: result_name(arm, len(folds)) for arm in ARMS}
-            if not all(map(store.has, names.values())):
-                break
-            folds.append({arm: store.read(name) for arm, name in names.items()})
-        return cls(material, folds)
 
-    @cached_property
-    def held_out(self) -> list[Pair]:
-        """All held-out pairs, fold by fold."""
-        fold_of_each, pairs = self.material.fold_of_each, self.material.pairs
-        return [
-            pairs[row]
-            for fold in range(len(self.folds))
-            for row in (fold_of_each == fold).nonzero()[:, 0].tolist()
-        ]
-
-    @cached_property
-    def prompts(self) -> list[str]:
-        """The prompts of the held-out pairs."""
-        return [pair.prompt for pair in self.held_out]
-
-    def margins(self, arm: Arm) -> np.ndarray:
-        """The log-ratio margins h of the held-out pairs, nats."""
-        return np.concatenate([fold[arm]["margins"] for fold in self.folds])
-
-    def accuracy(self, arm: Arm) -> PairMean:
-        """The share of held-out pairs with h > 0."""
-        return PairMean.of((self.margins(arm) > 0.0).astype(float), self.prompts)
-
-    def lead(self, arm: Arm, other: Arm) -> PairMean:
-        """By how much the accuracy is above another arm's, pair by pair."""
-        right, theirs = ((self.margins(each) > 0.0).astype(float) for each in (arm, other))
-        return PairMean.of(right - theirs, self.prompts)
-
-    def longer(self) -> PairMean:
-        """How often the chosen answer is the longer text, before any is cut; a tie counts half."""
-        lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in self.held_out])
-        chosen, rejected = lengths.T
-        return PairMean.of((chosen > rejected) + 0.5 * (chosen == rejected), self.prompts)
-
-    def mean(self, arm: Arm, key: str, split: str) -> float:
-        """The mean over the pairs of all folds of what was measured on a split."""
-        sizes = [len(fold[arm]["margins"]) for fold in self.folds]
-        return float(np.average([fold[arm][split][key] for fold in self.folds], weights=sizes))
-
-    def arm_row(self, arm: Arm) -> Row:
-        """A row of arms.csv."""
-        accuracy, lead = self.accuracy(arm), self.lead(arm, BASELINE)
-        found = [fold[arm] for fold in self.folds]
-        row: Row = {"arm": str(arm), "folds": len(self.folds), "pairs": len(self.held_out)}
+def arm_rows(folds: Sequence[Fold], prompts: Sequence[str]) -> list[Row]:
+    """The rows of arms.csv; `prompts` are those of the held-out pairs, fold by fold."""
+    margins = {arm: np.concatenate([fold[arm]["margins"] for fold in folds]) for arm in ARMS}
+    right = {arm: (margins[arm] > 0.0).astype(float) for arm in ARMS}
+    sizes = [len(fold[BASELINE]["margins"]) for fold in folds]
+    rows = []
+    for arm in ARMS:
+        found = [fold[arm] for fold in folds]
+        accuracy = PairMean.of(right[arm], prompts)
+        lead = PairMean.of(right[arm] - right[BASELINE], prompts)
+        row: Row = {"arm": str(arm), "folds": len(folds), "pairs": len(prompts)}
         row |= {"accuracy": accuracy.mean, "accuracy_error": accuracy.standard_error}
         row |= {"lead": lead.mean, "lead_error": lead.standard_error}
-        row |= {"h": float(self.margins(arm).mean())}
+        row |= {"h": float(margins[arm].mean())}
         row |= {"grad_norm_max": max(each["grad_norm_max"] for each in found)}
         row |= {"stopped": sum(each["stopped_at"] is not None for each in found)}
         for split in ("train", "held_out"):
-            keys = [key for key in found[0][split] if key != "accuracy"]
-            row |= {f"{split}_{key}": self.mean(arm, key, split) for key in keys}
-        return row
+            for key in (key for key in found[0][split] if key != "accuracy"):
+                values = [each[split][key] for each in found]
+                row[f"{split}_{key}"] = float(np.average(values, weights=sizes))
+        rows.append(row)
+    return rows
 
-    def pair_row(self) -> Row:
-        """The row of pairs.csv: what any arm is judged on."""
-        longer = self.longer()
-        return {
-            "folds": len(self.folds),
-            "pairs": len(self.held_out),
-            "prompts": len(set(self.prompts)),
-            "cut": self.material.cut(),
-            "chosen_is_longer": longer.mean,
-            "chosen_is_longer_error": longer.standard_error,
-        }
+
+def pair_row(material: Material, held_out: Sequence[Pair], folds: int) -> Row:
+    """The row of pairs.csv: what all arms are judged on.
+
+    `chosen_is_longer` is how often the chosen answer is the longer text, before any is cut; a tie
+    counts half.
+    """
+    prompts = [pair.prompt for pair in held_out]
+    chosen, rejected = np.array([(len(p.chosen), len(p.rejected)) for p in held_out]).T
+    longer = PairMean.of((chosen > rejected) + 0.5 * (chosen == rejected), prompts)
+    return {
+        "folds": folds,
+        "pairs": len(held_out),
+        "prompts": len(set(prompts)),
+        "cut": material.cut(),
+        "chosen_is_longer": longer.mean,
+        "chosen_is_longer_error": longer.standard_error,
+    }
 
 
 def report(material: Material, store: Store) -> None:
     """Writes and prints what is finished."""
-    finished = Finished.read(material, store)
-    if not finished.folds:
+    folds = finished_folds(store)
+    if not folds:
         print("no fold is finished")
         return
+    order = material.fold_of_each.argsort(stable=True).tolist()
+    held_out = [material.pairs[row] for row in order if material.fold_of_each[row] < len(folds)]
+    tables = {
+        "arms": arm_rows(folds, [pair.prompt for pair in held_out]),
+        "pairs": [pair_row(material, held_out, len(folds))],
+    }
     title = f"{record.machine(*PACKAGES, 'transformers')}; {material.base.description}"
-    tables = {"arms": list(map(finished.arm_row, ARMS)), "pairs": [finished.pair_row()]}
     for name, rows in tables.items():
         record.write(store.folder / f"{name}.csv", title, rows)
         print(f"\n{name}\n{pd.DataFrame(rows).T.to_string(header=False)}")

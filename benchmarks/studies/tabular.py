@@ -40,7 +40,6 @@ Array = np.ndarray
 BETAS = (0.1, 0.3, 1.0, 3.0)
 LEARNING_RATE = 0.05
 PROBABILITIES = (0.6, 0.8, 0.9, 0.99)
-ANSWERS = (3, 8, 32)
 
 
 # -------------------------------------------------------------------------------------- the world
@@ -372,19 +371,6 @@ def flipped_labels(probability: float) -> dict[str, tuple[float, float]]:
     }
 
 
-def ranked_answers(count: int) -> Array:
-    """The margins x of all pairs of K ranked answers at SPO's minimum, best pairing first."""
-    first, second = np.triu_indices(count, 1)
-    scores = np.zeros(count)
-    for _ in range(100_000):
-        slope = SPO().slope(scores[first] - scores[second], 1.0)
-        change = np.bincount(first, slope, count) - np.bincount(second, slope, count)
-        scores -= change / count
-        if np.abs(change).max() < 1e-13 * count:
-            return scores[first] - scores[second]
-    raise ArithmeticError(f"{count} ranked answers: expected convergence in 100,000 steps")
-
-
 # ------------------------------------------------------------------------------------ what it says
 
 
@@ -401,10 +387,6 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     for p in PROBABILITIES:
         margins = (f"{name} {x:.4f} {found:.4f}" for name, (x, found) in flipped_labels(p).items())
         print(f"{p:g}: {', '.join(margins)}")
-    print("\nSPO on K ranked answers, all against all: x of the pairs at the minimum")
-    for count in ANSWERS:
-        x = ranked_answers(count)
-        print(f"K = {count}: mean {x.mean():.2f}, sd {x.std():.2f}, {x.min():.3f} to {x.max():.3f}")
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.studies import InputError, real_pairs
 from benchmarks.studies.pretrained import IGNORED
-from benchmarks.studies.real_pairs import FOLDS, Finished, Material, PairMean
+from benchmarks.studies.real_pairs import FOLDS, Material, PairMean
 from benchmarks.studies.store import Store
 from benchmarks.studies.training import Stage
 from helpers.alignment import rows_of
@@ -128,15 +128,13 @@ def test_the_error_counts_prompts() -> None:
     assert together.standard_error == pytest.approx(math.sqrt(0.25 / 2))  # two draws, not four
 
 
-def test_a_lead_is_counted_pair_by_pair(material: Material) -> None:
-    ours, theirs = real_pairs.ARMS[:2]
-    margins = {arm: {"margins": [1.0, 1.0, -1.0, -1.0]} for arm in real_pairs.ARMS}
-    margins[theirs] = {"margins": [1.0, -1.0, 1.0, -1.0]}
-    finished = Finished(material, [margins])
-    lead = finished.lead(ours, theirs)
-    assert lead.mean == 0.0
-    assert lead.standard_error > 0.0
-    assert finished.lead(ours, real_pairs.ARMS[2]) == PairMean(0.0, 0.0)
+def test_a_lead_is_counted_pair_by_pair() -> None:
+    left = {"grad_norm_max": 1.0, "stopped_at": None, "train": {}, "held_out": {}}
+    fold = {arm: left | {"margins": [1.0, 1.0, -1.0, -1.0]} for arm in real_pairs.ARMS}
+    fold[real_pairs.BASELINE] = left | {"margins": [1.0, -1.0, 1.0, -1.0]}
+    ours, theirs, *_ = real_pairs.arm_rows([fold], ["a", "b", "c", "d"])
+    assert (ours["accuracy"], ours["lead"], theirs["lead_error"]) == (0.5, 0.0, 0.0)
+    assert ours["lead_error"] == pytest.approx(math.sqrt(2) / 4)
 
 
 @pytest.mark.parametrize(

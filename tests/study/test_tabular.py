@@ -166,33 +166,6 @@ def test_where_flipped_labels_lead(probability) -> None:
         assert found == pytest.approx(float(minimum), rel=1e-9)
 
 
-@pytest.mark.parametrize("count", [3, 4])
-def test_where_ranked_answers_lead(count) -> None:
-    def slopes(*scores: object) -> list[object]:
-        slope = lambda x: (x - 1) * mpmath.exp(-x)  # noqa: E731
-        scores = (*scores, 0)
-        pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
-        return [
-            sum(slope(scores[i] - scores[j]) * ((k == i) - (k == j)) for i, j in pairs)
-            for k in range(count - 1)
-        ]
-
-    found = mpmath.findroot(slopes, [0.6 * (count - 1 - k) for k in range(count - 1)])
-    scores = np.array([float(score) for score in found] + [0.0])
-    first, second = np.triu_indices(count, 1)
-    np.testing.assert_allclose(
-        tabular.ranked_answers(count), scores[first] - scores[second], rtol=1e-9
-    )
-
-
-def test_ranked_answers_miss_the_target_of_1() -> None:
-    x = np.sort(tabular.ranked_answers(3))
-    np.testing.assert_allclose(x, [0.758, 0.758, 1.516], atol=5e-4)
-    x = tabular.ranked_answers(32)
-    assert x.mean() == pytest.approx(0.94, abs=0.005)
-    assert x.std() == pytest.approx(0.64, abs=0.005)
-
-
 LIMITS = [
     *((method, True) for method in tabular.UNKNOWN_GAP),
     *((method, False) for method in tabular.UNKNOWN_GAP[2:]),
