@@ -54,6 +54,9 @@ SHOWN = [
 
 def write_source_pages(_app: Sphinx) -> None:
     """Writes the page of each file in `SHOWN` beside it. Git ignores these pages."""
+    for folder in {(DOCS / path).parent for path in SHOWN}:
+        for page_of_another_build in folder.glob("*.rst"):
+            page_of_another_build.unlink()
     for path in SHOWN:
         title = f"{path.name}\n{'=' * len(path.name)}"
         page = f"{title}\n\n.. literalinclude:: {path.name}\n   :language: python\n"

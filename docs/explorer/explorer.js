@@ -18,8 +18,8 @@ const inputs = {};
 
 // SPO and the squared loss have their minimum here, in nats.
 const target = () => state.rewardGap / state.beta;
-// The plots always show the target.
-const reachOfPlots = () => Math.max(state.reach, 1.5 * target());
+// The range follows the target, so that it is in sight and the curves fill the plots.
+const reachOfPlots = () => Math.min(Math.max(state.reach, 1.5 * target()), 15 * target());
 
 // The site's switch between light and dark also counts here.
 document.documentElement.style.colorScheme = { light: "light", dark: "dark" }[localStorage.getItem("theme")] ?? "";

@@ -98,14 +98,15 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("margin", [-40.0, -3.3, 0.0, 0.7, 4.0, 10.0, 38.5])
+@pytest.mark.parametrize("targets", [-14.0, -3.3, 0.0, 0.7, 1.0, 4.0, 14.5])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: f"beta={settings['beta']}")
 def test_the_numbers_under_the_cursor_are_those_of_spoloss(
-    page: WebDriver, settings: dict[str, Any], margin: float
+    page: WebDriver, settings: dict[str, Any], targets: float
 ) -> None:
     guard, beta = settings["linearBelow"], settings["beta"]
+    margin = targets * settings["rewardGap"] / beta
     fragment = {**settings, "linearBelow": guard or -1, "guarded": str(guard is not None).lower()}
-    show(page, **fragment, reach=50, margin=margin)
+    show(page, **fragment, reach=300, margin=margin)
     losses: dict[str, tuple[MarginLoss, float]] = {
         "spo": (SPO(guard), beta / settings["rewardGap"]),
         "dpo": (DPO(settings["labelSmoothing"]), beta),
