@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +27,6 @@ EXTENDED = {
     *("test_more_losses.py", "test_your_own_loss.py"),
 }
 """Folders and files whose tests are all extended; the default run does not even import them."""
-
-# Behind all else: the benchmarks come from the checkout, the package as it is installed.
-sys.path.append(str(TESTS.parent))
 
 jax.config.update("jax_enable_x64", True)
 
