@@ -55,6 +55,16 @@ def test_the_ways_solve_the_problem(way: str, frozen: bool) -> None:
     assert fused_worker.timed().seconds > 0.0
 
 
+def test_losses_as_published() -> None:
+    chosen, rejected = torch.tensor([3.0, -2.0]), torch.tensor([1.0, 5.0])
+    s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    down = [s(0.3) + 1 - s(0.2), s(-0.2) + 1 - s(-0.7)]
+    torch.testing.assert_close(fused_problem.apo_down(chosen, rejected), torch.tensor(down))
+    # 1.75 is the mean of the four log-ratios, KTO's reference point here.
+    point = [1 - s(0.125), 1 - s(-0.375), 1 - s(0.075), 1 - s(-0.325)]
+    torch.testing.assert_close(fused_problem.kto(chosen, rejected), torch.tensor(point))
+
+
 def flipped(problem: Problem) -> torch.Tensor:
     loss = WAYS["full_logits"].load()(problem)
     problem.hidden.grad.neg_()

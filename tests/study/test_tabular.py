@@ -12,7 +12,6 @@ from scipy.special import log_softmax
 
 from benchmarks.studies import tabular
 from benchmarks.studies.tabular import Pairs, Size, World
-from helpers.pages import measured
 
 pytestmark = pytest.mark.extended
 
@@ -50,19 +49,6 @@ def test_no_policy_beats_the_optimum_and_regret_is_what_it_lacks(world, beta) ->
 
 
 # -------------------------------------------------------------------------------------- the pairs
-
-
-def test_pairs_come_from_the_reference(world) -> None:
-    both = tabular.draw_pairs(world, 20_000, np.random.default_rng(3))
-    prompts, places = np.divmod(both, SMALL.responses)
-    assert np.all(prompts[:, 0] == prompts[:, 1])
-    assert np.all(places[:, 0] != places[:, 1])
-    assert np.all(np.bincount(prompts[:, 0]) == 20_000)
-    p = np.exp(world.reference)
-    # Two different draws: the first is i and the second anything but i.
-    want = p * (1.0 - p) / (1.0 - (p**2).sum(1, keepdims=True))
-    got = np.stack([np.bincount(places[prompts[:, 0] == n, 0]) for n in range(3)]) / 20_000
-    np.testing.assert_allclose(got, want, atol=5.0 * np.sqrt(0.25 / 20_000))
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -252,17 +238,3 @@ def test_small_study_ranks_as_the_theory_says() -> None:
         assert row["diverged"] == 0
         assert row["kl_error"] > 0.0
         assert row["regret"] >= 0.0
-
-
-def test_published_results_are_of_this_study() -> None:
-    rows = measured("tabular.csv")
-    assert {float(row["beta"]) for row in rows} == set(tabular.BETAS)
-    assert {row["method"] for row in rows} == {"no training", *METHODS}
-    # The untrained rows need no training to be computed anew.
-    worlds = []
-    for seed in range(Size().seeds):
-        worlds.append(tabular.draw_world(Size(), np.random.default_rng(seed)))
-    for row in rows:
-        if row["method"] == "no training":
-            distances = [tabular.untrained(each, float(row["beta"])).kl for each in worlds]
-            assert float(row["kl"]) == pytest.approx(np.mean(distances), rel=1e-4)
