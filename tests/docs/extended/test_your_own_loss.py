@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import more_losses as more
 from helpers.mutants import CONSISTENT, mutants, passed
-from helpers.pages import table_below
-from helpers.recipes_oracle import load
+from helpers.pages import ROOT, table_below
 from helpers.trl_losses import dpo_numbers, dpo_trainer
 from spoloss import DPO, SPO, Squared
 
-DOCS = Path(__file__).parents[2] / "docs"
-TEXT = (DOCS / "your_own_loss.md").read_text()
-more = load("more_losses", DOCS / "examples")
+TEXT = (ROOT / "docs" / "your_own_loss.md").read_text()
 RIGHT = [*more.GALLERY, SPO(), SPO(linear_below=-1.0), DPO(), DPO(label_smoothing=0.1), Squared()]
 
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import more_losses as more
 from helpers import checks
 from helpers.backends import Backend
 from helpers.fused import Case, check_fused
 from helpers.mutants import mutants, passed
-from helpers.recipes_oracle import load, relative_error
+from helpers.recipes_oracle import relative_error
 from helpers.trl_losses import (
     Numbers,
     cpo_numbers,
@@ -38,8 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_.*)?` is:FutureWarning"),
 ]
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-more = load("more_losses", EXAMPLES)
 BETAS = (0.1, 2.0)
 BETA = 0.5  # of the whole models
 
@@ -317,6 +316,6 @@ def test_wrong_losses_are_caught_through_the_fused_head(name, trl_of) -> None:
 
 
 def test_the_file_runs_as_a_script(capsys) -> None:
-    runpy.run_path(str(EXAMPLES / "more_losses.py"), run_name="__main__")
+    runpy.run_path(more.__file__, run_name="__main__")
     printed = capsys.readouterr().out
     assert [str(loss) in printed for loss in more.GALLERY] == [True] * 5
