@@ -97,16 +97,17 @@ class Method:
     Attributes:
       name: as the tables print it.
       loss: the loss of the margin.
-      beta: the loss's beta, from equation 1's and the pairs' known gaps.
+      beta: the loss's beta, from equation 1's and the pairs' known gaps; the default is the first.
       limit: the implicit reward beta * log(pi / pi_ref) at its minimum over endless pairs, from the
-        world and whether labels are noisy; None where the loss has no minimum.
+        world and whether labels are noisy; None where the loss has no minimum. The default is the
+        optimum's, which is the reward itself.
       reweigh: the pairs as this method counts them, from the pairs and the rewards.
     """
 
     name: str
     loss: MarginLoss
-    beta: Callable[[float, Array], Any]
-    limit: Callable[[World, bool], Array | None]
+    beta: Callable[[float, Array], Any] = lambda beta, _: beta
+    limit: Callable[[World, bool], Array | None] = lambda world, _: world.reward
     reweigh: Callable[[Pairs, Array], Pairs] = lambda pairs, _: pairs
 
     def gradient(self, world: World, pairs: Pairs, beta: float) -> Callable[[Array], Array]:
@@ -165,24 +166,14 @@ def ipo_limit(world: World, noisy: bool) -> Array:
     return np.einsum("pij,pj->pi", wins, np.exp(world.reference))
 
 
-def plain(beta: float, _: Array) -> float:
-    """The beta of equation 1."""
-    return beta
-
-
 def per_gap(beta: float, gap: Array) -> Array:
     """A known gap is a beta per pair."""
     return beta / gap
 
 
-def reward_itself(world: World, _: bool) -> Array:
-    """The optimum's implicit reward."""
-    return world.reward
-
-
-SPO_METHOD = Method("SPO(beta)", SPO(), plain, spo_limit)
+SPO_METHOD = Method("SPO(beta)", SPO(), limit=spo_limit)
 UNKNOWN_GAP = (
-    Method("DPO(beta)", DPO(), plain, lambda w, noisy: w.reward if noisy else None),
+    Method("DPO(beta)", DPO(), limit=lambda w, noisy: w.reward if noisy else None),
     Method(
         "DPO(4 beta)",
         DPO(),
@@ -193,14 +184,10 @@ UNKNOWN_GAP = (
     SPO_METHOD,
 )
 KNOWN_GAP = (
-    Method("DPO, soft labels s(gap)", DPO(), plain, reward_itself, soften),
-    Method("SPO, known gap", SPO(), per_gap, reward_itself),
+    Method("DPO, soft labels s(gap)", DPO(), reweigh=soften),
+    Method("SPO, known gap", SPO(), per_gap),
     Method(
-        "SPO, known gap, weighted, guarded",
-        SPO(linear_below=0.0),
-        per_gap,
-        reward_itself,
-        weigh_by_gap,
+        "SPO, known gap, weighted, guarded", SPO(linear_below=0.0), per_gap, reweigh=weigh_by_gap
     ),
-    Method("squared, known gap", Squared(), per_gap, reward_itself),
+    Method("squared, known gap", Squared(), per_gap),
 )

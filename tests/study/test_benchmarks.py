@@ -164,14 +164,14 @@ def test_a_file_grows_and_refuses_a_busy_machine(tmp_path: Path) -> None:
     cells = [Row("a", 1), Row("a", 2), Row("b", 1)]
     table = record.Table(path, "A", Row)
     for cell in list(table.todo(cells))[:2]:
-        table.add(cell, x=0.123456, others=0.09)
+        table.add(cell, x=0.1234567, others=0.09)
     again = record.Table(path, "A", Row)
     assert list(again.todo(cells)) == cells[2:]
     with pytest.raises(SystemExit, match="others: expected at most 10%"):
         again.add(cells[2], x=1.0, others=0.11)
     again.add(cells[2], note="cannot run here")
-    assert path.read_text() == "# A\nway,tokens,x,others,note\na,1,0.1235,0.09,\n" + (
-        "a,2,0.1235,0.09,\nb,1,,,cannot run here\n"
+    assert path.read_text() == "# A\nway,tokens,x,others,note\na,1,0.123457,0.09,\n" + (
+        "a,2,0.123457,0.09,\nb,1,,,cannot run here\n"
     )
     assert list(record.Table(path, "B", Row).todo(cells)) == cells
 
