@@ -116,56 +116,36 @@ def ranges(dtype: str) -> dict[str, float]:
     return {"|x| < 1": 1.0, "|x| < 20": 20.0, "all": 80.0 if dtype == "float32" else 700.0}
 
 
-def hand_spo(h: Tensor, beta: float) -> Tensor:
+def spo_by_hand(x: Tensor) -> Tensor:
     """Equation 6 as it is on paper."""
-    x = beta * h
     return -x * torch.exp(-x)
 
 
-def hand_spo_linear(h: Tensor, beta: float) -> Tensor:
-    """The same with its tangent below -1."""
-    x = beta * h
-    return torch.where(x < -1.0, math.e - 2.0 * math.e * (x + 1.0), -x * torch.exp(-x))
-
-
-def hand_dpo(h: Tensor, beta: float) -> Tensor:
-    """DPO's equation 7 as it is on paper."""
-    return -torch.log(torch.sigmoid(beta * h))
-
-
-def hand_dpo_smooth(h: Tensor, beta: float) -> Tensor:
-    """The same with smoothing 0.1."""
-    x = beta * h
-    return -0.9 * torch.log(torch.sigmoid(x)) - 0.1 * torch.log(torch.sigmoid(-x))
-
-
-def hand_squared(h: Tensor, beta: float) -> Tensor:
-    """The squared error of section 2.2."""
-    return (h - 1.0 / beta) ** 2
-
-
-def trl_sigmoid(h: Tensor, beta: float) -> Tensor:
-    """loss_type="sigmoid" of trl.DPOTrainer."""
-    return -F.logsigmoid(beta * h)
-
-
-def trl_smooth(h: Tensor, beta: float) -> Tensor:
-    """The label smoothing of trl.DPOTrainer, loss_type="aot_unpaired", on sorted margins."""
-    return -F.logsigmoid(beta * h) * (1 - 0.1) - F.logsigmoid(-beta * h) * 0.1
-
-
-def trl_ipo(h: Tensor, beta: float) -> Tensor:
-    """loss_type="ipo" of trl.DPOTrainer, whose beta is half of ours."""
-    return (h - 1 / (2 * (beta / 2))) ** 2
-
-
 PEERS: dict[str, dict[str, Callable[[Tensor, float], Tensor]]] = {
-    "SPO": {"by hand": hand_spo},
-    "SPO, linear below -1": {"by hand": hand_spo_linear},
-    "DPO": {"by hand": hand_dpo, "TRL": trl_sigmoid},
-    "DPO, smoothing 0.1": {"by hand": hand_dpo_smooth, "TRL": trl_smooth},
-    "Squared": {"by hand": hand_squared, "TRL": trl_ipo},
+    "SPO": {"by hand": lambda h, beta: spo_by_hand(beta * h)},
+    "SPO, linear below -1": {
+        "by hand": lambda h, beta: torch.where(
+            beta * h < -1.0, math.e - 2.0 * math.e * (beta * h + 1.0), spo_by_hand(beta * h)
+        )
+    },
+    "DPO": {
+        "by hand": lambda h, beta: -torch.log(torch.sigmoid(beta * h)),
+        "TRL": lambda h, beta: -F.logsigmoid(beta * h),  # loss_type="sigmoid"
+    },
+    "DPO, smoothing 0.1": {
+        "by hand": lambda h, beta: (
+            -0.9 * torch.log(torch.sigmoid(beta * h)) - 0.1 * torch.log(torch.sigmoid(-beta * h))
+        ),
+        # loss_type="aot_unpaired", on sorted margins
+        "TRL": lambda h, beta: -F.logsigmoid(beta * h) * (1 - 0.1) - F.logsigmoid(-beta * h) * 0.1,
+    },
+    "Squared": {
+        "by hand": lambda h, beta: (h - 1.0 / beta) ** 2,
+        # loss_type="ipo", whose beta is half of ours
+        "TRL": lambda h, beta: (h - 1 / (2 * (beta / 2))) ** 2,
+    },
 }
+"""Expressions that others use: as they are printed in the papers, and those of trl.DPOTrainer."""
 
 
 def by_autograd(function: Callable[[Tensor, float], Tensor]) -> Way:

@@ -62,27 +62,30 @@ class Measured(NamedTuple):
 # --------------------------------------------------------------------------------------- the ways
 
 
-class HeadTrainer(DPOTrainer):
-    """Calls a function of both models' hidden states and heads, inside the forward."""
+HeadLoss = Callable[[DPOTrainer, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A trainer, hidden states and head of the policy and of the reference, and labels, to a loss."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for model in (self.model, self.ref_model):
-            add_head_call(model)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
-        """The loss of a batch whose rows are all chosen, then all rejected."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
-        tokens = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            reference = self.ref_model(**tokens, head_call=lambda *both: both)
-        return model(**tokens, head_call=lambda *both: self.pair_loss(*both, *reference, labels))
+def head_trainer(loss: HeadLoss) -> type[DPOTrainer]:
+    """A trainer that computes a loss of hidden states and heads inside the model's forward."""
 
-    def pair_loss(
-        self, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor
-    ) -> Tensor:
-        """The loss from hidden states and heads."""
-        raise NotImplementedError
+    class HeadTrainer(DPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for model in (self.model, self.ref_model):
+                add_head_call(model)
+
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
+        ) -> Any:
+            """The loss of a batch whose rows are all chosen, then all rejected."""
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+            tokens = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                reference = self.ref_model(**tokens, head_call=lambda *both: both)
+            return model(**tokens, head_call=lambda *both: loss(self, *both, *reference, labels))
+
+    return HeadTrainer
 
 
 def add_head_call(model: Any) -> None:
@@ -101,36 +104,30 @@ def add_head_call(model: Any) -> None:
 
 def no_head() -> type[DPOTrainer]:
     """Both models without their heads, which any loss pays for: the least that a step can take."""
-
-    class NoHead(HeadTrainer):
-        def pair_loss(self, hidden: Tensor, *_: Tensor) -> Tensor:
-            return hidden.square().mean()
-
-    return NoHead
+    return head_trainer(lambda _, hidden, *__: hidden.square().mean())
 
 
 def liger() -> type[DPOTrainer]:
     """Liger's fused linear DPO, as TRL's `use_liger_kernel` ran it up to TRL 1.12."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    class Liger(HeadTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.liger = LigerFusedLinearDPOLoss(ignore_index=IGNORED, beta=self.beta)
+    @functools.cache
+    def fused(beta: float) -> LigerFusedLinearDPOLoss:
+        return LigerFusedLinearDPOLoss(ignore_index=IGNORED, beta=beta)
 
-        def pair_loss(
-            self,
-            hidden: Tensor,
-            weight: Tensor,
-            ref_hidden: Tensor,
-            ref_weight: Tensor,
-            labels: Tensor,
-        ) -> Tensor:
-            states = hidden[:, :-1].contiguous(), labels[:, 1:].contiguous()
-            reference = ref_hidden[:, :-1].contiguous()
-            return self.liger(weight, *states, ref_input=reference, ref_weight=ref_weight)[0]
+    def loss(
+        trainer: DPOTrainer,
+        hidden: Tensor,
+        weight: Tensor,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        states = hidden[:, :-1].contiguous(), labels[:, 1:].contiguous()
+        reference = {"ref_input": ref_hidden[:, :-1].contiguous(), "ref_weight": ref_weight}
+        return fused(trainer.beta)(weight, *states, **reference)[0]
 
-    return Liger
+    return head_trainer(loss)
 
 
 def recipe(name: str) -> type[DPOTrainer]:

@@ -64,9 +64,8 @@ def write_source_pages(_app: Sphinx) -> None:
 
 
 def adapt(_app: Sphinx, page: str, source: list[str]) -> None:
-    """What GitHub shows by itself: files outside this folder, cells in one piece, source."""
-    text = re.sub(r"\]\((\.\./benchmarks/\S+\.md)\)", r"](path:\1)", source[0])
-    text = re.sub(r"(?m)^\|.*", unbroken, text)
+    """What GitHub shows by itself: cells in one piece, and sources."""
+    text = re.sub(r"(?m)^\|.*", unbroken, source[0])
     below = [path for path in SHOWN if page == f"{path.parent}/README"]
     if below:
         text += "\n".join(["\n```{toctree}\n:hidden:\n", *(path.stem for path in below), "```\n"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,11 +22,8 @@ from helpers.backends import BACKENDS, Backend
 from helpers.interpreter import run_python
 
 TESTS = Path(__file__).parent
-EXTENDED = {"extended", "study", "test_more_losses.py"}
-"""Folders and files whose tests are all extended; the default run does not even import them."""
-
-# Behind all else: the benchmarks come from the checkout, the package as it is installed.
-sys.path.append(str(TESTS.parent))
+EXTENDED = {"extended", "study"}
+"""Folders whose tests are all extended; the default run does not even import them."""
 
 jax.config.update("jax_enable_x64", True)
 
@@ -64,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def is_extended(path: Path) -> bool:
-    """Whether all tests of a file or folder are extended."""
+    """Whether a file lies in such a folder, or is one."""
     return TESTS in path.parents and not EXTENDED.isdisjoint(path.relative_to(TESTS).parts)
 
 

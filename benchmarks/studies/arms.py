@@ -72,39 +72,27 @@ class Term:
     reversed: bool = False
 
 
-def _plain(beta: float, gap: Tensor) -> list[Term]:  # noqa: ARG001
-    return [Term(beta)]
-
-
-def _known_gap(beta: float, gap: Tensor) -> list[Term]:
-    return [Term(beta / gap)]
-
-
-def _floored_gap(beta: float, gap: Tensor) -> list[Term]:
-    return _known_gap(beta, gap.clamp(min=GAP_FLOOR))
-
-
-def _weighted_gap(beta: float, gap: Tensor) -> list[Term]:
-    return [Term(beta / gap, weights=gap**2)]
-
-
 def _both_orders(beta: float, gap: Tensor) -> list[Term]:
     """Both orders of each pair, each with the probability that Bradley-Terry gives it."""
     right = gap.sigmoid()
     return [Term(beta, weights=right), Term(beta, weights=1.0 - right, reversed=True)]
 
 
+def _weighted_gap(beta: float, gap: Tensor) -> list[Term]:
+    return [Term(beta / gap, weights=gap**2)]
+
+
 @dataclass(frozen=True)
 class Form:
-    """A loss of the library, and how it is put on pairs of known reward difference."""
+    """A loss of the library, and how it is put on pairs of known reward difference.
+
+    Attributes:
+      loss: the loss.
+      terms: what it becomes with a beta and gaps [B]; None does not look at the gaps.
+    """
 
     loss: MarginLoss
-    terms: Callable[[float, Tensor], list[Term]] = _plain
-
-    @property
-    def needs_gap(self) -> bool:
-        """Whether it is for pairs whose reward difference is known."""
-        return self.terms is not _plain
+    terms: Callable[[float, Tensor], list[Term]] | None = None
 
 
 FORMS = {
@@ -115,9 +103,9 @@ FORMS = {
     "spo-below-2": Form(SPO(linear_below=-2.0)),
     "squared": Form(Squared()),
     "dpo-soft": Form(DPO(), _both_orders),
-    "squared-gap": Form(Squared(), _known_gap),
-    "spo-gap": Form(SPO(), _known_gap),
-    "spo-gap-floor": Form(SPO(), _floored_gap),
+    "squared-gap": Form(Squared(), lambda beta, gap: [Term(beta / gap)]),
+    "spo-gap": Form(SPO(), lambda beta, gap: [Term(beta / gap)]),
+    "spo-gap-floor": Form(SPO(), lambda beta, gap: [Term(beta / gap.clamp(min=GAP_FLOOR))]),
     "spo-gap-weighted": Form(SPO(), _weighted_gap),
     "spo-gap-weighted-below0": Form(SPO(linear_below=0.0), _weighted_gap),
 }
@@ -148,7 +136,8 @@ class Arm:
 
     def terms(self, gap: Tensor) -> list[Term]:
         """The terms of the loss of pairs whose reward differences are `gap` [B]."""
-        return FORMS[self.form].terms(self.beta, gap)
+        terms = FORMS[self.form].terms
+        return [Term(self.beta)] if terms is None else terms(self.beta, gap)
 
     def loss(self, logps: Logps, gap: Tensor) -> Tensor:
         """The mean loss of a batch of pairs whose reward differences are `gap` [B]."""
@@ -178,7 +167,7 @@ def parse_arm(text: str) -> Arm:
             f"{text}: expected FORM:BETA or FORM:BETA@LABELS, with FORM one of {', '.join(FORMS)}, "
             f"a finite BETA above 0 and LABELS one of {', '.join(LABELS)}"
         )
-    if arm.labels != CLEAN and FORMS[form].needs_gap:
+    if arm.labels != CLEAN and FORMS[form].terms is not None:
         raise InputError(f"{text}: expected clean labels, for {form} knows the reward difference")
     return arm
 

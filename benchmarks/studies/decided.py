@@ -113,18 +113,13 @@ def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Best |
 
 
 def choose(candidates: Iterable[Candidate]) -> Best | None:
-    """The best of the candidates; None where there is none."""
+    """The best of the candidates in the other seeds, or in the only one; None of none."""
     found = list(candidates)
     if not found:
         return None
     seeds = range(len(found[0].rewards))
-    return Best(tuple(best_without(found, seed, seeds) for seed in seeds))
-
-
-def best_without(candidates: Sequence[Candidate], seed: int, seeds: Sequence[int]) -> Candidate:
-    """The candidate of the greatest merit in all seeds but one, or in the only one."""
-    others = [other for other in seeds if other != seed] or list(seeds)
-    return max(candidates, key=lambda candidate: candidate.merit(others))
+    others = [[other for other in seeds if other != seed] or [seed] for seed in seeds]
+    return Best(tuple(max(found, key=lambda each: each.merit(rest)) for rest in others))
 
 
 def rewards_of(found: Sequence[dict[str, object]]) -> tuple[np.ndarray, ...]:

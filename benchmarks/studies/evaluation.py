@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,17 +67,12 @@ def measure_pairs(policy: Policy, pairs: Pairs, beta: float) -> dict[str, float]
 # ----------------------------------------------------------------------------------------- limits
 
 
-@dataclass(frozen=True)
-class Limit:
-    """A point of a curve that no loss is behind.
+class Limit(NamedTuple):
+    """A point of a curve that no loss is behind; `kl` is in nats.
 
-    Attributes:
-      curve: "optimum" is pi_ref * e^(r / beta) at beta = parameter; "best of n" keeps the best of
-        n = parameter texts of the reference.
-      parameter: see `curve`.
-      reward: expected true reward.
-      kl: divergence from the reference, nats; of best of n its upper bound log n - (n - 1) / n.
-      effective_samples: of the prompt where the weights leave fewest.
+    "optimum" is pi_ref * e^(r / beta) at beta = parameter. "best of n" keeps the best of n =
+    parameter texts of the reference, and its kl is the upper bound log n - (n - 1) / n.
+    `effective_samples` are those of the prompt where the weights leave fewest.
     """
 
     curve: str
@@ -93,7 +88,7 @@ def find_limits(rewards: np.ndarray) -> list[dict[str, object]]:
     kept = [limit for limit in optimum if limit.effective_samples >= LEAST_EFFECTIVE_SAMPLES]
     enough = rewards.shape[1] // LEAST_SAMPLES_OF_EACH
     best = [best_of(rewards, n) for n in BEST_OF if n <= enough]
-    return [asdict(limit) for limit in (*kept, *best)]
+    return [limit._asdict() for limit in (*kept, *best)]
 
 
 def tilt(rewards: np.ndarray, beta: float) -> Limit:

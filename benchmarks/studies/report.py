@@ -47,18 +47,26 @@ def report(
       memorised: the part whose margins are drawn.
       further: rows of further CSV files.
     """
+    first, tables = parts[0], tables_of(parts) | (further or {})
+    print(f"\n{folder}: {title}")
+    for name, rows in tables.items():
+        if rows:
+            record.write(folder / f"{name}.csv", title, rows)
+    print_summary(first, tables)
+    save(draw_frontier(first), folder / "frontier.png", title)
+    if memorised is not None:
+        save(draw_margins(memorised), folder / "margins.png", title)
+
+
+def tables_of(parts: Sequence[Results]) -> dict[str, list[Row]]:
+    """The rows of the CSV files that every experiment has, by name."""
     first = parts[0]
-    tables = {
+    return {
         "win_rates": win_rows(first),
         # The reference is the same in every part, so it is listed with the first.
         "policies": [
             *policy_rows(first, None),
-            *(
-                row
-                for results in parts
-                for arm in results.arms
-                for row in policy_rows(results, arm)
-            ),
+            *(row for each in parts for arm in each.arms for row in policy_rows(each, arm)),
         ],
         "comparisons": comparison_rows(first),
         "pairs": [pair_row(first)],
@@ -73,16 +81,7 @@ def report(
             for policy in (None, *first.arms)
             for text in first.of(policy)[0]["texts"]
         ],
-        **(further or {}),
     }
-    print(f"\n{folder}: {title}")
-    for name, rows in tables.items():
-        if rows:
-            record.write(folder / f"{name}.csv", title, rows)
-    print_summary(first, tables)
-    save(draw_frontier(first), folder / "frontier.png", title)
-    if memorised is not None:
-        save(draw_margins(memorised), folder / "margins.png", title)
 
 
 def print_summary(results: Results, tables: Mapping[str, list[Row]]) -> None:

@@ -6,7 +6,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
@@ -48,15 +48,8 @@ class Estimate:
         return self.mean - half, self.mean + half
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """SPO against a DPO.
-
-    Attributes:
-      ours: the SPO arm.
-      theirs: the DPO arm.
-      wins: win rate of ours over theirs.
-    """
+class Comparison(NamedTuple):
+    """An SPO arm against a DPO arm, and the win rate of the first over the second."""
 
     ours: Arm
     theirs: Arm

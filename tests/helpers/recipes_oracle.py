@@ -7,11 +7,10 @@ batches nor the processes of a recipe can be in what it is compared with.
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import math
 import re
 import runpy
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -28,17 +27,9 @@ from torch.nn import functional as F
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 
 
-def load(name: str, folder: Path = RECIPES) -> ModuleType:
-    """A file of docs/recipes as a module; `toy` among them, under the name that recipes import."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def load(name: str) -> ModuleType:
+    """A file of docs/recipes, which lies on the path of the tests (pyproject.toml)."""
+    return importlib.import_module(name)
 
 
 toy = load("toy")

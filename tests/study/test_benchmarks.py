@@ -55,6 +55,16 @@ def test_the_ways_solve_the_problem(way: str, frozen: bool) -> None:
     assert fused_worker.timed().seconds > 0.0
 
 
+def test_losses_as_published() -> None:
+    chosen, rejected = torch.tensor([3.0, -2.0]), torch.tensor([1.0, 5.0])
+    s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    down = [s(0.3) + 1 - s(0.2), s(-0.2) + 1 - s(-0.7)]
+    torch.testing.assert_close(fused_problem.apo_down(chosen, rejected), torch.tensor(down))
+    # 1.75 is the mean of the four log-ratios, KTO's reference point here.
+    point = [1 - s(0.125), 1 - s(-0.375), 1 - s(0.075), 1 - s(-0.325)]
+    torch.testing.assert_close(fused_problem.kto(chosen, rejected), torch.tensor(point))
+
+
 def flipped(problem: Problem) -> torch.Tensor:
     loss = WAYS["full_logits"].load()(problem)
     problem.hidden.grad.neg_()
@@ -154,14 +164,14 @@ def test_a_file_grows_and_refuses_a_busy_machine(tmp_path: Path) -> None:
     cells = [Row("a", 1), Row("a", 2), Row("b", 1)]
     table = record.Table(path, "A", Row)
     for cell in list(table.todo(cells))[:2]:
-        table.add(cell, x=0.123456, others=0.09)
+        table.add(cell, x=0.1234567, others=0.09)
     again = record.Table(path, "A", Row)
     assert list(again.todo(cells)) == cells[2:]
     with pytest.raises(SystemExit, match="others: expected at most 10%"):
         again.add(cells[2], x=1.0, others=0.11)
     again.add(cells[2], note="cannot run here")
-    assert path.read_text() == "# A\nway,tokens,x,others,note\na,1,0.1235,0.09,\n" + (
-        "a,2,0.1235,0.09,\nb,1,,,cannot run here\n"
+    assert path.read_text() == "# A\nway,tokens,x,others,note\na,1,0.123457,0.09,\n" + (
+        "a,2,0.123457,0.09,\nb,1,,,cannot run here\n"
     )
     assert list(record.Table(path, "B", Row).todo(cells)) == cells
 

@@ -13,7 +13,6 @@ import torch
 from benchmarks.studies import language
 from benchmarks.studies.language import Prompt, all_prompts, encode, parse, reward, write_review
 from benchmarks.studies.language_model import LAYERS, completion_logps, sample
-from benchmarks.studies.language_task import split_prompts
 from helpers.alignment import policy_of
 
 pytestmark = [pytest.mark.extended, pytest.mark.usefixtures("one_thread")]
@@ -129,23 +128,3 @@ def test_sampling_with_a_cache_follows_the_model() -> None:
     probability = whole[0, 3].softmax(0).detach()
     frequency = torch.bincount(first, minlength=95) / 1000
     assert ((frequency - probability).abs() < 5 * (probability / 1000).sqrt()).all()
-
-
-def test_texts_of_several_lengths_are_sampled_apart() -> None:
-    # What one text has is not what its neighbours in the batch have: each follows its own prompt.
-    policy = policy_of("rows")
-    prompts = torch.tensor([encode(prompt.tokens) for prompt in all_prompts()[:64]])
-    drawn = sample(policy, prompts, torch.Generator().manual_seed(1))
-    lengths = (drawn != 0).sum(1)
-    assert lengths.min() < 40 == drawn.shape[1]
-    with torch.no_grad():
-        for row in (0, 17, 63):
-            alone = policy(torch.cat((prompts, drawn), 1)[row : row + 1])[0].softmax(1)
-            assert all(alone[3 + i, drawn[row, i]] > 1e-4 for i in range(min(lengths[row] + 1, 40)))
-
-
-def test_held_out_prompts_are_held_out() -> None:
-    fit, held_out = split_prompts(0)
-    assert (len(fit), len(held_out)) == (128, 32)
-    assert set(fit) | set(held_out) == set(all_prompts())
-    assert split_prompts(1)[1] != held_out == split_prompts(0)[1]

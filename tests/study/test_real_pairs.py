@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.studies import InputError, real_pairs
+from benchmarks.studies import InputError, judged_pairs, real_pairs
+from benchmarks.studies.judged_pairs import FOLDS, Material
 from benchmarks.studies.pretrained import IGNORED
-from benchmarks.studies.real_pairs import FOLDS, Material, PairMean
+from benchmarks.studies.real_pairs import PairMean
 from benchmarks.studies.store import Store
 from benchmarks.studies.training import Stage
 from helpers.alignment import rows_of
@@ -151,14 +152,16 @@ def test_pairs_without_gaps_or_prompts_are_refused(
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(lines()[0] | line) + "\n")
     with pytest.raises(InputError, match=words):
-        real_pairs.read_once(file)
+        judged_pairs.read_once(file)
 
 
 def test_a_probability_is_a_gap_and_long_texts_are_cut(material: Material) -> None:
     given = {"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.8}
-    assert real_pairs.parse(given).reward_gap == pytest.approx(math.log(4.0))
-    long = real_pairs.Pair("a " * 200 + "?", "road " * 100, "small", 1.0)
-    (chosen, rejected), cut = real_pairs.encode(long, material.base.tokenizer)
+    assert judged_pairs.parse(given).reward_gap == pytest.approx(math.log(4.0))
+    long = judged_pairs.Pair("a " * 200 + "?", "road " * 100, "small", 1.0)
+    (chosen, rejected), cut = judged_pairs.encode(long, material.base.tokenizer)
     assert cut
-    assert len(chosen.ids) == len(chosen.labels) == real_pairs.LENGTH
-    assert chosen.labels.count(IGNORED) == rejected.labels.count(IGNORED) == real_pairs.LENGTH // 2
+    assert len(chosen.ids) == len(chosen.labels) == judged_pairs.LENGTH
+    assert (
+        chosen.labels.count(IGNORED) == rejected.labels.count(IGNORED) == judged_pairs.LENGTH // 2
+    )

@@ -109,18 +109,6 @@ def test_the_published_results_are_of_these_settings(folder: str, settings: dict
 # -------------------------------------------------------------------------------------- stability
 
 
-def test_the_stability_study_asks_for_what_it_says() -> None:
-    runs = stability.STUDY.runs()
-    assert len({run.name for run in runs}) == len(runs) == 180
-    jobs = dict(zip((run.name for run in runs), stability.STUDY.jobs()[1:], strict=True))
-    unclipped = next(
-        run for run in runs if run.clip is None and run.lr == 3e-3 and run.arm.labels == "noisy"
-    )
-    name, arm, stage, *_ = jobs[unclipped.name].function.args
-    assert (name, arm, stage.lr, stage.clip) == (unclipped.name, unclipped.arm, 3e-3, None)
-    assert (stage.steps, stage.lr_factor(149)) == (150, 1.0)
-
-
 def test_a_small_stability_study(tmp_path: Path) -> None:
     study = replace(
         stability.STUDY,

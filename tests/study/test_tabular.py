@@ -11,18 +11,19 @@ import torch
 from scipy.special import log_softmax
 
 from benchmarks.studies import tabular
-from benchmarks.studies.tabular import Pairs, Size, World
-from helpers.pages import measured
+from benchmarks.studies import tabular_methods as methods
+from benchmarks.studies.tabular import Size
+from benchmarks.studies.tabular_methods import Pairs, World
 
 pytestmark = pytest.mark.extended
 
-METHODS = {method.name: method for method in tabular.UNKNOWN_GAP + tabular.KNOWN_GAP}
+METHODS = {method.name: method for method in methods.UNKNOWN_GAP + methods.KNOWN_GAP}
 SMALL = Size(prompts=3, responses=6, pairs=60, steps=200, seeds=2)
 
 
 @pytest.fixture
 def world() -> World:
-    return tabular.draw_world(SMALL, np.random.default_rng(1))
+    return methods.draw_world((SMALL.prompts, SMALL.responses), np.random.default_rng(1))
 
 
 def objective(world: World, policy: np.ndarray, beta: float) -> float:
@@ -45,31 +46,18 @@ def test_no_policy_beats_the_optimum_and_regret_is_what_it_lacks(world, beta) ->
         policy = log_softmax(optimum + size * rng.normal(size=optimum.shape), axis=-1)
         lacks = best - objective(world, policy, beta)
         assert lacks > 0.0
-        regret = beta * tabular.kl(policy, optimum)
+        regret = beta * methods.kl(policy, optimum)
         assert regret == pytest.approx(lacks, rel=1e-6, abs=1e-12)
 
 
 # -------------------------------------------------------------------------------------- the pairs
 
 
-def test_pairs_come_from_the_reference(world) -> None:
-    both = tabular.draw_pairs(world, 20_000, np.random.default_rng(3))
-    prompts, places = np.divmod(both, SMALL.responses)
-    assert np.all(prompts[:, 0] == prompts[:, 1])
-    assert np.all(places[:, 0] != places[:, 1])
-    assert np.all(np.bincount(prompts[:, 0]) == 20_000)
-    p = np.exp(world.reference)
-    # Two different draws: the first is i and the second anything but i.
-    want = p * (1.0 - p) / (1.0 - (p**2).sum(1, keepdims=True))
-    got = np.stack([np.bincount(places[prompts[:, 0] == n, 0]) for n in range(3)]) / 20_000
-    np.testing.assert_allclose(got, want, atol=5.0 * np.sqrt(0.25 / 20_000))
-
-
 @pytest.mark.parametrize("noisy", [False, True])
 def test_labels_follow_the_reward_or_bradley_terry(world, noisy) -> None:
     rng = np.random.default_rng(4)
     both = np.tile([[0, 1], [3, 2]], (20_000, 1))
-    pairs = tabular.label(world, both, rng, noisy=noisy)
+    pairs = methods.label(world, both, rng, noisy=noisy)
     assert pairs.weights.sum() == pytest.approx(1.0, rel=1e-12)
     for first, second in ((0, 1), (3, 2)):
         won = pairs.weights[(pairs.chosen == first) & (pairs.rejected == second)].sum() * 2.0
@@ -80,9 +68,9 @@ def test_labels_follow_the_reward_or_bradley_terry(world, noisy) -> None:
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_every_pair_is_what_many_draws_tend_to(world, noisy) -> None:
-    pairs = tabular.every_pair(world, noisy=noisy)
-    many = tabular.draw_pairs(world, 100_000, np.random.default_rng(5))
-    drawn = tabular.label(world, many, np.random.default_rng(6), noisy=noisy)
+    pairs = methods.every_pair(world, noisy=noisy)
+    many = methods.draw_pairs(world, 100_000, np.random.default_rng(5))
+    drawn = methods.label(world, many, np.random.default_rng(6), noisy=noisy)
     table = np.zeros((2, world.reward.size, world.reward.size))
     for n, each in enumerate((pairs, drawn)):
         np.add.at(table[n], (each.chosen, each.rejected), each.weights)
@@ -97,8 +85,8 @@ def test_every_pair_is_what_many_draws_tend_to(world, noisy) -> None:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_gradient_is_that_of_the_mean_loss_by_the_scores_of_a_softmax(world, method) -> None:
-    both = tabular.draw_pairs(world, SMALL.pairs, np.random.default_rng(7))
-    pairs = tabular.label(world, both, np.random.default_rng(8), noisy=False)
+    both = methods.draw_pairs(world, SMALL.pairs, np.random.default_rng(7))
+    pairs = methods.label(world, both, np.random.default_rng(8), noisy=False)
     scores = world.reference + 0.1 * np.random.default_rng(9).normal(size=world.reference.shape)
     got = method.gradient(world, pairs, 0.5)(scores)
     leaf = torch.tensor(scores, requires_grad=True)
@@ -167,14 +155,14 @@ def test_where_flipped_labels_lead(probability) -> None:
 
 
 LIMITS = [
-    *((method, True) for method in tabular.UNKNOWN_GAP),
-    *((method, False) for method in tabular.UNKNOWN_GAP[2:]),
-    *((method, False) for method in tabular.KNOWN_GAP),  # a known gap is a known order
+    *((method, True) for method in methods.UNKNOWN_GAP),
+    *((method, False) for method in methods.UNKNOWN_GAP[2:]),
+    *((method, False) for method in methods.KNOWN_GAP),  # a known gap is a known order
 ]
 
 
 def test_dpo_has_no_limit_on_clean_labels(world) -> None:
-    for method in tabular.UNKNOWN_GAP[:2]:
+    for method in methods.UNKNOWN_GAP[:2]:
         assert method.limit(world, False) is None
 
 
@@ -184,7 +172,7 @@ def test_dpo_has_no_limit_on_clean_labels(world) -> None:
 )
 def test_endless_pairs_lead_to_the_limit(world, method, noisy) -> None:
     limit = method.limit(world, noisy)
-    pairs = tabular.every_pair(world, noisy=noisy)
+    pairs = methods.every_pair(world, noisy=noisy)
     for beta in (0.3, 2.0):
         leaf = torch.tensor(world.tilted(limit, beta), requires_grad=True)
         loss = mean_loss_by_hand(method.name, world, pairs, leaf, beta)
@@ -199,13 +187,13 @@ def test_endless_pairs_lead_to_the_limit(world, method, noisy) -> None:
 
 def test_ipo_limit_is_least_squares(world) -> None:
     for noisy in (False, True):
-        pairs = tabular.every_pair(world, noisy=noisy)
+        pairs = methods.every_pair(world, noisy=noisy)
         root = np.sqrt(pairs.weights)
         design = np.zeros((len(root), world.reward.size))
         rows = np.arange(len(root))
         design[rows, pairs.chosen], design[rows, pairs.rejected] = root, -root
         solved = np.linalg.lstsq(design, 0.5 * root, rcond=None)[0].reshape(world.reward.shape)
-        limit = tabular.ipo_limit(world, noisy)
+        limit = methods.ipo_limit(world, noisy)
         solved, limit = (each - each.mean(1, keepdims=True) for each in (solved, limit))
         np.testing.assert_allclose(limit, solved, atol=1e-10)
 
@@ -215,8 +203,8 @@ def test_ipo_limit_is_least_squares(world) -> None:
 
 def test_outcome_is_of_the_trained_policy(world) -> None:
     method, beta = METHODS["SPO(beta)"], 0.5
-    both = tabular.draw_pairs(world, SMALL.pairs, np.random.default_rng(13))
-    pairs = tabular.label(world, both, np.random.default_rng(14), noisy=True)
+    both = methods.draw_pairs(world, SMALL.pairs, np.random.default_rng(13))
+    pairs = methods.label(world, both, np.random.default_rng(14), noisy=True)
     outcome = tabular.train(method, beta, world, pairs, world.reward, 40)
     early, late = tabular.adam(method.gradient(world, pairs, beta), world.reference, (30, 40))
     optimum = world.optimum(beta)
@@ -252,17 +240,3 @@ def test_small_study_ranks_as_the_theory_says() -> None:
         assert row["diverged"] == 0
         assert row["kl_error"] > 0.0
         assert row["regret"] >= 0.0
-
-
-def test_published_results_are_of_this_study() -> None:
-    rows = measured("tabular.csv")
-    assert {float(row["beta"]) for row in rows} == set(tabular.BETAS)
-    assert {row["method"] for row in rows} == {"no training", *METHODS}
-    # The untrained rows need no training to be computed anew.
-    worlds = []
-    for seed in range(Size().seeds):
-        worlds.append(tabular.draw_world(Size(), np.random.default_rng(seed)))
-    for row in rows:
-        if row["method"] == "no training":
-            distances = [tabular.untrained(each, float(row["beta"])).kl for each in worlds]
-            assert float(row["kl"]) == pytest.approx(np.mean(distances), rel=1e-4)

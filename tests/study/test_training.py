@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.studies import InputError, results, training
-from benchmarks.studies.alignment import FULL_PARTS
+from benchmarks.studies import results, training
 from benchmarks.studies.arms import FORMS, Arm, Logps, parse_arm
 from benchmarks.studies.evaluation import best_of, find_limits, tilt, win_rate
 from benchmarks.studies.experiment import labelled_for, wrong_labels
@@ -50,7 +49,7 @@ def test_identical_policies_do_not_share_random_numbers() -> None:
     one, other = (np.array(each["rewards"]) for each in answers[:2])
     assert (one == other).mean() < 0.05
     assert abs(win_rate(one, other) - 0.5) < 4 * 0.5 / math.sqrt(one.size)
-    assert answers[0]["kl"] == 0.0
+    assert answers[0]["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
 def test_a_broken_policy_is_judged_without_a_crash() -> None:
@@ -90,26 +89,6 @@ def test_intervals_widen_with_the_number_of_comparisons() -> None:
 
 
 # ----------------------------------------------------------------------------------- arms, stages
-
-
-def test_arms_are_written_as_they_are_read() -> None:
-    for part in FULL_PARTS:
-        assert [parse_arm(str(arm)) for arm in part.arms] == list(part.arms)
-    assert parse_arm("spo:0.1@noisy") == Arm("spo", 0.1, "noisy")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("ppo:0.1", "expected FORM:BETA or"),
-        ("spo:0", "a finite BETA above 0"),
-        ("spo:0.1@dirty", "LABELS one of clean, noisy"),
-        ("spo-gap:1@noisy", "expected clean labels"),
-    ],
-)
-def test_arms_that_make_no_sense(text: str, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        parse_arm(text)
 
 
 X0 = {"spo-below0": 0.0, "spo-below-1": -1.0, "spo-below-2": -2.0}

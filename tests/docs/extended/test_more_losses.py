@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+import more_losses as more
 from helpers.backends import Backend
-from helpers.recipes_oracle import load, relative_error
+from helpers.recipes_oracle import relative_error
 from helpers.trl_losses import (
     Numbers,
     cpo_numbers,
@@ -40,8 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_.*)?` is:FutureWarning"),
 ]
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-more = load("more_losses", EXAMPLES)
+EXAMPLES = Path(more.__file__).parent
 GALLERY = more.OF_THE_MARGIN + more.OF_TWO_LOG_RATIOS
 BETAS = (0.1, 2.0)
 BETA = 0.5  # of the whole models
@@ -347,6 +347,6 @@ def test_plackett_luce_is_a_product_of_choices(page: dict[str, Any]) -> None:
 
 
 def test_the_file_runs_as_a_script(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "more_losses.py"), run_name="__main__")
+    runpy.run_path(more.__file__, run_name="__main__")
     printed = capsys.readouterr().out
     assert all(str(loss) in printed for loss in GALLERY)
