@@ -9,14 +9,21 @@ try:
 except ImportError as error:
     raise ImportError('spoloss.jax needs JAX: pip install "spoloss[jax]"') from error
 
-from spoloss.jax._call import LinearPairLoss
-from spoloss.jax.fused import linear_pair_loss
-from spoloss.jax.fused_dpo import linear_dpo_loss
-from spoloss.jax.fused_spo import linear_spo_loss
-from spoloss.jax.fused_squared import linear_ipo_loss, linear_squared_loss
+from spoloss.jax._fused import LinearPairLoss
+from spoloss.jax.heads import (
+    Completions,
+    Head,
+    linear_dpo_loss,
+    linear_ipo_loss,
+    linear_pair_loss,
+    linear_spo_loss,
+    linear_squared_loss,
+)
 from spoloss.jax.logps import linear_logps, sequence_logps
 
 __all__ = [
+    "Completions",
+    "Head",
     "LinearPairLoss",
     "linear_dpo_loss",
     "linear_ipo_loss",

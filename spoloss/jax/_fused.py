@@ -1,190 +1,178 @@
-"""The derivative rules of the fused pair loss. The forward rule computes the gradients, once.
+"""The loss from hidden states, with the rules of its derivatives: in one pass if possible.
 
-`jax.custom_vjp` runs the forward rule only under differentiation, and passes which arguments are
-differentiated. So an evaluation computes no gradient, and neither does a frozen head.
+With a frozen head, the forward keeps each token's direction, for any loss. With a trained head, one
+pass computes the gradients in the forward, so it needs the factor of each pair in the loss. With
+`reduction="none"` these factors are only known in the backward, which computes the logits again.
+
+`jax.custom_vjp` runs the forward rule only under differentiation, and passes with respect to what.
+So an evaluation computes no gradient, and neither does a frozen head.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from spoloss._arrays import reduction_scale
-from spoloss.jax._labels import Labels, Reading
+from spoloss.jax._labels import Sequences
 from spoloss.jax._mesh import Split, vary_alike
 from spoloss.jax._objective import Constants, Objective
-from spoloss.jax._one_pass import one_pass
-from spoloss.jax._plan import on_platform
-from spoloss.jax._recompute import TokenCall, scaled, token_logps
+from spoloss.jax._one_pass import Made, lengths_of, one_pass, sums_of
+from spoloss.jax._recompute import in_rows, layout, of_tokens, scaled, token_logps
 from spoloss.jax._residuals import Kinds, or_empty, or_none, or_zero
-from spoloss.jax._softmax import Head, HeadOptions, HeadSums, Wanted
-from spoloss.jax._tokens import Table, rows_for_pairs, rows_for_tokens
+from spoloss.jax._softmax import HeadSums, Projection, Wanted
+from spoloss.jax._tiles import on_platform
+from spoloss.jax._tokens import rows_for_pairs
+
+if TYPE_CHECKING:
+    from spoloss.jax.heads import Head
+
+Sides = tuple[Sequences, ...]
+Arrays = tuple[Array, ...]
+MaybeArrays = tuple[Array | None, ...]
 
 
-@dataclass(frozen=True)
-class PairCall:
-    """The static part of a call, known before tracing."""
+class LinearPairLoss(NamedTuple):
+    """The loss, and the policy's log-probabilities for metrics.
 
-    objective: Objective
-    head: HeadOptions
-    reading: Reading
-    split: Split
+    Attributes:
+      loss: 0-d, or [P] with `reduction="none"`.
+      chosen_logps: log pi(y_w|x), [P], nats, constant under differentiation.
+      rejected_logps: log pi(y_l|x), [P], nats, constant under differentiation.
+    """
 
-
-class Inputs(NamedTuple):
-    """The differentiable arguments."""
-
-    chosen_hidden: Array
-    rejected_hidden: Array
-    weight: Array
-    bias: Array | None
-    constants: Constants
+    loss: Array
+    chosen_logps: Array
+    rejected_logps: Array
 
 
-class Output(NamedTuple):
-    """The loss, and the log-probabilities [P, 2] of both sides, without derivatives."""
+def fused_loss(
+    objective: Objective, head: Head, hidden: Arrays, sides: Sides, constants: Constants
+) -> LinearPairLoss:
+    """The loss of a batch of pairs from the hidden states of both sides, [B, T, D]."""
+    head, hidden, sides, constants = vary_alike((head, hidden, sides, constants))
+    if objective.reduction == "none":
+        # A trained head's gradient sums over pairs, so it needs all upstream gradients first.
+        tokens = token_logps(head, hidden, sides)
+        loss, logps = _value(objective, tokens, sides, constants)
+    else:
+        weights = tuple(side.weights for side in sides)
+        loss, logps = _fused(objective, head, hidden, sides, weights, constants)
+    return LinearPairLoss(loss, *lax.stop_gradient(logps.T))
+
+
+class _Output(NamedTuple):
+    """The loss, and the log-probabilities [P, 2] of both sides."""
 
     loss: Array
     logps: Array
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def loss_of_hidden(call: PairCall, inputs: Inputs, labels: tuple[Labels, Labels]) -> Output:
-    """The loss from the hidden states of both sides, [P, T, D]."""
-    inputs, labels = vary_alike((inputs, labels))
-    if call.objective.reduction == "none":
-        # A trained head's gradient sums over pairs, so it needs all upstream gradients first.
-        return _by_tokens(call, inputs, labels)
-    return _fused(call, inputs, labels)
-
-
-def _by_tokens(call: PairCall, inputs: Inputs, labels: tuple[Labels, Labels]) -> Output:
-    """The same from token log-probabilities, which accept one upstream gradient per pair."""
-    token_call = TokenCall(call.head, call.reading, call.split)
-    sums, lengths = [], []
-    for hidden, side in zip(inputs[:2], labels, strict=True):
-        logps = token_logps(token_call, hidden, inputs.weight, inputs.bias, side)
-        sums.append(side.sum(logps))
-        lengths.append(side.sum(side.targets(call.reading)[1]).astype(logps.dtype))
-    return _output(
-        call.objective, jnp.stack(sums, axis=1), jnp.stack(lengths, axis=1), inputs.constants
-    )
-
-
-def _output(objective: Objective, sums: Array, lengths: Array, constants: Constants) -> Output:
-    return Output(objective.value(sums, lengths, constants), objective.logps(sums, lengths))
+def _value(objective: Objective, tokens: Arrays, sides: Sides, constants: Constants) -> _Output:
+    """The loss from the log-probabilities of tokens, [B, T] by side."""
+    sums = sums_of(tokens, sides)
+    lengths = lengths_of(sides, sums.dtype)
+    return _Output(objective.value(sums, lengths, constants), objective.logps(sums, lengths))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(call: PairCall, inputs: Inputs, labels: tuple[Labels, Labels]) -> Output:
-    nothing = Wanted((False, False), weight=False, bias=False)
-    found = _one_pass(call, nothing, inputs, labels)
-    return _output(call.objective, found.sums, found.lengths, inputs.constants)
+def _fused(
+    objective: Objective,
+    head: Head,
+    hidden: Arrays,
+    sides: Sides,
+    weights: MaybeArrays,
+    constants: Constants,
+) -> _Output:
+    """The loss. `weights` are those of the sides' tokens: what a side is differentiated by."""
+    del weights
+    found = of_tokens(head, hidden, sides, directions=(False, False))
+    return _value(objective, found.logps, sides, constants)
 
 
-def _forward(call: PairCall, *primals: Any) -> tuple[Output, Any]:
-    chosen, rejected, weight, bias, _ = primals[0]
-    wanted = Wanted(
-        (chosen.perturbed, rejected.perturbed),
-        weight=weight.perturbed,
-        bias=bias is not None and bias.perturbed,
+def _forward(objective: Objective, *primals: Any) -> tuple[_Output, Any]:
+    wanted = Wanted.of(*primals[:2])
+    values = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
+    head, hidden, sides, weights, constants = values
+    if wanted.head:
+        made = _one_pass(objective, head, hidden, sides, constants, wanted)
+    else:
+        found = of_tokens(head, hidden, sides, directions=wanted.hidden)
+        made = Made(*found, HeadSums(None, None))
+    output = _value(objective, made.logps, sides, constants)
+    kept = Made(
+        made.logps,
+        tuple(or_empty(rows, head.weight.dtype) for rows in made.directions),
+        HeadSums(*(or_empty(total, made.logps[0].dtype) for total in made.head)),
     )
-    inputs, labels = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
-    found = _one_pass(call, wanted, inputs, labels)
-    sums, lengths = found.sums, found.lengths
-    kept = Found(
-        sums,
-        lengths,
-        tuple(or_empty(rows, inputs.weight.dtype) for rows in found.directions),
-        HeadSums(*(or_empty(total, sums.dtype) for total in found.head)),
-    )
-    output = _output(call.objective, sums, lengths, inputs.constants)
-    return output, (kept, inputs.constants, labels, Kinds.of(inputs[:4]))
+    empty = jax.tree.map(lambda array: or_empty(None, array.dtype), head)
+    kinds = Kinds.of((head.weight, head.bias, *hidden))
+    return output, (kept, sides, weights, constants, empty, kinds)
 
 
-def _backward(call: PairCall, residual: Any, upstream: Output) -> tuple[Inputs, None]:
-    """The gradients of the pass times the upstream gradient of the loss, 0-d."""
-    (sums, lengths, directions, by_head), constants, labels, kinds = residual
-    up, objective = upstream.loss, call.objective
+def _backward(objective: Objective, residual: Any, upstream: _Output) -> tuple[Any, ...]:
+    """What the forward kept, times the upstream gradient of the loss, 0-d."""
+    (tokens, directions, by_head), sides, weights, constants, head, kinds = residual
+    up = upstream.loss
     if isinstance(up, SymbolicZero):
-        of_constants = jax.tree.map(lambda array: SymbolicZero(jax.typeof(array)), constants)
-        zeros = [*(or_zero(None, kind) for kind in kinds.each), of_constants]
-        return Inputs(*zeros), None
+        return (None,) * 5
+    sums = sums_of(tokens, sides)
     scale = reduction_scale(constants.reference_chosen, objective.reduction)
-    factor = up.astype(sums.dtype)
-    slopes = factor * objective.token_slopes(sums, lengths, constants, scale)
-    by_hidden = (
-        scaled(or_none(rows), side.spread(slopes[:, i]))
-        for i, (rows, side) in enumerate(zip(directions, labels, strict=True))
-    )
-    totals = (or_none(total) for total in by_head)
-    scaled_head = HeadSums(*(None if total is None else factor * total for total in totals))
-    _, back = jax.vjp(lambda constants: objective.value(sums, lengths, constants), constants)
-    gradients = map(or_zero, (*by_hidden, *scaled_head.like(*kinds.each[2:])), kinds.each)
-    return Inputs(*gradients, *back(up)), None
+    factor = scale * up.astype(sums.dtype)
+    slopes = factor * objective.slopes(sums, lengths_of(sides, sums.dtype), constants)
+    by_hidden = [
+        scaled(or_none(rows), side.weighted(side.spread(slopes[:, i])))
+        for i, (rows, side) in enumerate(zip(directions, sides, strict=True))
+    ]
+    totals = HeadSums(*map(or_none, by_head))
+    of_head = jax.tree.map(lambda total: up.astype(total.dtype) * total, totals)
+
+    def value(weights: MaybeArrays, constants: Constants) -> Array:
+        weighted = zip(sides, weights, strict=True)
+        again = tuple(replace(side, weights=of_side) for side, of_side in weighted)
+        return _value(objective, tokens, again, constants).loss
+
+    _, back = jax.vjp(value, weights, constants)
+    dtype = kinds.each[0].dtype
+    weight, bias, *rows = map(or_zero, (*of_head.like(dtype), *by_hidden), kinds.each)
+    return head.of(weight, bias), tuple(rows), None, *back(up)
 
 
 _fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-class Found(NamedTuple):
-    """What the pass over the tokens finds.
-
-    Attributes:
-      sums: [P, 2] log-probabilities of both sides, summed over tokens.
-      lengths: [P, 2] the number of tokens that count.
-      directions: as in `Made`, [P, T, D] or None.
-      head: the gradients by weight and bias.
-    """
-
-    sums: Array
-    lengths: Array
-    directions: tuple[Any, ...]
-    head: HeadSums
-
-
 def _one_pass(
-    call: PairCall, wanted: Wanted, inputs: Inputs, labels: tuple[Labels, Labels]
-) -> Found:
-    """The pass over the tokens."""
+    objective: Objective,
+    head: Head,
+    hidden: Arrays,
+    sides: Sides,
+    constants: Constants,
+    wanted: Wanted,
+) -> Made:
+    """The pass of a trained head over the tokens, on all devices."""
     # Each device has its own pairs, but the mean is over all pairs.
-    scale = reduction_scale(inputs.constants.reference_chosen, call.objective.reduction)
-    rows_for = rows_for_pairs if wanted.head else rows_for_tokens
+    scale = reduction_scale(constants.reference_chosen, objective.reduction)
+    split = Split.of(head)
 
-    def with_tiles(rows: int, inputs: Inputs, labels: tuple[Labels, Labels]) -> Found:
-        head = Head.of(inputs.weight, inputs.bias, call.head)
-        table = Table(labels, call.reading, rows, whole_pairs=wanted.head)
-        hidden = tuple(states.reshape(-1, states.shape[2]) for states in inputs[:2])
-        zero = labels[0].zero(head.dtype) + labels[1].zero(head.dtype)
-        made = one_pass(head, table, hidden, call.objective, inputs.constants, scale, wanted, zero)
-        directions = tuple(
-            None if rows is None else rows.reshape(states.shape)
-            for rows, states in zip(made.directions, inputs[:2], strict=True)
-        )
-        sums, lengths = table.sum(made.logps) + zero, table.lengths.astype(head.dtype)
-        return Found(sums, lengths, directions, made.head)
+    def visit(rows: int, head: Head, hidden: Arrays, sides: Sides, constants: Constants) -> Made:
+        flat = tuple(states.reshape(-1, states.shape[2]) for states in hidden)
+        projection = Projection.of(head)
+        made = one_pass(projection, flat, sides, rows, objective, constants, scale, wanted)
+        return Made(in_rows(made.logps, sides), in_rows(made.directions, sides), made.head)
 
-    def on_device(inputs: Inputs, labels: tuple[Labels, Labels]) -> Found:
-        rows = functools.partial(rows_for, labels, call.reading)
-        words = len(inputs.weight)
-        found: Found = on_platform(with_tiles, rows, words, call.head.chunk_size, inputs, labels)
-        return found._replace(head=call.split.sum_pairs(found.head))
+    def on_device(head: Head, hidden: Arrays, sides: Sides, constants: Constants) -> Made:
+        rows = functools.partial(rows_for_pairs, sides)
+        arguments = (head, hidden, sides, constants)
+        made: Made = on_platform(visit, rows, len(head.weight), head.chunk_size, *arguments)
+        return made._replace(head=split.sum_batch(made.head))
 
-    pairs, words = call.split.of_pairs, call.split.of_words
-    constants = jax.tree.map(
-        lambda array: pairs if array.ndim else call.split.whole, inputs.constants
-    )
-    side = Labels(pairs, call.split.whole)
-    run = call.split.run(
-        on_device,
-        (Inputs(pairs, pairs, words, words, constants), (side, side)),
-        Found(pairs, pairs, pairs, words),
-    )
-    found: Found = run(inputs, labels)
-    return found
+    of_constants = jax.tree.map(lambda a: split.of_batch if a.ndim else split.whole, constants)
+    layouts = (*layout(split, head, sides), of_constants)
+    run = split.run(on_device, layouts, Made(split.of_batch, split.of_batch, split.of_vocab))
+    made: Made = run(head, hidden, sides, constants)
+    return made

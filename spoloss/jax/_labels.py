@@ -3,75 +3,81 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+if TYPE_CHECKING:
+    from spoloss.jax.heads import Completions
+
 
 @dataclass(frozen=True)
-class Reading:
-    """How labels are read. Static under `jax.jit`.
+class Sequences:
+    """The tokens of some sequences, as the positions that predict them. A pytree of its arrays.
 
     Attributes:
-      ignore_index: the label to ignore.
-      shift: whether position t predicts label t + 1 instead of label t.
-    """
-
-    ignore_index: int
-    shift: bool
-
-
-class Labels(NamedTuple):
-    """The labels of one side.
-
-    Attributes:
-      ids: [B, T] token ids.
+      targets: [B, T] the label that each position predicts, 0 where none counts.
+      counts: [B, T] whether a position predicts a label that counts.
+      weights: [B, T] the factor of each token's log-probability, 0 where none counts, nan where it
+        is negative or not finite; None for 1.
       cu_seqlens: [S + 1] the offsets that cut one row [1, T] into S sequences; None if each row is
         a sequence (then S = B).
+      longest: the largest number of positions that can count in a row. Static.
     """
 
-    ids: Array
+    targets: Array
+    counts: Array
+    weights: Array | None
     cu_seqlens: Array | None
+    longest: int
 
     @property
-    def sequences(self) -> int:
+    def count(self) -> int:
         """The number of sequences S."""
-        return len(self.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        return len(self.targets) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
-    def longest(self, reading: Reading) -> int:
-        """The largest number of tokens that can count in a row."""
-        return max(0, self.ids.shape[1] - int(reading.shift))
-
-    def targets(self, reading: Reading) -> tuple[Array, Array]:
-        """The label that each position predicts, [B, T], and whether it counts.
-
-        The labels are shifted, not the hidden states. No label moves into the previous sequence.
-        """
-        ids, counts = self.ids, self.ids != reading.ignore_index
-        if reading.shift:
-            if self.cu_seqlens is not None:
-                sequence = self.sequence_of_token()
-                follows = sequence[1:] == sequence[:-1]
-                counts = counts.at[0, 1:].min(follows)
-            counts = jnp.concatenate([counts[:, 1:], jnp.zeros_like(counts[:, :1])], axis=1)
-            ids = jnp.concatenate([ids[:, 1:], ids[:, :1]], axis=1)
-        return jnp.where(counts, ids, 0), counts
+    def layout(self, of_rows: Any, whole: Any) -> Any:
+        """The layouts of these arrays on a mesh: rows as `of_rows`, offsets as `whole`."""
+        return Sequences(of_rows, of_rows, of_rows, whole, self.longest)
 
     def sequence_of_token(self) -> Array:
         """The sequence of each token, [B * T]."""
-        batch, length = self.ids.shape
+        batch, length = self.targets.shape
         if self.cu_seqlens is None:
             return jnp.repeat(jnp.arange(batch), length, total_repeat_length=batch * length)
-        after = jnp.searchsorted(self.cu_seqlens[1:], jnp.arange(length), side="right")
-        return jnp.minimum(after, self.sequences - 1)
+        return sequence_of(self.cu_seqlens, length)
 
     def sum(self, of_tokens: Array) -> Array:
-        """The sums [S] over each sequence of values [B, T]."""
+        """The sums [S] over each sequence of values [B, T]; nan if the offsets do not rise."""
         if self.cu_seqlens is None:
             return of_tokens.sum(axis=1)
-        return sum_by(of_tokens[0], self.sequence_of_token(), self.sequences)
+        sums = sum_by(of_tokens[0], self.sequence_of_token(), self.count)
+        return sums + self.zero(sums.dtype)
+
+    def weighted(self, of_tokens: Array) -> Array:
+        """Values [B, T] times the tokens' weights."""
+        if self.weights is None:
+            return of_tokens
+        return of_tokens * self.weights.astype(of_tokens.dtype)
+
+    def tokens(self) -> Array:
+        """The number of tokens that count in each sequence, int32 [S]."""
+        if self.cu_seqlens is None:
+            return self.counts.sum(axis=1, dtype=jnp.int32)
+        found = sum_by(self.counts[0], self.sequence_of_token(), self.count)
+        return found.astype(jnp.int32)
+
+    def lengths(self, dtype: DTypeLike) -> Array:
+        """The number of tokens of each sequence, or the sum of their weights, [S]."""
+        return self.sum(self.weighted(self.counts.astype(dtype)))
+
+    def sums(self, logps: Array, *, average: bool = False) -> Array:
+        """The weighted sum or average of token log-probabilities [B, T] over each sequence, [S]."""
+        sums = self.sum(self.weighted(logps))
+        return sums / divisors(self.lengths(sums.dtype)) if average else sums
 
     def spread(self, of_sequences: Array) -> Array:
         """Values [S] of sequences, repeated for their tokens: [B, T], or [B, 1] to broadcast."""
@@ -84,9 +90,63 @@ class Labels(NamedTuple):
         zero = jnp.zeros((), dtype)
         if self.cu_seqlens is None:
             return zero
-        offsets, length = self.cu_seqlens, self.ids.shape[1]
+        offsets, length = self.cu_seqlens, self.targets.shape[1]
         rising = (offsets[1:] >= offsets[:-1]).all()
         return jnp.where(rising & (offsets[0] == 0) & (offsets[-1] == length), zero, jnp.nan)
+
+
+jax.tree_util.register_dataclass(
+    Sequences,
+    data_fields=["targets", "counts", "weights", "cu_seqlens"],
+    meta_fields=["longest"],
+)
+
+
+def sequences_of(completions: Completions) -> Sequences:
+    """The sequences of some completions.
+
+    Labels and weights are shifted, not the hidden states. No label moves into the previous
+    sequence.
+    """
+    # In the default integer dtype: JAX wraps a Python number into the dtype of the array beside it,
+    # so in uint8, -100 would be token 156, and V = 256 would be 0.
+    targets, cu_seqlens = completions.labels.astype(int), completions.cu_seqlens
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.astype(int)
+    counts, weights = targets != completions.ignore_index, completions.token_weights
+    if weights is not None:
+        counts &= weights != 0.0
+        # A trace cannot read the weights, so a wrong one gives nan instead of a wrong number.
+        fits = (weights >= 0.0) & (weights < jnp.inf)
+        weights = jnp.where(fits, weights, jnp.full_like(weights, jnp.nan))
+    longest = targets.shape[1]
+    if completions.shift:
+        if cu_seqlens is not None:
+            sequence = sequence_of(cu_seqlens, longest)
+            follows = jnp.pad(sequence[1:] == sequence[:-1], (1, 0))[:longest]
+            counts &= follows[None]
+        targets, counts = _moved(targets), _moved(counts)
+        weights = None if weights is None else _moved(weights)
+        longest = max(0, longest - 1)
+    targets = jnp.where(counts, targets, 0)
+    if weights is not None:
+        weights = jnp.where(counts, weights, jnp.zeros_like(weights))
+    return Sequences(targets, counts, weights, cu_seqlens, longest)
+
+
+def _moved(of_labels: Array) -> Array:
+    """Values [B, T] of labels, at the positions that predict them."""
+    return jnp.pad(of_labels[:, 1:], ((0, 0), (0, min(1, of_labels.shape[1]))))
+
+
+def sequence_of(cu_seqlens: Array, length: int) -> Array:
+    """The sequence of each of the `length` tokens of a row that is cut by offsets."""
+    after = jnp.searchsorted(cu_seqlens[1:], jnp.arange(length), side="right")
+    return jnp.minimum(after, len(cu_seqlens) - 2)
+
+
+def divisors(lengths: Array) -> Array:
+    """Lengths to divide by: 1 for a sequence without tokens, whose sum is 0."""
+    return jnp.where(lengths == 0.0, jnp.ones_like(lengths), lengths)
 
 
 def sum_by(values: Array, ids: Array, count: int) -> Array:

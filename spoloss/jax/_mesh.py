@@ -1,8 +1,8 @@
 """The layout of a call's arrays on a mesh, and how a function runs on each device's part.
 
 The differentiation rules are outside of `shard_map`, so no derivative passes through it. The
-communication between devices is explicit: sums over the words, and the sum of the head's gradient
-over the pairs.
+communication between devices is explicit: sums over the vocabulary, and the sum of the head's
+gradient over the completions.
 
 Inside a `shard_map` of the user's own, JAX tracks over which axes of the mesh an array varies, and
 a loop must start with what it ends with. So all arrays of a call vary over the same axes, and the
@@ -14,11 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
+
+if TYPE_CHECKING:
+    from spoloss.jax.heads import Head
 
 Axis = str | tuple[str, ...] | None
 """The name of a mesh axis, or the names of several, or none."""
@@ -26,27 +29,32 @@ Axis = str | tuple[str, ...] | None
 
 @dataclass(frozen=True)
 class Split:
-    """The mesh axes over which pairs and words are split. Static under `jax.jit`."""
+    """The mesh axes over which completions and vocabulary are split. Static under `jax.jit`."""
 
     mesh: Mesh | None
-    pairs_axis: tuple[str, ...]
-    words_axis: tuple[str, ...]
+    batch_axis: tuple[str, ...]
+    vocab_axis: tuple[str, ...]
 
-    # The type is Any because layouts replace arrays in tuples with array fields.
+    @classmethod
+    def of(cls, head: Head) -> Split:
+        """How a call with this head is split."""
+        return cls(head.mesh, names_of(head.batch_axis), names_of(head.vocab_axis))
+
+    # The type is Any because layouts replace arrays in trees with array fields.
     @property
     def whole(self) -> Any:
         """The layout of an array that every device has in full."""
         return PartitionSpec()  # type: ignore[no-untyped-call]
 
     @property
-    def of_pairs(self) -> Any:
-        """The layout of an array with pairs as its first axis."""
-        return PartitionSpec(self.pairs_axis or None)  # type: ignore[no-untyped-call]
+    def of_batch(self) -> Any:
+        """The layout of an array with completions as its first axis."""
+        return PartitionSpec(self.batch_axis or None)  # type: ignore[no-untyped-call]
 
     @property
-    def of_words(self) -> Any:
-        """The layout of an array with words as its first axis."""
-        return PartitionSpec(self.words_axis or None)  # type: ignore[no-untyped-call]
+    def of_vocab(self) -> Any:
+        """The layout of an array with vocabulary entries as its first axis."""
+        return PartitionSpec(self.vocab_axis or None)  # type: ignore[no-untyped-call]
 
     def parts(self, axes: tuple[str, ...]) -> int:
         """The number of parts that the axes split an array into."""
@@ -60,9 +68,14 @@ class Split:
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
-    def sum_pairs(self, values: Any) -> Any:
-        """The sum over the devices that have different pairs."""
-        return lax.psum(values, self.pairs_axis) if self.pairs_axis else values  # type: ignore[no-untyped-call]
+    def sum_batch(self, values: Any) -> Any:
+        """The sum over the devices that have different completions."""
+        return lax.psum(values, self.batch_axis) if self.batch_axis else values  # type: ignore[no-untyped-call]
+
+
+def names_of(axis: Axis) -> tuple[str, ...]:
+    """The names of one mesh axis, of several or of none."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
 
 
 def vary_alike(values: Any) -> Any:

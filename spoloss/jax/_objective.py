@@ -1,33 +1,34 @@
 """The loss of a batch of pairs as a function of their log-probabilities, with its slopes.
 
-    loss = l(h) + nll_weight * NLL,    NLL = -log pi(y_w|x) / (number of its tokens)
+    loss = (l(u_w, u_l) + nll_weight * NLL) * weight,    NLL = -log pi(y_w|x) per token
 
-This file contains no loss formula. Values come from `pair_loss`, and slopes from `pair_grad`.
+This file contains no loss formula but the NLL's. Values come from `pair_loss`, and slopes from
+`pair_grad`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from spoloss._arrays import reduce
 from spoloss.gradients import pair_grad
-from spoloss.losses import MarginLoss
-from spoloss.pairs import inputs, pair_loss
+from spoloss.jax._labels import divisors
+from spoloss.losses import MarginLoss, PairLoss
+from spoloss.pairs import pair_loss
 
 
 class Constants(NamedTuple):
-    """The per-pair arguments: shape [P], or 0-d for all pairs. They are differentiable.
+    """The numbers of each pair: shape [P], or 0-d for all pairs. They are differentiable.
 
     Attributes:
-      reference_chosen: nats, [P].
-      reference_rejected: nats, [P].
+      reference_chosen: log pi_ref(y_w|x), nats, [P].
+      reference_rejected: log pi_ref(y_l|x), nats, [P].
       beta: 1 / nats, [P] or 0-d.
-      reward_gap: [P] or 0-d, or None for a loss without one.
-      weights: [P] or 0-d, or None for 1.
+      reward_gap: [P] or 0-d; None for 1.
+      weights: [P] or 0-d; None for 1.
     """
 
     reference_chosen: Array
@@ -36,39 +37,46 @@ class Constants(NamedTuple):
     reward_gap: Array | None
     weights: Array | None
 
-    def alive(self, lengths: Array) -> Array:
-        """Whether a pair has a nonzero weight, for both of its sides: [P, 2], like `lengths`."""
-        alive = jnp.bool_(True) if self.weights is None else (self.weights != 0.0)[..., None]
-        return jnp.broadcast_to(alive, lengths.shape)
+    def alive(self, sides: int) -> Array:
+        """Whether the weight of each pair is not 0, for each of its sides, [P, sides]."""
+        shape = (len(self.reference_chosen), sides)
+        if self.weights is None:
+            return jnp.ones(shape, bool)
+        return jnp.broadcast_to((self.weights != 0.0)[..., None], shape)
 
 
-class _NLL:
-    """The negative log-likelihood as a function of the log-probability."""
+class _NegativeLogLikelihood:
+    """The loss -log pi(y_w|x), for `pair_loss` without a reference."""
 
-    def value(self, logp: Array, beta: float) -> Array:
-        del beta
-        return -logp
+    def value(self, chosen: Array, rejected: Array, beta: Any) -> Array:  # noqa: ARG002
+        return -chosen
 
-    def slope(self, logp: Array, beta: float) -> Array:
-        del beta
-        return -jnp.ones_like(logp)
+    def slopes(self, chosen: Array, rejected: Array, beta: Any) -> tuple[Array, Array]:  # noqa: ARG002
+        return jnp.full_like(chosen, -1.0), jnp.zeros_like(rejected)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of the margin with its options. Static under `jax.jit`."""
+    """The loss of all pairs, reduced. Static under `jax.jit`.
 
-    loss: MarginLoss
+    Attributes:
+      loss: the loss of the margin or of the two log-ratios.
+      nll_weight: factor of the chosen sequences' negative log-likelihood per token.
+      reduction: "mean", "sum" or "none".
+      average: whether log-probabilities are averages over tokens.
+    """
+
+    loss: MarginLoss | PairLoss
     nll_weight: float
-    average: bool
     reduction: str
+    average: bool
 
     def logps(self, sums: Array, lengths: Array) -> Array:
-        """Log-probabilities [P, 2] from sums over tokens, or averages with `average`."""
-        return sums / _at_least_1(lengths) if self.average else sums
+        """Sequence log-probabilities from their sums over tokens; all [P, 2]."""
+        return sums / divisors(lengths) if self.average else sums
 
     def value(self, sums: Array, lengths: Array, constants: Constants) -> Array:
-        """The reduced loss."""
+        """The reduced loss from the sums and lengths of all sequences, [P, 2]."""
         chosen, rejected = self.logps(sums, lengths).T
         value: Array = pair_loss(
             self.loss,
@@ -83,16 +91,23 @@ class Objective:
         )
         if self.nll_weight == 0.0:
             return value
-        per_token = sums[:, 0] / _at_least_1(lengths[:, 0])
-        pairs = inputs(_NLL(), per_token, 1.0, None, constants.weights)
-        nll: Array = pairs.weigh(-pairs.margin)
-        total: Array = value + self.nll_weight * reduce(nll, self.reduction).astype(value.dtype)
-        return total
+        per_token = sums[:, 0] / divisors(lengths[:, 0])
+        nll: Array = pair_loss(
+            _NegativeLogLikelihood(),
+            per_token,
+            per_token,
+            0.0,
+            0.0,
+            beta=1.0,
+            weights=constants.weights,
+            reduction=self.reduction,
+        )
+        return value + self.nll_weight * nll.astype(value.dtype)
 
-    def slopes(self, sums: Array, lengths: Array, constants: Constants, scale: float) -> Array:
-        """`scale` times the derivative of each pair's loss by its margin, [P], without the NLL."""
+    def slopes(self, sums: Array, lengths: Array, constants: Constants) -> Array:
+        """The derivatives of the sum of all pairs' losses with respect to `sums`, [P, 2]."""
         chosen, rejected = self.logps(sums, lengths).T
-        slopes: Array = pair_grad(
+        grads = pair_grad(
             self.loss,
             chosen,
             rejected,
@@ -102,30 +117,22 @@ class Objective:
             reward_gap=constants.reward_gap,
             weights=constants.weights,
             reduction="sum",
-        ).policy_chosen
-        return scale * slopes.astype(sums.dtype)
-
-    def shares(self, lengths: Array) -> Array:
-        """The derivative of the margin by a token's log-probability, [P, 2]: +-1 (/ length)."""
-        signs = jnp.broadcast_to(jnp.array([1.0, -1.0], lengths.dtype), lengths.shape)
-        return signs / _at_least_1(lengths) if self.average else signs
-
-    def nll_slopes(self, lengths: Array, constants: Constants, scale: float) -> Array:
-        """`scale` times the derivative of each pair's NLL term by a chosen token, [P]."""
-        weights = jnp.ones((), lengths.dtype) if constants.weights is None else constants.weights
-        slope = -scale * self.nll_weight * weights.astype(lengths.dtype)
-        return slope / _at_least_1(lengths[:, 0])
-
-    def token_slopes(
-        self, sums: Array, lengths: Array, constants: Constants, scale: float
-    ) -> Array:
-        """`scale` times the derivative of the loss by a token's log-probability, [P, 2]."""
-        slopes = self.slopes(sums, lengths, constants, scale)[:, None] * self.shares(lengths)
+        )
+        slopes = jnp.stack(grads, axis=1).astype(sums.dtype)
+        lengths = divisors(lengths)
+        if self.average:
+            slopes = slopes / lengths
         if self.nll_weight == 0.0:
             return slopes
-        of_nll = self.nll_slopes(lengths, constants, scale)
-        return jnp.stack([slopes[:, 0] + of_nll, slopes[:, 1]], axis=1)
-
-
-def _at_least_1(lengths: Array) -> Array:
-    return jnp.maximum(lengths, 1)
+        per_token = sums[:, 0] / lengths[:, 0]
+        nll, _ = pair_grad(
+            _NegativeLogLikelihood(),
+            per_token,
+            per_token,
+            0.0,
+            0.0,
+            beta=1.0,
+            weights=constants.weights,
+            reduction="sum",
+        )
+        return slopes.at[:, 0].add(self.nll_weight * nll / lengths[:, 0])

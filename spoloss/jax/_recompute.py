@@ -1,140 +1,151 @@
-"""The derivative rules of token log-probabilities, which recompute every tile in the backward.
+"""Token log-probabilities with the rules of their derivatives, for any loss.
 
-They work for any function of the log-probabilities. A loss of the margin needs no recomputation:
-see `_one_pass.py`.
+With a frozen head, the forward keeps each token's direction, which the backward scales. With a
+trained head, the factor of each token in the loss is only known in the backward, so the backward
+computes every tile again.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
-from spoloss.jax._labels import Labels, Reading
+from spoloss.jax._labels import Sequences
 from spoloss.jax._mesh import Split, vary_alike
-from spoloss.jax._plan import on_platform
 from spoloss.jax._residuals import Kinds, marks_of, or_empty, or_none, or_zero, wanted_of
-from spoloss.jax._softmax import Head, HeadOptions, HeadSums, Wanted
+from spoloss.jax._softmax import HeadSums, Projection, Wanted
+from spoloss.jax._tiles import on_platform
 from spoloss.jax._tokens import Table, Tile, rows_for_tokens
 
+if TYPE_CHECKING:
+    from spoloss.jax.heads import Head
 
-@dataclass(frozen=True)
-class TokenCall:
-    """The static part of a call, known before tracing."""
-
-    head: HeadOptions
-    reading: Reading
-    split: Split
-
-    def on_platform(
-        self, run: Callable[..., Any], labels: Labels, weight: Array, *args: Any
-    ) -> Any:
-        """`run(table of the call's tokens on this device, *args)`."""
-
-        def with_tiles(rows: int, *args: Any) -> Any:
-            return run(Table((labels,), self.reading, rows, whole_pairs=False), *args)
-
-        rows = functools.partial(rows_for_tokens, (labels,), self.reading)
-        return on_platform(with_tiles, rows, len(weight), self.head.chunk_size, *args)
-
-    @property
-    def specs(self) -> tuple[Any, ...]:
-        """The layouts of hidden states, weight, bias and labels on the mesh."""
-        pairs, words = self.split.of_pairs, self.split.of_words
-        return pairs, words, words, Labels(pairs, self.split.whole)
+Sides = tuple[Sequences, ...]
+Arrays = tuple[Array, ...]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def token_logps(
-    call: TokenCall, hidden: Array, weight: Array, bias: Array | None, labels: Labels
-) -> Array:
-    """The log-probabilities [B, T] of the labels that the positions predict."""
-    return _token_logps(call, *vary_alike((hidden, weight, bias, labels)))
+class OfTokens(NamedTuple):
+    """What one visit of the tokens finds.
+
+    Attributes:
+      logps: for each side, the log-probability of each token, [B, T]; 0 where none counts.
+      directions: for each side, the derivative of each token's log-probability with respect to its
+        hidden state, [B, T, D]; or None.
+    """
+
+    logps: Arrays
+    directions: tuple[Array | None, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_logps(
-    call: TokenCall, hidden: Array, weight: Array, bias: Array | None, labels: Labels
-) -> Array:
-    logps, _ = _look(call, hidden, weight, bias, labels, directions=False)
-    return logps
+def token_logps(head: Head, hidden: Arrays, sides: Sides) -> Arrays:
+    """For each side, the log-probability of each token, [B, T], without token weights."""
+    sides = tuple(replace(side, weights=None) for side in sides)
+    return _token_logps(*vary_alike((head, hidden, sides)))
 
 
-def _look(
-    call: TokenCall,
-    hidden: Array,
-    weight: Array,
-    bias: Array | None,
-    labels: Labels,
-    *,
-    directions: bool,
-) -> tuple[Array, Array | None]:
-    """Log-probabilities and, with `directions`, their derivatives by the hidden states."""
+@jax.custom_vjp
+def _token_logps(head: Head, hidden: Arrays, sides: Sides) -> Arrays:
+    return of_tokens(head, hidden, sides, directions=(False,) * len(sides)).logps
 
-    def on_device(
-        hidden: Array, weight: Array, bias: Array | None, labels: Labels
-    ) -> tuple[Array, Array | None]:
-        head = Head.of(weight, bias, call.head)
-        flat = hidden.reshape(-1, hidden.shape[2])
 
-        def visit(table: Table) -> tuple[Array, Array | None]:
-            def step(tile: Tile, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-                logps, by_hidden = carry
-                softmax = head.softmax(table.take((flat,), tile), tile.targets, tile.filled)
-                logps = table.put(logps, softmax.logps, tile)
-                if by_hidden is not None:
-                    by_hidden = table.put(by_hidden, head.by_hidden(softmax), tile)
-                return logps, by_hidden
+def of_tokens(
+    head: Head, hidden: Arrays, sides: Sides, *, directions: tuple[bool, ...]
+) -> OfTokens:
+    """Log-probabilities of tokens and, for the sides that want them, their directions."""
 
-            zeros = jnp.broadcast_to(labels.zero(head.dtype), labels.ids.size)
-            start = zeros, jnp.zeros_like(flat) if directions else None
-            return table.visit_all(step, start)
+    def visit(rows: int, head: Head, hidden: Arrays, sides: Sides) -> OfTokens:
+        projection, table = Projection.of(head), Table(sides, rows, whole_pairs=False)
+        flat = tuple(states.reshape(-1, states.shape[2]) for states in hidden)
 
-        logps, by_hidden = call.on_platform(visit, labels, weight)
-        return (
-            logps.reshape(labels.ids.shape),
-            None if by_hidden is None else by_hidden.reshape(hidden.shape),
+        def step(tile: Tile, found: OfTokens) -> OfTokens:
+            softmax = projection.softmax(table.take(flat, tile), tile.targets, tile.filled)
+            logps = table.put(found.logps, softmax.logps, tile)
+            if not any(directions):
+                return OfTokens(logps, found.directions)
+            rows = projection.directions(softmax)
+            return OfTokens(logps, table.put(found.directions, rows, tile))
+
+        nothing = OfTokens(
+            tuple(
+                jnp.broadcast_to(side.zero(projection.dtype), side.targets.size) for side in sides
+            ),
+            tuple(
+                jnp.zeros_like(states) if wanted else None
+                for states, wanted in zip(flat, directions, strict=True)
+            ),
         )
+        return table.visit_all(step, nothing)
 
-    pairs = call.split.of_pairs
-    run = call.split.run(on_device, call.specs, (pairs, pairs))
-    logps, by_hidden = run(hidden, weight, bias, labels)
-    return logps, by_hidden
+    def on_device(head: Head, hidden: Arrays, sides: Sides) -> OfTokens:
+        found = _on_platform(visit, head, hidden, sides)
+        return OfTokens(in_rows(found.logps, sides), in_rows(found.directions, sides))
+
+    split = Split.of(head)
+    layouts = layout(split, head, sides)
+    found: OfTokens = split.run(on_device, layouts, split.of_batch)(head, hidden, sides)
+    return found
 
 
-def _forward(call: TokenCall, *primals: Any) -> tuple[Array, Any]:
-    hidden, weight, bias, _ = primals
-    wanted = Wanted(
-        (hidden.perturbed,),
-        weight=weight.perturbed,
-        bias=bias is not None and bias.perturbed,
+def layout(split: Split, head: Head, sides: Sides) -> tuple[Any, Any, Any]:
+    """The layouts of head, hidden states and sides on the mesh."""
+    of_batch, of_vocab = split.of_batch, split.of_vocab
+    of_sides = tuple(side.layout(of_batch, split.whole) for side in sides)
+    return head.of(of_vocab, of_vocab), of_batch, of_sides
+
+
+def _on_platform(
+    visit: Callable[..., Any], head: Head, hidden: Arrays, sides: Sides, *others: Any
+) -> Any:
+    rows = functools.partial(rows_for_tokens, sides)
+    vocabulary = len(head.weight)
+    return on_platform(visit, rows, vocabulary, head.chunk_size, head, hidden, sides, *others)
+
+
+def in_rows(arrays: tuple[Any, ...], sides: Sides) -> tuple[Any, ...]:
+    """Arrays [N, ...] of sides as [B, T, ...]."""
+    return tuple(
+        None if array is None else array.reshape(*side.targets.shape, *array.shape[1:])
+        for array, side in zip(arrays, sides, strict=True)
     )
-    values = custom_vjp_primal_tree_values(primals)  # type: ignore[no-untyped-call]
-    # A frozen head needs no recomputation, because the forward computes the directions.
-    at_once = any(wanted.hidden) and not wanted.head
-    logps, directions = _look(call, *values, directions=at_once)
-    read = values if wanted.head else jax.tree.map(lambda a: or_empty(None, a.dtype), values)
-    kept = marks_of(wanted), or_empty(directions, values[0].dtype), read
-    return logps, (*kept, Kinds.of(values[:3]))
 
 
-def _backward(call: TokenCall, residual: Any, upstream: Array | SymbolicZero) -> tuple[Any, ...]:
-    marks, directions, inputs, kinds = residual
-    wanted = wanted_of(marks)
-    gradients: tuple[Array | None, ...] = (None, None, None)
-    if not isinstance(upstream, SymbolicZero):
-        if wanted.head:
-            by_hidden, by_head = _look_again(call, wanted, inputs, upstream)
-            gradients = (by_hidden, *by_head)
-        else:
-            gradients = (scaled(or_none(directions), upstream), None, None)
-    return *map(or_zero, gradients, kinds.each), None
+def _forward(head: Any, hidden: Any, sides: Any) -> tuple[Arrays, Any]:
+    wanted = Wanted.of(head, hidden)
+    head, hidden, sides = custom_vjp_primal_tree_values((head, hidden, sides))  # type: ignore[no-untyped-call]
+    kinds = Kinds.of((head.weight, head.bias, *hidden))
+    at_once = tuple(want and not wanted.head for want in wanted.hidden)
+    found = of_tokens(head, hidden, sides, directions=at_once)
+    read = (head, hidden, sides)
+    if not wanted.head:
+        read = jax.tree.map(lambda array: or_empty(None, array.dtype), read)
+    kept = tuple(or_empty(rows, head.weight.dtype) for rows in found.directions)
+    return found.logps, (marks_of(wanted), kept, read, kinds)
+
+
+def _backward(residual: Any, upstream: tuple[Array | SymbolicZero, ...]) -> tuple[Any, Any, None]:
+    marks, directions, (head, hidden, sides), kinds = residual
+    wanted, by_head = wanted_of(marks), HeadSums(None, None)
+    by_hidden: tuple[Array | None, ...] = (None,) * len(hidden)
+    if wanted.head:
+        factors = tuple(
+            jnp.zeros(side.targets.shape, up.dtype) if isinstance(up, SymbolicZero) else up
+            for up, side in zip(upstream, sides, strict=True)
+        )
+        by_hidden, by_head = _visit_again(head, hidden, sides, factors, wanted)
+    else:
+        by_hidden = tuple(
+            None if isinstance(up, SymbolicZero) else scaled(or_none(rows), up)
+            for rows, up in zip(directions, upstream, strict=True)
+        )
+    weight, bias, *rows = map(or_zero, (*by_head, *by_hidden), kinds.each)
+    return head.of(weight, bias), tuple(rows), None
 
 
 def scaled(directions: Array | None, factor: Array) -> Array | None:
@@ -146,43 +157,44 @@ def scaled(directions: Array | None, factor: Array) -> Array | None:
     return jnp.where(factor == 0.0, 0.0, product).astype(directions.dtype)
 
 
-def _look_again(
-    call: TokenCall,
-    wanted: Wanted,
-    inputs: tuple[Array, Array, Array | None, Labels],
-    upstream: Array,
-) -> tuple[Array | None, HeadSums]:
-    """The gradients by hidden states and head from the upstream gradient [B, T]."""
+def _visit_again(
+    head: Head, hidden: Arrays, sides: Sides, factors: Arrays, wanted: Wanted
+) -> tuple[tuple[Array | None, ...], HeadSums]:
+    """The gradients with respect to hidden states and head from the upstream gradients [B, T]."""
+    Carry = tuple[tuple[Array | None, ...], HeadSums]
 
-    def on_device(
-        hidden: Array, weight: Array, bias: Array | None, labels: Labels, upstream: Array
-    ) -> tuple[Array | None, HeadSums]:
-        head = Head.of(weight, bias, call.head)
-        flat, by_token = hidden.reshape(-1, hidden.shape[2]), upstream.reshape(-1)
-        Carry = tuple[Array | None, HeadSums]
+    def visit(rows: int, head: Head, hidden: Arrays, sides: Sides, factors: Arrays) -> Carry:
+        projection, table = Projection.of(head), Table(sides, rows, whole_pairs=False)
+        flat = tuple(states.reshape(-1, states.shape[2]) for states in hidden)
+        of_all = jnp.concatenate([factor.reshape(-1) for factor in factors])
 
-        def visit(table: Table) -> Carry:
-            def step(tile: Tile, carry: Carry) -> Carry:
-                by_hidden, by_head = carry
-                factor = by_token.at[tile.token].get(mode="fill", fill_value=0)
-                states = table.take((flat,), tile)
-                softmax = head.softmax(states, tile.targets, factor != 0.0)
-                if by_hidden is not None:
-                    rows = factor[:, None] * head.by_hidden(softmax)
-                    by_hidden = table.put(by_hidden, rows, tile)
-                return by_hidden, head.add(by_head, softmax, states, factor)
+        def step(tile: Tile, carry: Carry) -> Carry:
+            by_hidden, by_head = carry
+            factor = of_all.at[tile.token].get(mode="fill", fill_value=0)
+            states = table.take(flat, tile)
+            softmax = projection.softmax(states, tile.targets, factor != 0.0)
+            if any(wanted.hidden):
+                rows = factor[:, None] * projection.directions(softmax)
+                by_hidden = table.put(by_hidden, rows, tile)
+            return by_hidden, projection.add(by_head, softmax, states, factor)
 
-            zeros = jnp.zeros_like(flat) if wanted.hidden[0] else None
-            return table.visit_all(step, (zeros, head.zeros(wanted)))
+        zeros = tuple(
+            jnp.zeros_like(states) if want else None
+            for states, want in zip(flat, wanted.hidden, strict=True)
+        )
+        return table.visit_all(step, (zeros, projection.zeros(wanted)))
 
-        by_hidden, by_head = call.on_platform(visit, labels, weight)
-        by_hidden = None if by_hidden is None else by_hidden.reshape(hidden.shape)
-        return by_hidden, call.split.sum_pairs(by_head).like(weight, bias)
+    split = Split.of(head)
 
-    pairs, words = call.split.of_pairs, call.split.of_words
-    run = call.split.run(on_device, (*call.specs, pairs), (pairs, words))
-    by_hidden, by_head = run(*inputs, upstream)
-    return by_hidden, by_head
+    def on_device(head: Head, hidden: Arrays, sides: Sides, factors: Arrays) -> Carry:
+        by_hidden, by_head = _on_platform(visit, head, hidden, sides, factors)
+        of_head = split.sum_batch(by_head).like(head.weight.dtype)
+        return in_rows(by_hidden, sides), of_head
+
+    layouts = (*layout(split, head, sides), split.of_batch)
+    run = split.run(on_device, layouts, (split.of_batch, split.of_vocab))
+    found: Carry = run(head, hidden, sides, factors)
+    return found
 
 
 _token_logps.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -14,40 +14,22 @@ of logits occur, so a number added to all logits costs no digit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
+
+if TYPE_CHECKING:
+    from spoloss.jax.heads import Head
 
 _BLOCKS = 8
 """The weight's gradient is updated in this many slices, so a product needs 1/8 of [V, D]."""
 
 
-@dataclass(frozen=True)
-class HeadOptions:
-    """The computation between h W^T + b and the softmax. Static under `jax.jit`.
-
-        logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
-
-    `chunk_size` is the number of tokens per tile, or None for the default. `vocab_axis` names the
-    mesh axes over which the words are split inside a `shard_map`. It is empty for a whole head.
-    """
-
-    softcap: float | None
-    logit_scale: float
-    temperature: float
-    chunk_size: int | None
-    vocab_axis: tuple[str, ...]
-
-    @property
-    def gain(self) -> float:
-        """The derivative of the logits by h W^T + b, without softcap's factor."""
-        return self.logit_scale / self.temperature
-
-
 class Softmax(NamedTuple):
-    """The softmax of n tokens over V words.
+    """The softmax of n tokens over V entries.
 
         d logps[t] / d (h W^T + b)[t, v] = factor[t] * exps[t, v] + at_label[t] * [v = column[t]]
 
@@ -68,11 +50,17 @@ class Softmax(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients to compute: by the hidden states of each side, by weight and by bias."""
+    """With respect to what to differentiate: the hidden states of each side, weight, bias."""
 
     hidden: tuple[bool, ...]
     weight: bool
     bias: bool
+
+    @classmethod
+    def of(cls, head: Any, hidden: Any) -> Wanted:
+        """What the arguments of a forward rule are differentiated with respect to."""
+        bias = head.bias is not None and head.bias.perturbed
+        return cls(tuple(states.perturbed for states in hidden), head.weight.perturbed, bias)
 
     @property
     def head(self) -> bool:
@@ -81,19 +69,14 @@ class Wanted:
 
 
 class HeadSums(NamedTuple):
-    """The gradients by weight [V, D] and bias [V], in at least float32, or None if not wanted."""
+    """The gradients with respect to weight [V, D] and bias [V], in at least float32, or None."""
 
     weight: Array | None
     bias: Array | None
 
-    def like(self, weight: Any, bias: Any) -> HeadSums:
-        """These sums in the dtypes of weight and bias."""
-        return HeadSums(
-            *(
-                None if total is None else total.astype(of.dtype)
-                for total, of in zip(self, (weight, bias), strict=True)
-            )
-        )
+    def like(self, dtype: DTypeLike) -> HeadSums:
+        """These sums in the dtype of the head."""
+        return HeadSums(*(None if total is None else total.astype(dtype) for total in self))
 
     def plus(self, factor: Array, more: HeadSums) -> HeadSums:
         """These sums plus a 0-d factor times some others."""
@@ -102,24 +85,36 @@ class HeadSums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Head:
-    """weight [V, D] and bias [V] of a head, or of this device's words if the head is split."""
+class Projection:
+    """A head's arrays in the dtype of its products: V rows of the weight, all or this device's.
+
+    Attributes:
+      weight: [V, D].
+      bias: [V] or None.
+      options: the head, for its numbers. Its `vocab_axis` names the axes over which the rows are
+        split, inside of `jax.shard_map`.
+    """
 
     weight: Array
     bias: Array | None
-    options: HeadOptions
+    options: Head
 
     @classmethod
-    def of(cls, weight: Array, bias: Array | None, options: HeadOptions) -> Head:
+    def of(cls, head: Head) -> Projection:
         """The head in its compute dtype. float16 becomes float32, because small slopes vanish."""
-        return cls(
-            weight.astype(wide(weight)) if weight.dtype == jnp.float16 else weight, bias, options
-        )
+        weight = head.weight
+        half = weight.dtype == jnp.float16
+        return cls(weight.astype(jnp.float32) if half else weight, head.bias, head)
 
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of logits, log-probabilities and sums: at least float32."""
         return wide(self.weight)
+
+    @property
+    def gain(self) -> float:
+        """The derivative of the logits with respect to h W^T + b, without the soft-capping's."""
+        return self.options.logit_scale / self.options.temperature
 
     def softmax(self, states: Array, targets: Array, live: Array) -> Softmax:
         """The softmax of a tile.
@@ -134,12 +129,12 @@ class Head:
         target = self._at_target(logits, targets, column)
         # The shift cancels in all results, so it needs no derivative. It includes the target's
         # logit, so that XLA reads that logit before the exponentials overwrite the logits.
-        peak = jnp.maximum(self._max_words(logits.max(axis=1)), target)
+        peak = jnp.maximum(self._max_entries(logits.max(axis=1)), target)
         peak = lax.stop_gradient(peak)
         void = ~live & ~jnp.isfinite(peak)
         is_target = lax.broadcasted_iota(column.dtype, logits.shape, 1) == column[:, None]
         exps = jnp.where(is_target | void[:, None], 0.0, jnp.exp(logits - peak[:, None]))
-        others = self._sum_words(exps.sum(axis=1))
+        others = self._sum_entries(exps.sum(axis=1))
         gap = peak - target
         scale = 1.0 / (others + jnp.exp(-gap))
         doubt = others * scale
@@ -150,17 +145,17 @@ class Head:
             # log1p, because the log of S + exp(-gap) rounds a small S off if p is near 1.
             -(gap + jnp.log1p(others + jnp.expm1(-gap))),
             exps.astype(self.weight.dtype),
-            jnp.where(live, -self.options.gain * scale, 0.0),
+            jnp.where(live, -self.gain * scale, 0.0),
             column,
-            jnp.where(live, self.options.gain * doubt, 0.0),
+            jnp.where(live, self.gain * doubt, 0.0),
         )
 
-    def by_hidden(self, tile: Softmax) -> Array:
-        """The derivative of logps by the hidden states [n, D], summed over a split head."""
+    def directions(self, tile: Softmax) -> Array:
+        """The tokens' directions [n, D]: d logps[t] / d states[t], summed over a split head."""
         of_labels = self.weight.at[tile.column].get(mode="fill", fill_value=0)
         of_others = tile.factor[:, None] * _dot(tile.exps, self.weight, 1, 0)
         of_labels = tile.at_label[:, None] * of_labels.astype(self.dtype)
-        return self._sum_words(of_others + of_labels)
+        return self._sum_entries(of_others + of_labels)
 
     def zeros(self, wanted: Wanted) -> HeadSums:
         """Zeros for the wanted gradients of the head."""
@@ -184,53 +179,51 @@ class Head:
 
     def _logits(self, states: Array) -> tuple[Array, Array | None]:
         """Logits [n, V] in at least float32, and softcap's derivative, or None without softcap."""
-        options = self.options
         logits = _dot(states.astype(self.weight.dtype), self.weight, 1, 1)
         padding = None
         if self.bias is not None:
             bias = jnp.broadcast_to(self.bias.astype(logits.dtype), logits.shape)
             logits, padding = logits + bias, bias == -jnp.inf
-        if options.softcap is None:
-            return _without(padding, logits * options.gain), None
-        bent = jnp.tanh(logits * (options.logit_scale / options.softcap))
-        capped = bent * (options.softcap / options.temperature)
+        if self.options.softcap is None:
+            return _without(padding, logits * self.gain), None
+        bent = jnp.tanh(logits * (self.options.logit_scale / self.options.softcap))
+        capped = bent * (self.options.softcap / self.options.temperature)
         return _without(padding, capped), 1.0 - bent * bent
 
     def _bend(self, logits: Array) -> Array:
         """Softcap's derivative, computed from the capped logits."""
-        options = self.options
-        if options.softcap is None:
+        if self.options.softcap is None:
             return jnp.ones_like(logits)
         # A padded entry's logit is -inf, and no longer the -softcap that its slope belongs to.
-        bent = jnp.maximum(logits * (options.temperature / options.softcap), -1.0)
+        bent = jnp.maximum(logits * (self.options.temperature / self.options.softcap), -1.0)
         return 1.0 - bent * bent
 
     def _columns(self, targets: Array) -> Array:
         """The labels' columns [n] on this device, or V if another device has them."""
-        words = len(self.weight)
-        first = lax.axis_index(self.options.vocab_axis) * words if self.options.vocab_axis else 0
+        entries, axis = len(self.weight), self.options.vocab_axis
+        first = lax.axis_index(axis) * entries if axis else 0
         column = targets - first
-        return jnp.where((column >= 0) & (column < words), column, words)
+        return jnp.where((column >= 0) & (column < entries), column, entries)
 
     def _at_target(self, logits: Array, targets: Array, column: Array) -> Array:
         """The logits of the labels [n], nan for a label outside of the whole vocabulary."""
         found = jnp.take_along_axis(logits, column[:, None], axis=1, mode="fill", fill_value=0.0)
         axis = self.options.vocab_axis
-        words = len(self.weight) * (lax.axis_size(axis) if axis else 1)
-        inside = (targets >= 0) & (targets < words)
-        return jnp.where(inside, self._sum_words(found[:, 0]), jnp.nan)
+        entries = len(self.weight) * (lax.axis_size(axis) if axis else 1)
+        inside = (targets >= 0) & (targets < entries)
+        return jnp.where(inside, self._sum_entries(found[:, 0]), jnp.nan)
 
-    def _sum_words(self, values: Array) -> Array:
+    def _sum_entries(self, values: Array) -> Array:
         axis = self.options.vocab_axis
         return lax.psum(values, axis) if axis else values  # type: ignore[no-untyped-call]
 
-    def _max_words(self, values: Array) -> Array:
+    def _max_entries(self, values: Array) -> Array:
         axis = self.options.vocab_axis
         return lax.pmax(values, axis) if axis else values  # type: ignore[no-untyped-call]
 
 
 def wide(array: Array) -> jnp.dtype:
-    """The dtype for sums of products of `array`: at least float32."""
+    """The dtype to compute in: that of `array`, but at least float32."""
     half = jnp.finfo(array.dtype).bits < 32  # type: ignore[no-untyped-call]
     return jnp.dtype("float32") if half else array.dtype
 
@@ -253,12 +246,12 @@ def _times(factor: Array, states: Array) -> Array:
 
 
 def _add_product(total: Array, exps: Array, rows: Array) -> Array:
-    """Total [V, D] + exps^T rows, some words at a time, without a second [V, D] array."""
+    """Total [V, D] + exps^T rows, some entries at a time, without a second [V, D] array."""
     width = len(total) // _BLOCKS
 
     def add(total: Array, start: Array | int, width: int) -> Array:
-        words = lax.dynamic_slice_in_dim(exps, start, width, axis=1)
-        sums = lax.dynamic_slice_in_dim(total, start, width) + _dot(words, rows, 0, 0)
+        some = lax.dynamic_slice_in_dim(exps, start, width, axis=1)
+        sums = lax.dynamic_slice_in_dim(total, start, width) + _dot(some, rows, 0, 0)
         return lax.dynamic_update_slice_in_dim(total, sums, start, 0)
 
     total = lax.fori_loop(0, _BLOCKS, lambda i, total: add(total, i * width, width), total)

@@ -19,11 +19,12 @@ from typing import NamedTuple, TypeVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from spoloss.jax._labels import Labels, Reading, sum_by
+from spoloss.jax._labels import Sequences, sum_by
 from spoloss.jax._mesh import vary_like
-from spoloss.jax._plan import tile_rows
+from spoloss.jax._tiles import tile_rows
 
 CarryT = TypeVar("CarryT")
+MaybeT = TypeVar("MaybeT", Array, Array | None)
 
 
 class Tile(NamedTuple):
@@ -34,12 +35,18 @@ class Tile(NamedTuple):
       token: [n] the index of the token among all tokens, or their number if the place is empty.
       targets: [n] the token's label.
       segment: [n] the token's pair and side as 2 * pair + side, or -1 if the place is empty.
+      weights: [n] the factor of the token's log-probability; None for 1.
     """
 
     filled: Array
     token: Array
     targets: Array
     segment: Array
+    weights: Array | None
+
+    def weighted(self, values: Array) -> Array:
+        """Values of the tokens, [n], times the tokens' weights."""
+        return values if self.weights is None else values * self.weights.astype(values.dtype)
 
     def of_segment(self, values: Array) -> Array:
         """Values of pairs and sides [P, 2], repeated for their tokens [n]; 0 in empty places."""
@@ -56,44 +63,37 @@ class Table:
     Pairs that fit in a tile come before longer pairs.
     """
 
-    def __init__(
-        self, sides: tuple[Labels, ...], reading: Reading, rows: int, *, whole_pairs: bool
-    ) -> None:
+    def __init__(self, sides: tuple[Sequences, ...], rows: int, *, whole_pairs: bool) -> None:
         """Sort the tokens.
 
         Args:
-          sides: the labels of chosen and rejected, or of one side alone.
-          reading: how to read them.
+          sides: the sequences of chosen and rejected, or of one side alone.
           rows: the number of tokens per tile.
           whole_pairs: whether pairs that fit in a tile must not be split.
         """
-        self.rows, self.pairs, self.sides = rows, sides[0].sequences, len(sides)
-        self._labels = sides
-        longest = sum(side.longest(reading) for side in sides)
-        self.may_be_long = whole_pairs and longest > rows
-        read = [side.targets(reading) for side in sides]
-        self.lengths = jnp.stack(
-            [side.sum(counts) for side, (_, counts) in zip(sides, read, strict=True)], axis=1
-        ).astype(jnp.int32)
-        is_long = self.lengths.sum(axis=1) > rows
+        self.rows, self.pairs, self.sides = rows, sides[0].count, len(sides)
+        self.may_be_long = whole_pairs and sum(side.longest for side in sides) > rows
+        tokens = jnp.stack([side.tokens() for side in sides], axis=1)
+        is_long = tokens.sum(axis=1) > rows
         self.short_pairs = jnp.sum(~is_long, dtype=jnp.int32)
         self.order = jnp.argsort(is_long, stable=True)
-        self.ends = jnp.pad(jnp.cumsum(self.lengths[self.order].reshape(-1)), (1, 0))
+        self.ends = jnp.pad(jnp.cumsum(tokens[self.order].reshape(-1)), (1, 0))
         self.ends = self.ends.astype(jnp.int32)
 
         rank = jnp.argsort(self.order)
         segments, places = [], []
-        for i, (side, (_, counts)) in enumerate(zip(sides, read, strict=True)):
+        for i, side in enumerate(sides):
             sequence = side.sequence_of_token()
             segments.append(sequence * self.sides + i)
             of_token = rank[sequence] * self.sides + i
-            places.append(jnp.where(counts.reshape(-1), of_token, self.pairs * self.sides))
+            places.append(jnp.where(side.counts.reshape(-1), of_token, self.pairs * self.sides))
         self._segment = jnp.concatenate(segments)
-        self._targets = jnp.concatenate([targets.reshape(-1) for targets, _ in read])
+        self._targets = jnp.concatenate([side.targets.reshape(-1) for side in sides])
+        self._weights = _weights_of(sides)
         # Padding by one tile, so that a tile that extends beyond the end is still a slice.
         index = jnp.argsort(jnp.concatenate(places), stable=True)
         self._index = jnp.pad(index, (0, rows)).astype(jnp.int32)
-        self._first = list(itertools.accumulate((side.ids.size for side in sides), initial=0))
+        self._first = list(itertools.accumulate((side.targets.size for side in sides), initial=0))
 
     def visit(self, start: Array, stop: Array, step: Step[CarryT], carry: CarryT) -> CarryT:
         """Run carry = step(tile, carry) for the tiles of the places from `start` up to `stop`."""
@@ -139,18 +139,16 @@ class Table:
         found = [
             states.at[at].get(mode="fill", fill_value=0)
             for states, at in zip(hidden, self._rows_of(tile), strict=True)
+            if len(states)  # JAX does not gather from an empty array
         ]
         return functools.reduce(jnp.add, found)
 
-    def put(self, into: Array, values: Array, tile: Tile, side: int = 0) -> Array:
-        """An array [N, D] or [N] of a side, with the tile's rows of this side set to `values`."""
-        rows = self._rows_of(tile)[side]
-        return into.at[rows].set(values.astype(into.dtype), mode="drop")
-
-    def sum(self, values: tuple[Array, ...]) -> Array:
-        """The sums [P, sides] over each sequence of values [N] by side."""
-        of_sides = zip(values, self._labels, strict=True)
-        return jnp.stack([side.sum(of.reshape(side.ids.shape)) for of, side in of_sides], axis=1)
+    def put(self, into: tuple[MaybeT, ...], values: Array, tile: Tile) -> tuple[MaybeT, ...]:
+        """Arrays [N, D] or [N] by side, or None, with the tile's rows set to `values`."""
+        return tuple(
+            None if array is None else array.at[rows].set(values.astype(array.dtype), mode="drop")
+            for array, rows in zip(into, self._rows_of(tile), strict=True)
+        )
 
     def sum_segments(self, values: Array, tile: Tile) -> Array:
         """The sums [P, 2] of a tile's values [n] by pair and side."""
@@ -182,6 +180,7 @@ class Table:
             jnp.where(filled, index, self._first[-1]),
             jnp.where(filled, self._targets[index], 0),
             jnp.where(filled, self._segment[index], -1),
+            None if self._weights is None else self._weights[index],
         )
 
     def _rows_of(self, tile: Tile) -> list[Array]:
@@ -192,15 +191,25 @@ class Table:
         ]
 
 
-def rows_for_tokens(sides: tuple[Labels, ...], reading: Reading, most: int) -> int:
+def _weights_of(sides: tuple[Sequences, ...]) -> Array | None:
+    """The weights of the tokens of all sides, or None if no side has any."""
+    if all(side.weights is None for side in sides):
+        return None
+    found = [side.counts if side.weights is None else side.weights for side in sides]
+    dtypes = [jnp.dtype("float32"), *(weights.dtype for weights in found)]
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    return jnp.concatenate([weights.reshape(-1).astype(widest) for weights in found])
+
+
+def rows_for_tokens(sides: tuple[Sequences, ...], most: int) -> int:
     """The number of tokens per tile, at most `most`, for tiles that may split pairs."""
-    tokens = sum(len(side.ids) * side.longest(reading) for side in sides)
+    tokens = sum(len(side.targets) * side.longest for side in sides)
     return tile_rows((tokens,), 1, most)
 
 
-def rows_for_pairs(sides: tuple[Labels, ...], reading: Reading, most: int) -> int:
+def rows_for_pairs(sides: tuple[Sequences, ...], most: int) -> int:
     """The same for tiles of whole pairs, as far as they fit."""
-    longest = tuple(side.longest(reading) for side in sides)
-    if sides[0].cu_seqlens is None:
-        return tile_rows(longest, sides[0].sequences, most)
-    return tile_rows((sum(longest),), 1, most)  # a pair may take any part of its row
+    longest = tuple(side.longest for side in sides)
+    if all(side.cu_seqlens is None for side in sides):
+        return tile_rows(longest, sides[0].count, most)
+    return tile_rows((sum(longest),), 1, most)  # a pair may take any part of a packed row

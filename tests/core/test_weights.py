@@ -14,7 +14,7 @@ import torch
 
 import spoloss
 from helpers.backends import BACKENDS, DIFFERENTIABLE, Backend, gradients
-from helpers.pairs import FUNCTIONS, TwoSided, four
+from helpers.pairs import FUNCTIONS, four
 from spoloss import SPO
 
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -23,9 +23,8 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "dpo": spoloss.dpo_loss,
     "dpo, smoothed": lambda *a, **k: spoloss.dpo_loss(*a, label_smoothing=0.1, **k),
     "squared": spoloss.squared_loss,
-    "two-sided": lambda *a, **k: spoloss.pair_loss(TwoSided(), *a, **k),
 }
-WITH_GAP = ("spo", "spo, linear below", "squared", "two-sided")
+WITH_GAP = ("spo", "spo, linear below", "squared")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -183,25 +182,6 @@ def test_a_number_or_a_0d_array_of_0_leaves_all_out(backend: Backend) -> None:
         assert np.all(
             np.asarray(spoloss.spo_grad(*nan, weights=weights, beta=0.1).policy_chosen) == 0.0
         )
-
-
-def test_what_stands_in_for_a_pair_is_in_the_domain_of_a_loss_of_averages() -> None:
-    """The log of the odds exists for negative log-probabilities alone."""
-
-    class LogOdds:
-        def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-            return beta * (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
-
-        def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-            return -beta / torch.expm1(-chosen), beta / torch.expm1(-rejected)
-
-    sides = torch.tensor([[-1.0, torch.nan, -2.0], [-0.5, -1.0, -3.0]], requires_grad=True)
-    weights = torch.tensor([1.0, 0.0, 1.0])
-    call = {"beta": 1.0, "weights": weights, "reduction": "sum"}
-    spoloss.pair_loss(LogOdds(), *sides, 0.0, 0.0, **call).backward()
-    want = spoloss.pair_grad(LogOdds(), *sides.detach(), 0.0, 0.0, **call)
-    torch.testing.assert_close(sides.grad, torch.stack([want.policy_chosen, want.policy_rejected]))
-    assert torch.all(sides.grad[:, 1] == 0.0)
 
 
 def test_a_shared_beta_survives_a_pair_that_is_left_out() -> None:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
+import spoloss.jax
 import spoloss.torch
 from spoloss import pair_loss
 
@@ -74,7 +77,36 @@ class Torch:
         return torch.compile(function, fullgraph=True, backend="aot_eager")  # type: ignore[no-any-return]
 
 
-WINGS: dict[str, Wing] = {"torch": Torch()}
+class Jax:
+    """JAX."""
+
+    name = "jax"
+    api = spoloss.jax
+
+    def array(self, values: Any, dtype: str | None = None) -> jax.Array:
+        return jnp.asarray(np.array(values), dtype)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.array(array)
+
+    def grads(
+        self, function: Callable[[Arrays], Any], arrays: Arrays, wanted: Sequence[str]
+    ) -> tuple[Any, dict[str, np.ndarray]]:
+        def total(leaves: Arrays) -> tuple[jax.Array, jax.Array]:
+            result = function({**arrays, **leaves})
+            return result.sum(), result
+
+        if not wanted:
+            return function(arrays), {}
+        leaves = {name: arrays[name] for name in wanted}
+        (_, result), found = jax.value_and_grad(total, has_aux=True)(leaves)
+        return result, {name: self.numpy(grad) for name, grad in found.items()}
+
+    def compiled(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
+        return jax.jit(function)  # type: ignore[no-any-return]
+
+
+WINGS: dict[str, Wing] = {"torch": Torch(), "jax": Jax()}
 
 P, T, OTHER_T, D, V = 5, 7, 6, 4, 13
 IGNORED = -100

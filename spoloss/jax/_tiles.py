@@ -16,7 +16,7 @@ _CPU_BYTES, _OTHER_BYTES = 64 * 2**20, 2**30
 def on_platform(
     run: Callable[..., Any],
     rows: Callable[[int], int],
-    words: int,
+    vocabulary: int,
     chunk_size: int | None,
     *args: Any,
 ) -> Any:
@@ -28,14 +28,14 @@ def on_platform(
     Args:
       run: the computation.
       rows: the number of tokens per tile from the largest number.
-      words: the number of words on this device.
+      vocabulary: V, on this device.
       chunk_size: the largest number of tokens per tile; None for the default memory.
       args: arrays.
     """
     if chunk_size is not None:
         return run(rows(chunk_size), *args)
     cpu, other = (
-        rows(max(_LEAST_ROWS, memory // (4 * max(1, words))))
+        rows(max(_LEAST_ROWS, memory // (4 * max(1, vocabulary))))
         for memory in (_CPU_BYTES, _OTHER_BYTES)
     )
     if cpu == other:

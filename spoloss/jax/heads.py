@@ -1,0 +1,506 @@
+"""Losses from hidden states, without ever holding the logits: `Head`, `Completions` and the losses.
+
+`Head` says how hidden states become logits, and `Completions` says which tokens count. Every option
+is documented there, once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from spoloss._arrays import check_reduction, is_number, per_pair
+from spoloss._options import check_nll_weight
+from spoloss.jax._checks import check_head
+from spoloss.jax._fused import LinearPairLoss, fused_loss
+from spoloss.jax._labels import sequences_of
+from spoloss.jax._mesh import Axis
+from spoloss.jax._objective import Constants, Objective
+from spoloss.jax._softmax import wide
+from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
+from spoloss.pairs import IPO_GAP, beta_for_gap, log_ratio_margin
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The head of a language model: how hidden states become logits.
+
+        logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature
+
+    A pytree of `weight` and `bias`: you can pass it to `jax.jit` and `jax.vmap`, and differentiate
+    with respect to it. All other fields are static. The computation runs over tiles of tokens.
+
+    Attributes:
+      weight: W, [V, D], in the dtype of the hidden states. For a Flax kernel [D, V], pass
+        `kernel.T`.
+      bias: [V], in the dtype of `weight`, or None. An entry of -inf has probability 0, also under a
+        soft-cap: pass it for rows of `weight` that are padding.
+      softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
+      logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
+      temperature: divisor of the logits, > 0.
+      chunk_size: the largest number of tokens per tile. None for 64 MiB of float32 logits on a CPU
+        and 1 GiB on other devices, but at least 256 tokens.
+      mesh: the devices that share the work; None for one device. With a mesh, the computation runs
+        under `jax.shard_map`, which gathers neither the hidden states nor the weight.
+      batch_axis: the mesh axis, or axes, over which the completions are split. It must divide their
+        number.
+      vocab_axis: the mesh axis, or axes, over which the rows of `weight` and `bias` are split. It
+        must divide V.
+    """
+
+    weight: Array
+    bias: Array | None = None
+    _: KW_ONLY
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    chunk_size: int | None = None
+    mesh: Mesh | None = None
+    batch_axis: Axis = None
+    vocab_axis: Axis = None
+
+    def of(self, weight: Any, bias: Any) -> Head:
+        """A head of the same options: its gradients, its layout, or other arrays."""
+        return replace(self, weight=weight, bias=bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """The hidden states of completions, and which of their tokens count.
+
+    A pytree of its arrays: you can pass it to `jax.jit` and `jax.vmap`. `ignore_index` and `shift`
+    are static.
+
+    Attributes:
+      hidden: last hidden states, [B, T, D], real floating.
+      labels: token ids, [B, T], of any integer dtype. Labels equal to `ignore_index` (prompt,
+        padding) do not count and cost nothing, and their hidden states may be nan. A label outside
+        [0, V) makes the log-probability of its sequence nan.
+      token_weights: the factor of each label's log-probability, [B, T], real floating, finite and
+        >= 0; None for 1. They align with `labels` and are shifted with them. A label of weight 0
+        does not count, whatever its hidden state holds. Averages and the NLL divide by their sum. A
+        weight that is negative or not finite makes its sequence nan.
+      cu_seqlens: offsets of S sequences that are packed into one row (B = 1) without padding,
+        [S + 1], of any integer dtype, rising from 0 to T; None if each row is a sequence. This is
+        the format of FlashAttention's variable-length functions. The last token of a sequence does
+        not predict the next sequence. Offsets out of order give nan.
+      ignore_index: the label that does not count.
+      shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
+        you have shifted already, so position t predicts label t.
+    """
+
+    hidden: Array
+    labels: Array
+    _: KW_ONLY
+    token_weights: Array | None = None
+    cu_seqlens: Array | None = None
+    ignore_index: int = -100
+    shift: bool = True
+
+
+jax.tree_util.register_dataclass(
+    Head,
+    data_fields=["weight", "bias"],
+    meta_fields=[
+        *("softcap", "logit_scale", "temperature", "chunk_size"),
+        *("mesh", "batch_axis", "vocab_axis"),
+    ],
+)
+jax.tree_util.register_dataclass(
+    Completions,
+    data_fields=["hidden", "labels", "token_weights", "cu_seqlens"],
+    meta_fields=["ignore_index", "shift"],
+)
+
+
+def linear_pair_loss(
+    loss: MarginLoss | PairLoss,
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Array | float,
+    reference_rejected_logps: Array | float,
+    *,
+    beta: Array | float,
+    reward_gap: Array | float | None = None,
+    weights: Array | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """Any loss of the two log-ratios from hidden states, without the logits.
+
+        loss = (l(u_w, u_l) + nll_weight * NLL) * weight,
+        u    = log pi(y|x) / pi_ref(y|x) of each side,    NLL = -log pi(y_w|x) per token
+
+    The result equals `pair_loss` of `linear_logps`. With N the tokens that count, a call takes
+    4NDV FLOPs if the head is not differentiated, for any loss: the forward keeps each token's
+    direction, an array like the hidden states, and the backward scales it. With a head that is
+    differentiated it takes 6NDV, and 8NDV for `reduction="none"`. Without differentiation it takes
+    2NDV. A pair that is longer than a tile needs two float32 arrays of the weight's size beside its
+    gradient.
+
+    Under `jax.jit`, `loss`, `nll_weight`, `average` and `reduction` are static.
+
+    Args:
+      loss: `SPO(...)`, `DPO(...)`, `Squared()`, or your own `MarginLoss` or `PairLoss`. It must be
+        hashable, like a frozen dataclass. Pass values that change from step to step as `beta` or
+        `weights`.
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them, in the order of the chosen ones. They may
+        differ from the chosen ones in length, packing, `ignore_index` and `shift`.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: passed to the loss, 1 / nats, > 0: a number or [P].
+      reward_gap: known r_w - r_l, > 0: a number or [P]. It divides beta. None means 1.
+      weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, even if it
+        contains nan. "mean" still divides by P. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps). The loss is differentiable once in reverse
+      mode with respect to hidden states, weight and bias, and with respect to `beta`,
+      `reward_gap`, `weights`, references and `token_weights`. The log-probabilities, [P] in nats,
+      are constants.
+
+    Raises:
+      TypeError: a dtype does not fit, an option is not a number, an argument is not a JAX array, or
+        `loss` is not a hashable loss object.
+      ValueError: a shape or a number does not fit, or the mesh, its axes and the arrays do not fit
+        together.
+    """
+    pairwise(loss)  # checks it
+    _check_hashable(loss)
+    check_reduction(reduction)
+    check_nll_weight(nll_weight)
+    prepare(head, {"chosen": chosen, "rejected": rejected})
+    _check_pairs(chosen, rejected)
+    constants = _constants(
+        jnp.zeros(_count(chosen), wide(chosen.hidden)),
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+        reward_gap,
+        weights,
+    )
+    objective = Objective(loss, float(nll_weight), reduction, bool(average))
+    found: LinearPairLoss = _pair_loss(objective, head, chosen, rejected, constants)
+    return found
+
+
+def linear_spo_loss(
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Array | float,
+    reference_rejected_logps: Array | float,
+    *,
+    beta: Array | float,
+    linear_below: float | None = None,
+    reward_gap: Array | float | None = None,
+    weights: Array | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """Stable Preference Optimization (SPO) from hidden states, paper eq. 6: see `linear_pair_loss`.
+
+        l = -x * e^(-x),   x = beta * h / reward_gap
+
+    h = (log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x)) is the margin, in
+    nats (paper eq. 4). Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language
+    Model Alignment", 12 August 2025 ("the paper").
+
+    Args:
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: inverse of the target margin, 1 / nats, > 0: a number or [P].
+      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0. None is
+        equation 6 as published.
+      reward_gap: known r_w - r_l, > 0: a number or [P]. The target is reward_gap / beta. None means
+        1.
+      weights: factor of each pair: a number or [P]. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps), as `linear_pair_loss`.
+
+    Raises:
+      TypeError: as `linear_pair_loss`, or `linear_below` is not a number.
+      ValueError: as `linear_pair_loss`, or `linear_below` is out of range.
+    """
+    return linear_pair_loss(
+        SPO(linear_below),
+        head,
+        chosen,
+        rejected,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=reward_gap,
+        weights=weights,
+        nll_weight=nll_weight,
+        average=average,
+        reduction=reduction,
+    )
+
+
+def linear_dpo_loss(
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Array | float,
+    reference_rejected_logps: Array | float,
+    *,
+    beta: Array | float,
+    label_smoothing: float = 0.0,
+    weights: Array | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """Direct Preference Optimization (DPO) from hidden states: see `linear_pair_loss`.
+
+        l = -(1 - e) * log s(x) - e * log s(-x),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
+
+    arXiv:2305.18290, eq. 7, with the margin h in nats, and label smoothing e.
+
+    Args:
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: strength of the pull to the reference, 1 / nats, > 0: a number or [P].
+      label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels.
+      weights: factor of each pair: a number or [P]. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps), as `linear_pair_loss`.
+
+    Raises:
+      TypeError: as `linear_pair_loss`, or `label_smoothing` is not a number.
+      ValueError: as `linear_pair_loss`, or `label_smoothing` is out of range.
+    """
+    return linear_pair_loss(
+        DPO(label_smoothing),
+        head,
+        chosen,
+        rejected,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        weights=weights,
+        nll_weight=nll_weight,
+        average=average,
+        reduction=reduction,
+    )
+
+
+def linear_squared_loss(
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Array | float,
+    reference_rejected_logps: Array | float,
+    *,
+    beta: Array | float,
+    reward_gap: Array | float | None = None,
+    weights: Array | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """The squared error of the margin to its target from hidden states: see `linear_pair_loss`.
+
+        l = (h - reward_gap / beta)^2, in nats^2
+
+    Section 2.2 of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
+    Alignment", 12 August 2025, with the margin h in nats (eq. 4).
+
+    Args:
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: inverse of the target margin, 1 / nats, > 0: a number or [P].
+      reward_gap: known r_w - r_l, > 0: a number or [P]. The target is reward_gap / beta. None means
+        1.
+      weights: factor of each pair: a number or [P]. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps), as `linear_pair_loss`.
+
+    Raises:
+      TypeError: as `linear_pair_loss`.
+      ValueError: as `linear_pair_loss`.
+    """
+    return linear_pair_loss(
+        Squared(),
+        head,
+        chosen,
+        rejected,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=reward_gap,
+        weights=weights,
+        nll_weight=nll_weight,
+        average=average,
+        reduction=reduction,
+    )
+
+
+def linear_ipo_loss(
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    reference_chosen_logps: Array | float,
+    reference_rejected_logps: Array | float,
+    *,
+    beta: Array | float,
+    weights: Array | float | None = None,
+    nll_weight: float = 0.0,
+    average: bool = False,
+    reduction: str = "mean",
+) -> LinearPairLoss:
+    """Identity Preference Optimization (IPO) from hidden states: see `linear_pair_loss`.
+
+        l = (h - 1 / (2 * beta))^2, in nats^2
+
+    Equation 17 of Azar et al., arXiv:2310.12036, on summed log-probabilities, with the margin h in
+    nats; `average=True` gives the averages over tokens that some trainers use.
+
+    Args:
+      head: how hidden states become logits.
+      chosen: the chosen completions, P of them.
+      rejected: the rejected completions, P of them.
+      reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
+      beta: strength of the pull to the reference, 1 / nats, > 0: a number or [P].
+      weights: factor of each pair: a number or [P]. None means 1.
+      nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
+      average: use log-probabilities per token instead of sums, also for the reference.
+      reduction: "mean", "sum" or "none" (the loss of each pair).
+
+    Returns:
+      LinearPairLoss(loss, chosen_logps, rejected_logps), as `linear_pair_loss`.
+
+    Raises:
+      TypeError: as `linear_pair_loss`.
+      ValueError: as `linear_pair_loss`.
+    """
+    return linear_pair_loss(
+        Squared(),
+        head,
+        chosen,
+        rejected,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        reward_gap=IPO_GAP,
+        weights=weights,
+        nll_weight=nll_weight,
+        average=average,
+        reduction=reduction,
+    )
+
+
+def prepare(head: Head, sides: Mapping[str, Completions]) -> None:
+    """Check the head and the completions, by the names of their arguments."""
+    if not isinstance(head, Head):
+        raise TypeError(f"head must be a Head, got {type(head).__name__}")
+    for name, side in sides.items():
+        if not isinstance(side, Completions):
+            raise TypeError(f"{name} must be Completions, got {type(side).__name__}")
+    check_head(head, sides)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pair_loss(
+    objective: Objective,
+    head: Head,
+    chosen: Completions,
+    rejected: Completions,
+    constants: Constants,
+) -> LinearPairLoss:
+    sides = (sequences_of(chosen), sequences_of(rejected))
+    return fused_loss(objective, head, (chosen.hidden, rejected.hidden), sides, constants)
+
+
+def _check_hashable(loss: MarginLoss | PairLoss) -> None:
+    try:
+        hash(loss)
+    except TypeError as error:
+        raise TypeError(
+            "loss must be hashable, because it is static under jax.jit. Make "
+            f"{type(loss).__name__} a frozen dataclass of numbers. Pass values that change from "
+            "step to step as beta or weights"
+        ) from error
+
+
+def _count(side: Completions) -> int:
+    """The number of completions."""
+    return len(side.labels) if side.cu_seqlens is None else len(side.cu_seqlens) - 1
+
+
+def _check_pairs(chosen: Completions, rejected: Completions) -> None:
+    if _count(chosen) != _count(rejected):
+        raise ValueError(
+            "chosen and rejected must have the same number of completions, "
+            f"got {_count(chosen)} and {_count(rejected)}"
+        )
+
+
+def _constants(
+    like: Array,
+    reference_chosen: Any,
+    reference_rejected: Any,
+    beta: Any,
+    reward_gap: Any,
+    weights: Any,
+) -> Constants:
+    """The numbers of each pair as arrays, checked before any computation.
+
+    Args:
+      like: [P], in the dtype of the policy's log-probabilities.
+      reference_chosen: a number or [P].
+      reference_rejected: a number or [P].
+      beta: a number, 0-d or [P].
+      reward_gap: a number, 0-d, [P] or None.
+      weights: a number, 0-d, [P] or None.
+    """
+    margin = log_ratio_margin(like, like, reference_chosen, reference_rejected)
+    references = [
+        jnp.full_like(like, float(reference)) if is_number(reference) else reference
+        for reference in (reference_chosen, reference_rejected)
+    ]
+    beta_for_gap(beta, reward_gap, margin)  # checks both, and the range of their ratio
+    if weights is not None:
+        weights = jnp.asarray(per_pair("weights", weights, margin, positive=False), margin.dtype)
+    if reward_gap is not None:
+        reward_gap = jnp.asarray(reward_gap, margin.dtype)
+    beta = jnp.asarray(beta, margin.dtype)
+    return Constants(references[0], references[1], beta, reward_gap, weights)
