@@ -5,7 +5,7 @@ Their gradients are not differentiable. A second derivative is an error instead 
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -107,6 +107,18 @@ def refuse_batched(upstream: Tensor) -> None:
             "torch.func.jacrev, vmap or is_grads_batched. Differentiate each output in turn, for "
             "example with torch.autograd.functional.jacobian"
         )
+
+
+class Kind(NamedTuple):
+    """Shape and dtype of a tensor, without keeping it alive."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Kind:
+        """Those of a tensor."""
+        return cls(tensor.shape, tensor.dtype)
 
 
 class Held:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spoloss.torch._autograd import (
     Held,
+    Kind,
     anchor,
     needs_grad,
     refuse_second_derivative,
@@ -165,13 +166,6 @@ def _with_weights(table: TokenTable, weight: Tensor | None) -> TokenTable:
     return dataclasses.replace(table, tokens=dataclasses.replace(table.tokens, weight=weight))
 
 
-class _Kind(NamedTuple):
-    """Shape and dtype of a tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
 class _Known(NamedTuple):
     """What `_Attach` needs beside its tensors.
 
@@ -197,9 +191,7 @@ class _Attach(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         _, *tensors, ctx.known = inputs
         # Only shapes and dtypes, because saved inputs would stay in memory until the backward.
-        ctx.kinds = [
-            None if tensor is None else _Kind(tensor.shape, tensor.dtype) for tensor in tensors
-        ]
+        ctx.kinds = [None if tensor is None else Kind.of(tensor) for tensor in tensors]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spoloss.torch._autograd import needs_grad
-from spoloss.torch._gradients import Wanted
+from spoloss.torch._gradients import Wanted, held_dtype
 from spoloss.torch._head import HeadOptions
 from spoloss.torch._labels import Targets
 from spoloss.torch._recompute import Call, Forward, backward, forward
@@ -96,7 +96,10 @@ def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Ten
     *_, named_dtype, directions = others
     dtype = torch.promote_types(named_dtype or weight.dtype, torch.float32)
     logps = hidden.new_empty(hidden.shape[:2], dtype=dtype)
-    rows = hidden.new_empty((logps.numel(), hidden.shape[2]) if directions else 0)
+    rows = hidden.new_empty(0)
+    if directions:
+        shape = (logps.numel(), hidden.shape[2])
+        rows = hidden.new_empty(shape, dtype=held_dtype(hidden.dtype))
     return logps, logps.new_empty(2, logps.numel()), rows
 
 
@@ -145,18 +148,19 @@ def _(
 
 
 @torch.library.custom_op("spoloss::scale_directions", mutates_args=())
-def _scale_operator(rows: Tensor, upstream: Tensor) -> Tensor:
+def _scale_operator(rows: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """An operator, because a product would have a second derivative, silently 0."""
-    return (rows.view(*upstream.shape, -1) * upstream[..., None]).to(rows.dtype)
+    return (rows.view(*upstream.shape, -1) * upstream[..., None]).to(dtype)
 
 
 @_scale_operator.register_fake
-def _(rows: Tensor, upstream: Tensor) -> Tensor:
-    return rows.new_empty(*upstream.shape, rows.shape[1])
+def _(rows: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty(*upstream.shape, rows.shape[1], dtype=dtype)
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, (*ctx.others, ctx.directions) = inputs[:7], inputs[7:]
+    ctx.dtype = inputs[0].dtype
     logps, lse, rows = output
     ctx.mark_non_differentiable(lse, rows)
     ctx.save_for_backward(*((rows,) if ctx.directions else (*tensors, logps, lse)))
@@ -165,7 +169,8 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> No
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     if ctx.directions:
         (rows,) = ctx.saved_tensors
-        return _scale_operator(rows, upstream), *(None for _ in ctx.needs_input_grad[1:])
+        of_hidden = _scale_operator(rows, upstream, ctx.dtype)
+        return of_hidden, *(None for _ in ctx.needs_input_grad[1:])
     *tensors, logps, lse = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     found = iter(_backward_operator(wanted, logps, lse, upstream, *tensors, *ctx.others))

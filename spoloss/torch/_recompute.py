@@ -19,13 +19,14 @@ from torch import Tensor
 
 from spoloss.torch._autograd import (
     Held,
+    Kind,
     anchor,
     needs_grad,
     refuse_batched,
     refuse_second_derivative,
     refuse_vmap,
 )
-from spoloss.torch._gradients import Gradients, Wanted
+from spoloss.torch._gradients import Gradients, Wanted, held_dtype
 from spoloss.torch._head import HeadOptions, Projection
 from spoloss.torch._softmax import Workspace, known_blocks, known_softmax, softmax_of
 from spoloss.torch._tiles import tiles
@@ -116,7 +117,7 @@ class _Directed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         *hidden, _, _, _, ctx.known = inputs
-        ctx.shapes = [states.shape for states in hidden]
+        ctx.kinds = [Kind.of(states) for states in hidden]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -125,7 +126,7 @@ class _Directed(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             (rows,) = ctx.known.held.scaled(upstream[:, None])
-            grads = _by_side(rows, ctx.known.sizes, ctx.shapes)
+            grads = _by_side(rows, ctx.known.sizes, ctx.kinds)
         return *refuse_second_derivative(grads, ctx.known.anchor), *(None,) * 4
 
     @staticmethod
@@ -160,8 +161,8 @@ class _Recomputed(torch.autograd.Function):
         with torch.no_grad():
             found = Forward(logps, lse, None)
             grads = backward(weight, bias, ctx.call, found, upstream, wanted, *hidden)
-            shapes = [states.shape for states in hidden]
-            of_sides = _by_side(grads.hidden, ctx.call.table.sizes, shapes)
+            kinds = [Kind.of(states) for states in hidden]
+            of_sides = _by_side(grads.hidden, ctx.call.table.sizes, kinds)
         of_all = (*of_sides, grads.weight, grads.bias)
         return *refuse_second_derivative(of_all, *hidden, weight, bias), None
 
@@ -171,13 +172,15 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _by_side(
-    rows: Tensor | None, sizes: Sequence[int], shapes: Sequence[torch.Size]
+    rows: Tensor | None, sizes: Sequence[int], kinds: Sequence[Kind]
 ) -> tuple[Tensor | None, ...]:
     """The gradient by the hidden states of all sides, [rows, D], cut into those of each side."""
     if rows is None:
-        return (None,) * len(shapes)
+        return (None,) * len(kinds)
     parts = torch.split(rows, list(sizes))
-    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    return tuple(
+        part.view(kind.shape).to(kind.dtype) for part, kind in zip(parts, kinds, strict=True)
+    )
 
 
 class Grads(NamedTuple):
@@ -195,7 +198,7 @@ def forward(weight: Tensor, bias: Tensor | None, call: Call, *hidden: Tensor) ->
         table, batch = call.table, Batch.of(call.table, *hidden)
         logps = weight.new_zeros(sum(table.sizes), dtype=head.dtype)
         lse = logps.new_zeros(2, len(logps))
-        directions = batch.zeros(hidden[0].dtype) if call.directions else None
+        directions = batch.zeros(held_dtype(hidden[0].dtype)) if call.directions else None
         gradients = Gradients(head, Wanted(call.directions, weight=False, bias=False), directions)
         rows_per_tile = head.tiles.heights.rows
         workspace = Workspace(head, min(rows_per_tile, len(table)), keep=False)

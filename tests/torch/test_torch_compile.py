@@ -103,7 +103,7 @@ def test_the_operators_are_what_the_compiler_assumes(
     if frozen:
         rows = torch.ones(hidden.numel() // 8, 8)
         upstream = strided(strides, torch.ones(hidden.shape[:2]))
-        torch.library.opcheck(_operator._scale_operator, (rows, upstream))
+        torch.library.opcheck(_operator._scale_operator, (rows, upstream, torch.float16))
         return
     logps, lse, _ = _operator._forward_operator(*inputs, *others, False)
     found = (logps.detach(), lse, torch.ones_like(logps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -155,6 +156,22 @@ def test_half_precision_is_no_worse_than_the_naive_path(
     dtype: torch.dtype, chunk_size: int | None
 ) -> None:
     check_half_precision(dtype, chunk_size)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_scale_keeps_the_gradient_of_a_sure_token(*, compiled: bool, trained: bool) -> None:
+    """Its derivative is 8e-8, which float16 cannot hold before it is scaled."""
+    weight = (20.0 * torch.eye(3, 2)).half().requires_grad_(trained)  # logits 20, 0, 0
+    hidden = torch.tensor([[[1.0, 0.0]]]).half().requires_grad_()
+    label, scale = torch.tensor([[0]]), 2.0**16
+    call = lambda states: flat_logps(states, weight, label, shift=False).sum() * scale  # noqa: E731
+    torch.compiler.reset()
+    call = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+    (grad,) = torch.autograd.grad(call(hidden), hidden)
+    assert grad.dtype == torch.float16
+    expected = 20.0 * 2.0 * math.exp(-20.0) * scale
+    torch.testing.assert_close(grad[0, 0, 0].item(), expected, rtol=1e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("chunk_size", [3, None])
