@@ -29,7 +29,7 @@ from benchmarks.studies import InputError
 from benchmarks.studies.arms import Arm
 from benchmarks.studies.training import PairLoss, Pairs
 from spoloss import log_ratio_margin
-from spoloss.torch import linear_logps, linear_pair_loss
+from spoloss.torch import Completions, Head, linear_logps, linear_pair_loss
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -143,34 +143,31 @@ class TopBlocks:
     def logps(self, inputs: dict[str, Tensor]) -> Tensor:
         """Log-probabilities of answers, nats, [M], from states [M, T, D] and labels [M, T]."""
         states, labels = trim(inputs)
-        return linear_logps(self.hidden(states), self.base.head, labels, shift=False)
+        completions = Completions(self.hidden(states), labels, shift=False)
+        return linear_logps(Head(self.base.head), completions)
 
     def pair_loss(self, arm: Arm, pairs: Pairs) -> PairLoss:
         """The arm's loss of a batch in one pass over the vocabulary, and its margins."""
         rows = torch.cat((pairs.chosen, pairs.rejected))
         states, labels = trim(pairs.answers[rows].inputs)
-        sides = tuple(zip(self.hidden(states).chunk(2), labels.chunk(2), strict=True))
+        both = zip(self.hidden(states).chunk(2), labels.chunk(2), strict=True)
+        sides = [Completions(*side, shift=False) for side in both]
         references = pairs.answers.reference[rows].chunk(2)
         losses = []
         for term in arm.terms(pairs.gap):
             order = (1, 0) if term.reversed else (0, 1)
-            (first, first_labels), (second, second_labels) = (sides[side] for side in order)
             made = linear_pair_loss(
                 arm.margin_loss,
-                first,
-                second,
-                self.base.head,
-                first_labels,
-                second_labels,
+                Head(self.base.head),
+                *(sides[side] for side in order),
                 *(references[side] for side in order),
                 beta=term.beta,
                 weights=term.weights,
-                shift=False,
             )
             losses.append(made.loss)
             if not term.reversed:
                 logps = pairs.logps_given(made.chosen_logps, made.rejected_logps)
-        return PairLoss(torch.stack(losses).sum(), log_ratio_margin(*logps))
+        return PairLoss(torch.stack(losses).sum(), log_ratio_margin(*logps).detach())
 
 
 def reference_policy(model: str) -> TopBlocks:
