@@ -21,6 +21,7 @@ from hypothesis.extra.numpy import arrays
 
 import spoloss
 from helpers.backends import BACKENDS, DIFFERENTIABLE, gradients
+from helpers.pairs import TwoSided
 from spoloss import DPO, SPO, Squared
 
 E = math.e
@@ -93,6 +94,25 @@ def test_the_gradients_of_the_four_are_s_minus_s_minus_s_and_s(
     scale = np.abs(grad.policy_chosen).max() + beta
     for got, sign in zip(found, (1.0, -1.0, -1.0, 1.0), strict=True):
         close(got, sign * grad.policy_chosen, scale, library=library)
+
+
+@by_library
+@given(fours, betas, arrays(np.float64, 6, elements=st.floats(-2.0, 2.0)))
+def test_a_loss_of_two_log_ratios_has_two_slopes_and_the_references_take_them_back(
+    library: str, logps: np.ndarray, beta: float, weights: np.ndarray
+) -> None:
+    backend, options = BACKENDS[library], {"beta": beta, "reward_gap": 2.0, "reduction": "sum"}
+    total = lambda *four: spoloss.pair_loss(  # noqa: E731
+        TwoSided(), *four, weights=backend.array(weights), **options
+    )
+    found = gradients(backend, total, *logps)
+    grad = spoloss.pair_grad(TwoSided(), *logps, weights=weights, **options)
+    slopes = TwoSided().slopes(logps[0] - logps[2], logps[1] - logps[3], beta / 2.0)
+    for got, slope in zip(grad, slopes, strict=True):
+        close(got, weights * slope, np.abs(slope).max())
+    signed = (*grad, -grad.policy_chosen, -grad.policy_rejected)
+    for got, want in zip(found, signed, strict=True):
+        close(got, want, np.abs(want).max() + beta, library=library)
 
 
 # SPO: l = -x e^-x

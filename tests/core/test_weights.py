@@ -14,7 +14,7 @@ import torch
 
 import spoloss
 from helpers.backends import BACKENDS, DIFFERENTIABLE, Backend, gradients
-from helpers.pairs import FUNCTIONS, four
+from helpers.pairs import FUNCTIONS, TwoSided, four
 from spoloss import SPO
 
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -23,8 +23,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "dpo": spoloss.dpo_loss,
     "dpo, smoothed": lambda *a, **k: spoloss.dpo_loss(*a, label_smoothing=0.1, **k),
     "squared": spoloss.squared_loss,
+    "two-sided": lambda *a, **k: spoloss.pair_loss(TwoSided(), *a, **k),
 }
-WITH_GAP = ("spo", "spo, linear below", "squared")
+WITH_GAP = ("spo", "spo, linear below", "squared", "two-sided")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -182,6 +183,25 @@ def test_a_number_or_a_0d_array_of_0_leaves_all_out(backend: Backend) -> None:
         assert np.all(
             np.asarray(spoloss.spo_grad(*nan, weights=weights, beta=0.1).policy_chosen) == 0.0
         )
+
+
+def test_what_stands_in_for_a_pair_is_in_the_domain_of_a_loss_of_averages() -> None:
+    """The average log-probabilities of tokens are negative, and a loss may exist there alone."""
+
+    class Root:
+        def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+            return beta * (torch.sqrt(-chosen) - torch.sqrt(-rejected))
+
+        def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+            return -0.5 * beta / torch.sqrt(-chosen), 0.5 * beta / torch.sqrt(-rejected)
+
+    sides = torch.tensor([[-1.0, torch.nan, -2.0], [-0.5, -1.0, -3.0]], requires_grad=True)
+    weights = torch.tensor([1.0, 0.0, 1.0])
+    call = {"beta": 1.0, "weights": weights, "reduction": "sum"}
+    spoloss.pair_loss(Root(), *sides, 0.0, 0.0, **call).backward()
+    want = spoloss.pair_grad(Root(), *sides.detach(), 0.0, 0.0, **call)
+    torch.testing.assert_close(sides.grad, torch.stack([want.policy_chosen, want.policy_rejected]))
+    assert torch.all(sides.grad[:, 1] == 0.0)
 
 
 def test_a_shared_beta_survives_a_pair_that_is_left_out() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 import spoloss
 from spoloss import DPO, SPO, Squared
+from spoloss._arrays import namespace, quiet
 
 
 class IPO:
@@ -18,6 +19,19 @@ class IPO:
 
     def slope(self, margin: Any, beta: Any) -> Any:
         return 2.0 * margin - 1.0 / beta
+
+
+class TwoSided:
+    """A loss whose slopes are neither equal nor opposite, and that overflows like SPO."""
+
+    @quiet
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        xp = namespace(chosen)
+        return xp.exp(-beta * chosen) + beta * rejected * rejected
+
+    @quiet
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        return -beta * namespace(chosen).exp(-beta * chosen), 2.0 * beta * rejected
 
 
 FUNCTIONS = {
