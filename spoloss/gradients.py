@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, check_reduction, quiet, shares
+from spoloss._inputs import inputs, log_ratios
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
-from spoloss.pairs import IPO_GAP, inputs, log_ratios
+from spoloss.pairs import IPO_GAP
 
 
 class PairGrad(NamedTuple):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, conform, quiet
+from spoloss._inputs import LOGPS, beta_for_gap, margins
 from spoloss.losses import DPO, SPO, SignedLog
-from spoloss.pairs import LOGPS, beta_for_gap, margins
 
 
 class PairProbGrad(NamedTuple):

@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spoloss._arrays import check_reduction, is_number, per_pair
+from spoloss._inputs import beta_for_gap
 from spoloss._options import check_nll_weight
 from spoloss.jax._checks import check_head
 from spoloss.jax._fused import LinearPairLoss, fused_loss
@@ -25,7 +26,7 @@ from spoloss.jax._mesh import Axis
 from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._softmax import wide
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
-from spoloss.pairs import IPO_GAP, beta_for_gap, log_ratio_margin
+from spoloss.pairs import IPO_GAP, log_ratio_margin
 
 
 @dataclass(frozen=True, eq=False)

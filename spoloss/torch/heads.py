@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from spoloss._arrays import check_reduction, per_pair
+from spoloss._inputs import beta_for_gap
 from spoloss._options import check_nll_weight
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
-from spoloss.pairs import IPO_GAP, beta_for_gap, log_ratio_margin
+from spoloss.pairs import IPO_GAP, log_ratio_margin
 from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._checks import prepare
 from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss

@@ -24,6 +24,7 @@ CORE = (
     "spoloss._arrays",
     "spoloss._options",
     "spoloss.losses",
+    "spoloss._inputs",
     "spoloss.pairs",
     "spoloss.gradients",
     "spoloss.paper",

@@ -1,0 +1,112 @@
+"""Layer 2: from the four log-probabilities of a batch of pairs to what a loss is evaluated at.
+
+The four come in the order of DPO's reference code, which most trainers follow: policy chosen,
+policy rejected, reference chosen, reference rejected.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from spoloss._arrays import (
+    check_positive,
+    conform,
+    detach,
+    filled,
+    is_number,
+    namespace,
+    per_pair,
+)
+from spoloss.losses import PairLoss
+
+LOGPS = (
+    "policy_chosen_logps",
+    "policy_rejected_logps",
+    "reference_chosen_logps",
+    "reference_rejected_logps",
+)
+
+
+def log_ratios(*logps: Any) -> tuple[Any, Any]:
+    """log(pi / pi_ref) of the chosen and of the rejected completions, after all checks."""
+    pc, pr, rc, rr = conform(LOGPS, logps, numbers_from=2)
+    return pc - rc, pr - rr
+
+
+def margins(*logps: Any) -> Any:
+    """The margin of each pair, after all checks."""
+    chosen, rejected = log_ratios(*logps)
+    return chosen - rejected
+
+
+def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
+    """The beta of each pair. A known gap moves the target to reward_gap / beta: beta is divided."""
+    beta = per_pair("beta", beta, logps)
+    if reward_gap is None:
+        return beta
+    beta = beta / per_pair("reward_gap", reward_gap, logps)
+    if is_number(beta):
+        check_positive("beta / reward_gap", beta)
+    return beta
+
+
+class Inputs(NamedTuple):
+    """What a loss is evaluated at, and how its values are weighted."""
+
+    chosen: Any
+    rejected: Any
+    beta: Any
+    weights: Any
+    """An array, or None for 1."""
+    left_out: Any
+    """Which pairs have weight 0 and a value or a derivative that is not finite."""
+
+    def weigh(self, values: Any) -> Any:
+        """One number per pair, times the pair's weight."""
+        if self.weights is None:
+            return values
+        return self.weights * namespace(values).where(self.left_out, 0.0, values)
+
+
+def inputs(
+    loss: PairLoss, ratios: tuple[Any, Any], beta: Any, reward_gap: Any, weights: Any
+) -> Inputs:
+    """The log-ratios, beta and weight of each pair, with usual numbers for those left out.
+
+    0 * inf and 0 * nan are nan, also in derivatives. A pair of weight 0 that is finite keeps its
+    log-ratios, because the derivative with respect to its weight is its loss.
+    """
+    like = ratios[0]
+    if weights is None:
+        return Inputs(*ratios, beta_for_gap(beta, reward_gap, like), None, None)
+    xp = namespace(like)
+    weights = per_pair("weights", weights, like, positive=False)
+    if is_number(weights):
+        weights = filled(like, weights)
+    usable = _usable(loss, ratios, beta, reward_gap)
+    left_out = xp.logical_and(weights == 0.0, xp.logical_not(usable))
+    chosen, rejected, beta, reward_gap = (
+        value if value is None or is_number(value) else xp.where(left_out, stand_in, value)
+        for value, stand_in in zip((*ratios, beta, reward_gap), (-1.0, -1.0, 1.0, 1.0), strict=True)
+    )
+    return Inputs(chosen, rejected, beta_for_gap(beta, reward_gap, like), weights, left_out)
+
+
+def _usable(loss: PairLoss, ratios: tuple[Any, Any], beta: Any, reward_gap: Any) -> Any:
+    """Which pairs have a finite value and finite derivatives."""
+    like = ratios[0]
+    beta = beta_for_gap(beta, reward_gap, like)
+    steepness = beta if reward_gap is None else beta / per_pair("reward_gap", reward_gap, like)
+    # Constants, because MLX differentiates isfinite, which multiplies 0 by inf.
+    chosen, rejected, beta, steepness = (
+        value if is_number(value) else detach(value) for value in (*ratios, beta, steepness)
+    )
+    slopes = loss.slopes(chosen, rejected, beta)
+    terms = [chosen, rejected, loss.value(chosen, rejected, beta), *slopes]
+    # The derivative with respect to beta, and the size of the second derivative of a loss of
+    # x = beta * h.
+    for slope in slopes:
+        terms += [slope * ((chosen - rejected) / beta), slope * beta]
+    terms += [number for number in (beta, steepness) if not is_number(number)]
+    return functools.reduce(namespace(like).logical_and, map(namespace(like).isfinite, terms))
