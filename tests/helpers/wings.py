@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -114,6 +113,8 @@ STATES = ("chosen_hidden", "rejected_hidden")
 HEAD = ("weight", "bias")
 NUMBERS = ("reference_chosen", "reference_rejected", "beta", "reward_gap", "weights")
 TOKENS = ("chosen_token_weights", "rejected_token_weights")
+HEAD_OPTIONS = ("bias", "softcap", "logit_scale", "temperature", "chunk_size")
+SIDE_OPTIONS = ("ignore_index", "shift")
 
 
 def sigmoid(x: Any) -> Any:
@@ -164,15 +165,14 @@ def make_arrays(wing: Wing, dtype: str = "float64") -> dict[str, Any]:
     return kept | {name: wing.array(floating[name], dtype) for name in (*STATES, *HEAD)}
 
 
-def of_class(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are fields of `Head` or of `Completions`."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {name: value for name, value in options.items() if name in names}
+def chosen_from(names: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of these names."""
+    return {name: options[name] for name in names if name in options}
 
 
 def head_of(wing: Wing, arrays: Arrays, options: Mapping[str, Any]) -> Any:
     """The head of the case, with its options among `options`."""
-    head = {"bias": arrays.get("bias"), **of_class(wing.api.Head, options)}
+    head = {"bias": arrays.get("bias"), **chosen_from(HEAD_OPTIONS, options)}
     return wing.api.Head(arrays["weight"], **head)
 
 
@@ -181,7 +181,7 @@ def completions_of(wing: Wing, arrays: Arrays, side: str, options: Mapping[str, 
     fields = {"token_weights": arrays.get(f"{side}_token_weights")}
     if f"{side}_cu_seqlens" in arrays:
         fields["cu_seqlens"] = arrays[f"{side}_cu_seqlens"]
-    fields |= of_class(wing.api.Completions, options)
+    fields |= chosen_from(SIDE_OPTIONS, options)
     hidden, labels = arrays[f"{side}_hidden"], arrays[f"{side}_labels"]
     return wing.api.Completions(hidden, labels, **fields)
 
