@@ -26,15 +26,15 @@ class Head:
       softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
       logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
       temperature: divisor of the logits, > 0.
-      chunk_size: tokens per tile; None for a size that fits the device. Without a gradient by the
+      chunk_size: tokens per tile; None for a size that fits the device. Without a gradient of the
         head, a tile has 1,024 tokens (on CUDA 4,096), and a block of its logits takes 16 MiB (on
-        CUDA 512 MiB) but has at least 1,024 entries; with `softcap` twice that. With a gradient by
+        CUDA 512 MiB) but has at least 1,024 entries; with `softcap` twice that. With a gradient of
         the head, one pass keeps a tile's exponentials: 64 MiB (on CUDA 2 GiB), but at least 256
         tokens.
       vocab_parallel_group: the ranks that share a head split over the vocabulary. `weight` and
         `bias` are then this rank's rows (for a DTensor: `to_local()`), in the order of the ranks,
         in shards of any size. All else and the upstream gradient must be equal on all ranks. The
-        results are then equal too, and so is the gradient by the hidden states, which is summed
+        results are then equal too, and so is the gradient of the hidden states, which is summed
         over the ranks. Not under torch.compile(fullgraph=True).
     """
 

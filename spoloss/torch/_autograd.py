@@ -73,7 +73,7 @@ def anchor(*inputs: Tensor | None) -> Tensor:
 def refuse_second_derivative(
     grads: tuple[Tensor | None, ...], *inputs: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a backward, with an error for a second derivative by `inputs`."""
+    """The gradients of a backward, with an error for a second derivative."""
     if not torch.is_grad_enabled():
         return grads
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]

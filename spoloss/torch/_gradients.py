@@ -1,7 +1,8 @@
-"""The gradients by hidden states, weight and bias, accumulated tile by tile.
+"""The gradients of hidden states, weight and bias, accumulated tile by tile.
 
-The derivative of a token's log-probability by its logits is onehot - p, so a tile whose tokens have
-slopes s (the derivatives of the loss by their log-probabilities) contributes
+The derivative of a token's log-probability with respect to its logits is onehot - p, so a tile
+whose tokens have slopes s (the derivatives of the loss with respect to their log-probabilities)
+contributes
 
     weight gradient += gain * (s * (onehot - p))^T @ states
     hidden gradient  = gain * s * (onehot - p) @ weight
@@ -38,9 +39,9 @@ class Gradients:
     """The gradients of a loss, accumulated tile by tile.
 
     Attributes:
-      hidden: the gradient by the hidden states of all sides, one row per token, 0 for tokens that
+      hidden: the gradient of the hidden states of all sides, one row per token, 0 for tokens that
         do not count; or None.
-      head: the gradient by weight and bias.
+      head: the gradient of weight and bias.
     """
 
     def __init__(self, model: Projection, wanted: Wanted, hidden: Tensor | None) -> None:
@@ -49,7 +50,7 @@ class Gradients:
         Args:
           model: the head that computes the logits.
           wanted: which gradients to accumulate.
-          hidden: zeros for the gradient by the hidden states, or None.
+          hidden: zeros for the gradient of the hidden states, or None.
         """
         self.hidden = hidden
         self.head = HeadGradient(model, wanted)
@@ -57,7 +58,7 @@ class Gradients:
         self._spare: list[HeadGradient] = []
 
     def directions(self, count: int) -> list[HeadGradient]:
-        """Empty gradients by the head, one for each side of a long pair.
+        """Empty gradients of the head, one for each side of a long pair.
 
         If no contribution was added yet, the first of them is `head` itself. The others are
         allocated once, and each call clears them.
@@ -81,7 +82,7 @@ class Gradients:
           tile: tokens with their hidden states.
           softmax: the tile's softmax, with the blocks and the product for the wanted gradients.
           slopes: [n] the derivative of the loss with respect to each token's log-probability.
-          head: where to add the gradient by the head: `self.head` or a direction.
+          head: where to add the gradient of the head: `self.head` or a direction.
         """
         if self._wanted.head:
             head.add(tile.states, softmax, softmax.blocks, slopes)
@@ -91,13 +92,13 @@ class Gradients:
     def write_hidden(
         self, tokens: Tokens, softmax: Softmax, product: Tensor, slopes: Tensor
     ) -> None:
-        """Write the rows of the gradient by hidden states that belong to one tile.
+        """Write the rows of the gradient of the hidden states that belong to one tile.
 
         Args:
           tokens: the tile's tokens.
           softmax: the tile's softmax.
-          product: [n, D] sum of p_v * weight[v] over all words v except the target.
-          slopes: [n] the derivative of the loss by each token's log-probability.
+          product: [n, D] sum of p_v * weight[v] over all entries v except the target.
+          slopes: [n] the derivative of the loss with respect to each token's log-probability.
         """
         if self.hidden is None:
             return
@@ -116,19 +117,19 @@ class Gradients:
 
 
 class HeadGradient:
-    """The gradient by weight and bias, in at least float32.
+    """The gradient of weight and bias, in at least float32.
 
     Its memory is not set to zero at the start. The blocks of the first tile overwrite it, which
     saves one pass over an array of the weight's size.
     """
 
     def __init__(self, model: Projection, wanted: Wanted) -> None:
-        """Allocate the wanted gradients by weight and bias."""
+        """Allocate the wanted gradients of weight and bias."""
         bias = model.bias if wanted.bias else None
         self._model = model
         self._weight = torch.empty_like(model.weight, dtype=model.dtype) if wanted.weight else None
         self._bias = None if bias is None else torch.empty_like(bias, dtype=model.dtype)
-        self._filled = 0  # the rows of the first so many words hold a sum
+        self._filled = 0  # the rows of the first so many entries hold a sum
 
     @property
     def empty(self) -> bool:
@@ -147,15 +148,15 @@ class HeadGradient:
         Args:
           states: hidden states, [n, D].
           softmax: the tile's softmax.
-          blocks: the exponentials of all words, in order.
-          slopes: [n] the derivative of the loss by each token's log-probability.
+          blocks: the exponentials of all entries, in order.
+          slopes: [n] the derivative of the loss with respect to each token's log-probability.
         """
         for block in blocks:
             self._add_block(states, softmax, block, slopes)
         self._add_targets(states, softmax, slopes)  # into rows that the blocks have overwritten
 
     def _add_block(self, states: Tensor, softmax: Softmax, block: Block, slopes: Tensor) -> None:
-        """The contribution of a block's words as non-targets."""
+        """The contribution of a block's entries as non-targets."""
         columns, exps, shift = block
         empty = columns.start >= self._filled
         self._filled = max(self._filled, columns.stop)
@@ -193,11 +194,11 @@ class HeadGradient:
         self._filled = other._filled
 
     def weight(self, dtype: torch.dtype) -> Tensor | None:
-        """The gradient by the weight in `dtype`: 0 if nothing was added, None if not wanted."""
+        """The gradient of the weight in `dtype`: 0 if nothing was added, None if not wanted."""
         return self._finished(self._weight, dtype)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The gradient by the bias in `dtype`: 0 if nothing was added, None if not wanted."""
+        """The gradient of the bias in `dtype`: 0 if nothing was added, None if not wanted."""
         return self._finished(self._bias, dtype)
 
     def _finished(self, total: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -174,7 +174,7 @@ class _Recomputed(torch.autograd.Function):
 def _by_side(
     rows: Tensor | None, sizes: Sequence[int], kinds: Sequence[Kind]
 ) -> tuple[Tensor | None, ...]:
-    """The gradient by the hidden states of all sides, [rows, D], cut into those of each side."""
+    """The gradient of the hidden states of all sides, [rows, D], cut into those of each side."""
     if rows is None:
         return (None,) * len(kinds)
     parts = torch.split(rows, list(sizes))
@@ -221,7 +221,7 @@ def backward(
     wanted: Wanted,
     *hidden: Tensor,
 ) -> Grads:
-    """The gradients by hidden states, weight and bias, from the gradient by log-probabilities."""
+    """The gradients of hidden states, weight and bias, from that of the log-probabilities."""
     with torch.autocast(weight.device.type, enabled=False):
         head = Projection.of(weight, bias, call.options)
         table, batch = call.table, Batch.of(call.table, *hidden)

@@ -49,7 +49,7 @@ class Softmax:
       total: [n] the sum of exp(logit - peak) over the whole vocabulary.
       complement: [n] 1 - p of the target, times softcap's derivative at the target.
       target: [n] the target's row of this rank's weight, 0 if another rank has it.
-      product: [n, D] sum of p_v * weight[v] over the other words, or None if it was not computed.
+      product: [n, D] sum of p_v * weight[v] over the other entries, or None if it was not computed.
       blocks: the exponentials of the whole vocabulary if they were kept, else empty.
     """
 
@@ -101,7 +101,7 @@ def softmax_of(
       tile: n tokens, with hidden states in the dtype of the head's products.
       workspace: memory for the logits.
       keep: whether to keep the exponentials of all blocks, for the weight's gradient.
-      product: whether to compute `Softmax.product`, for the gradient by the hidden states.
+      product: whether to compute `Softmax.product`, for the gradient of the hidden states.
     """
     blocks: list[Block] = []
     sums = Sums.start(tile.states, head.dtype)

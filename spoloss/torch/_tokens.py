@@ -1,10 +1,9 @@
 """A batch as one table of tokens, with one row for each token whose label counts.
 
 The columns are the token's place among the hidden states, its target, its side (chosen 0,
-rejected 1), its pair and the factor of its log-probability. The table is
-built from padded rows or from packed rows (`cu_seqlens`). Rows are sorted by pair, then by side, so
-the tokens of consecutive pairs are one slice of the table. A batch of single sequences is a table
-with one side.
+rejected 1), its pair and the factor of its log-probability. The table is built from padded rows or
+from packed rows (`cu_seqlens`). Rows are sorted by pair, then by side, so the tokens of consecutive
+pairs are one slice of the table. A batch of single sequences is a table with one side.
 """
 
 from __future__ import annotations

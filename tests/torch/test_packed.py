@@ -46,7 +46,7 @@ def offsets(dtype: torch.dtype = torch.int32) -> Tensor:
 def both(
     way: Callable[..., Tensor], dtype: torch.dtype = torch.float64, **options: Any
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Log-probabilities and gradients, by hidden states and weight: padded and packed."""
+    """Log-probabilities and gradients of hidden states and weight: padded and packed."""
     hidden, weight, labels = padded(dtype)
     upstream = torch.tensor([1.0, -2.0, 3.0, 0.5, 1.5], dtype=torch.float64)
     found = []

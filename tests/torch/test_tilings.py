@@ -1,4 +1,4 @@
-"""The fused head with any division of the work into tiles of tokens and blocks of words.
+"""The fused head with any division of the work into tiles of tokens and blocks of the vocabulary.
 
 Real sizes have many tiles of many blocks, whose shapes depend on each other. Here the memory of a
 device is so small that a small problem has them too.
@@ -25,7 +25,7 @@ class Tiling:
     """A problem, and the memory that divides it.
 
     Attributes:
-      lengths: tokens of the two answers of each pair.
+      lengths: tokens of the two completions of each pair.
       vocabulary: V.
       needs: whether hidden states and weight require a gradient.
       rows: tokens of a tile.

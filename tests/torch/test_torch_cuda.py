@@ -83,7 +83,7 @@ def addmm_dtype_out(
 
 @pytest.fixture(params=PLACES, ids=str)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """Blocks of 16 of 40 words, and the eight that are left over."""
+    """Blocks of 16 of 40 entries, and the eight that are left over."""
     cuda = with_memory(_devices.CUDA, block_bytes=1)._replace(compiles=request.param.compiles)
     monkeypatch.setattr(case_module, "V", 40)
     cut_blocks(monkeypatch, 16)

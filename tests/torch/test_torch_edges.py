@@ -43,7 +43,7 @@ def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(
 ) -> None:
     """The case's pair 3 has weight 0."""
     clean, case = Case(), Case()
-    for either in (clean, case):  # words 0 and 1 belong to pair 3 alone
+    for either in (clean, case):  # entries 0 and 1 belong to pair 3 alone
         either.labels = tuple(
             labels.clamp(min=2).where(labels >= 0, labels) for labels in either.labels
         )  # type: ignore[assignment]

@@ -36,7 +36,7 @@ from spoloss.torch import _exponentials, _one_pass, sequence_logps
 
 @pytest.fixture(params=[1, 5])
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of one or five of the 13 words."""
+    """Blocks of one or five of the 13 entries."""
     cut_blocks(monkeypatch, request.param)
 
 
@@ -83,7 +83,7 @@ def test_linear_logps_block_by_block(chunk_size: int | None) -> None:
 @pytest.mark.extended
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
-    """What CUDA runs as one fused pass, compiled for the CPU here, over two blocks of 300 words."""
+    """What CUDA runs as one fused pass, compiled for the CPU here, two blocks of 300 entries."""
     single = torch.promote_types(dtype, torch.float32)
     block, sums_of = (
         torch.compile(function, dynamic=True)
