@@ -6,6 +6,7 @@ Tested with PyTorch 2.13, two processes on gloo. Pitfall: a forward that bypasse
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,13 +21,16 @@ class FusedSPO(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.head = model, head_of(model)
+        self.model = model
+        self.head = replace(head_of(model), weight=None, bias=None)  # read in each forward
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
         """Returns the sum of the pairs' losses. The rows are all chosen, then all rejected."""
         hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
+        lm_head = self.model.lm_head
+        head = replace(self.head, weight=lm_head.weight, bias=lm_head.bias)
         sides = map(Completions, hidden.chunk(2), labels.chunk(2))
-        return linear_spo_loss(self.head, *sides, *ref.chunk(2), beta=0.1, reduction="sum").loss
+        return linear_spo_loss(head, *sides, *ref.chunk(2), beta=0.1, reduction="sum").loss
 
 
 class LogitsSPO(FusedSPO):

@@ -37,11 +37,11 @@ class FusedSPO(nn.Module):
         return linear_spo_loss(head, *sides, *ref.chunk(2), beta=0.1, reduction="sum").loss
 
 
-def shard(model: nn.Module, **options: object) -> FusedSPO:
+def shard(root: FusedSPO, **options: object) -> FusedSPO:
     """Shards each layer, and the rest as one group. `mp_policy=BFLOAT16` trains in bfloat16."""
-    for layer in model.model.layers:
+    for layer in root.model.model.layers:
         fully_shard(layer, **options)
-    return fully_shard(FusedSPO(model), reshard_after_forward=True, **options)
+    return fully_shard(root, reshard_after_forward=True, **options)
 
 
 def backward(sharded: nn.Module, micro_batches: list[tuple[Tensor, ...]]) -> None:
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     policy, reference = toy.models()
     batch = toy.collate(toy.pairs(count=3 + dist.get_rank(), seed=dist.get_rank()))
     ref = sequence_logps(reference(batch.ids, attention_mask=batch.mask).logits, batch.labels)
-    backward(shard(policy), [(*batch, ref)])
+    backward(shard(FusedSPO(policy)), [(*batch, ref)])
     norm = nn.utils.get_total_norm([p.grad for p in policy.parameters()]).full_tensor()
     print(f"rank {dist.get_rank()}: {len(ref) // 2} pairs, |gradient| {norm:.6f}")
     dist.destroy_process_group()

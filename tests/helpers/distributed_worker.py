@@ -141,13 +141,13 @@ BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # casts the inpu
 @case("FSDP2: bfloat16", Exact(0.01), dtype=torch.float32, mp_policy=fsdp2.BFLOAT16)
 @case("FSDP2: bfloat16, inputs cast", Wrong(0.016), dtype=torch.float32, mp_policy=BFLOAT16)
 def fsdp_fused(setting: Setting, **options: Any) -> Step:
-    sharded = fsdp2.shard(setting.policy, **options)
+    sharded = fsdp2.shard(fsdp2.FusedSPO(setting.policy), **options)
     return lambda: fsdp2.backward(sharded, [setting.mine])
 
 
 @case("FSDP2: fused, accumulated")
 def fsdp_accumulated(setting: Setting) -> Step:
-    sharded = fsdp2.shard(setting.policy)
+    sharded = fsdp2.shard(fsdp2.FusedSPO(setting.policy))
     return lambda: fsdp2.backward(sharded, setting.micro_batches)
 
 
@@ -162,9 +162,10 @@ def fsdp_root(
     own_group: bool = False,
     reshard_after_forward: bool = True,
 ) -> Step:
+    root = owner(setting.policy)
     if own_group:
         fully_shard(setting.policy.lm_head)
-    sharded = fully_shard(owner(setting.policy), reshard_after_forward=reshard_after_forward)
+    sharded = fully_shard(root, reshard_after_forward=reshard_after_forward)
     return lambda: fsdp2.backward(sharded, [setting.mine])
 
 
@@ -175,8 +176,9 @@ def fsdp_root(
     tied=True,
 )
 def fsdp_own_group(setting: Setting) -> Step:
+    root = fsdp2.FusedSPO(setting.policy)
     fully_shard(setting.policy.lm_head)
-    sharded = fsdp2.shard(setting.policy)
+    sharded = fsdp2.shard(root)
 
     def step() -> None:
         with torch.no_grad():
@@ -209,7 +211,8 @@ def fsdp_outside(setting: Setting, weight: Callable[[Any], Tensor]) -> Step:
     Refused("RuntimeError: aten.embedding.default got"),
 )
 def fsdp_inner_root(setting: Setting) -> Step:
-    owner = fsdp2.FusedSPO(fully_shard(setting.policy))
+    owner = fsdp2.FusedSPO(setting.policy)
+    fully_shard(setting.policy)
     return lambda: fsdp2.backward(owner, [setting.mine])
 
 

@@ -35,7 +35,7 @@ def of_group(setting: Setting, mesh: DeviceMesh) -> tuple[Tensor, ...]:
 @case("hybrid sharding: sum * ranks / pairs", factor=RANKS)
 @case("hybrid sharding: sum * shards / pairs", Wrong(0.50), factor=HALF)
 def hybrid(setting: Setting, factor: int) -> Step:
-    sharded = fsdp2.shard(setting.policy, mesh=square())
+    sharded = fsdp2.shard(fsdp2.FusedSPO(setting.policy), mesh=square())
     return lambda: (sharded(*setting.mine) * factor / len(PAIRS)).backward()
 
 
@@ -73,10 +73,11 @@ class SplitSPO(fsdp2.FusedSPO):
 def vocabulary(setting: Setting, factor: int) -> Step:
     mesh = square()
     batch = of_group(setting, mesh)
+    root = SplitSPO(setting.policy)
     vocab_parallel.split_head(setting.policy, mesh["inner"])
     for layer in setting.policy.model.layers:
         fully_shard(layer, mesh=mesh["outer"])
-    sharded = fully_shard(SplitSPO(setting.policy), mesh=mesh["outer"])
+    sharded = fully_shard(root, mesh=mesh["outer"])
     return lambda: (sharded(*batch) * factor / len(PAIRS)).backward()
 
 
