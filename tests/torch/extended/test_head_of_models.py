@@ -119,7 +119,7 @@ OF_A_METHOD: dict[str, dict[str, Any]] = {
 }
 NEEDS_MORE = {
     "ADAMSS": "it needs scikit-learn",
-    "XLORA": "it mixes adapters that are trained before",
+    "XLORA": "it mixes saved adapters: see below",
 }
 PROMPTS = {
     *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
@@ -183,3 +183,16 @@ def test_every_new_adapter_on_the_head(method: str) -> None:
     model = adapted(method, target_modules=["q_proj", "lm_head"])
     with pytest.raises(TypeError, match=r"the head must be exactly an nn.Linear.*, got peft\."):
         head_of(model)
+
+
+def test_x_lora(tmp_path: Path) -> None:
+    """Its model runs the decoder twice: first for the factors of the adapters."""
+    saved = {}
+    for name in ("0", "1"):
+        saved[name] = str(tmp_path / name)
+        adapted("LORA", init_lora_weights=False).save_pretrained(saved[name])
+    model = llama()
+    model.config.use_cache = False
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=saved)
+    with pytest.raises(ValueError, match=r"must call .* once, got 2 calls"):
+        head_of(peft.get_peft_model(model, config))
