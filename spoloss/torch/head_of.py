@@ -37,10 +37,10 @@ def head_of(model: Any) -> Head:
 
         logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap)
 
-    The hidden states are `model.get_decoder()(...).last_hidden_state`, also for a PEFT model. Call
-    this once, before the training loop and before any wrapper (DDP, FSDP, DeepSpeed). It runs the
-    model twice on 8 tokens, in evaluation mode and without gradients. Modes and random state are
-    afterwards as before.
+    The hidden states are `model.get_decoder()(...).last_hidden_state`, also for a PEFT model, or
+    equally those of a Transformers model's `base_model`. Call this once, before the training loop
+    and before any wrapper (DDP, FSDP, DeepSpeed). It runs the model and its decoder on 8 tokens, in
+    evaluation mode and without gradients. Modes and random state are afterwards as before.
 
     Under DDP, FSDP and DeepSpeed, read the weight inside the forward of the wrapped module, and put
     it into the head there: `dataclasses.replace(head, weight=...)`.
@@ -157,6 +157,8 @@ class _Trial(NamedTuple):
 def _try(model: Any, weight: Tensor) -> _Trial:
     """Run the decoder alone, then the model with the decoder's output replaced."""
     decoder = model.get_decoder()
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    parts = [decoder] if core.base_model in (core, decoder) else [decoder, core.base_model]
     ids = torch.arange(len(LARGEST_LOGITS), device=weight.device)[None] % len(weight)
     probe = _probe(weight)
     met: list[Tensor] = []
@@ -168,12 +170,13 @@ def _try(model: Any, weight: Tensor) -> _Trial:
         output.last_hidden_state = probe
         return output
 
-    alone = _hidden(_run(decoder, ids, model, weight))
-    if alone.shape != probe.shape or alone.dtype != weight.dtype:
-        raise ValueError(
-            f"the decoder's last hidden states must have shape {tuple(probe.shape)} and the head's "
-            f"dtype {weight.dtype}, got {tuple(alone.shape)} and {alone.dtype}"
-        )
+    alone = [_hidden(_run(part, ids, model, weight)) for part in parts]
+    for hidden in alone:
+        if hidden.shape != probe.shape or hidden.dtype != weight.dtype:
+            raise ValueError(
+                f"the decoder's last hidden states must have shape {tuple(probe.shape)} and the "
+                f"head's dtype {weight.dtype}, got {tuple(hidden.shape)} and {hidden.dtype}"
+            )
     hook = decoder.register_forward_hook(replace)
     try:
         logits = _run(model, ids, model, weight).logits
@@ -181,7 +184,7 @@ def _try(model: Any, weight: Tensor) -> _Trial:
         hook.remove()
     if len(met) != 1:
         raise ValueError(f"model must call model.get_decoder() once, got {len(met)} calls")
-    if met[0].shape != alone.shape or not _close(met[0], alone):
+    if not all(met[0].shape == hidden.shape and _close(met[0], hidden) for hidden in alone):
         raise ValueError(
             "the decoder's hidden states differ in a call of the whole model, which adds to its "
             "input. Use the model's logits and sequence_logps"

@@ -151,6 +151,29 @@ class Shifted(LlamaForCausalLM):
         return super().forward((input_ids + 1) % 64, **options)
 
 
+class Outer(nn.Module):
+    """Hidden states for other uses, as a base model may return them."""
+
+    def forward(self, **options: Any) -> Any:
+        out = self.decoder(**options)
+        out.last_hidden_state = out.last_hidden_state * 2.0
+        return out
+
+
+class OtherBase(LlamaForCausalLM):
+    """Its base model's hidden states are not those of its decoder."""
+
+    base_model_prefix = "outer"
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.outer = Outer()
+        self.outer.decoder = self.model
+
+    def get_decoder(self) -> Any:
+        return self.model
+
+
 class Functional(LlamaForCausalLM):
     """The head is never called as a module."""
 
@@ -182,6 +205,7 @@ class OtherCall(LlamaForCausalLM):
         (Padded, r"the model's logits must have shape \(8, 64\), as its head has, got \(8, 60\)"),
         (Residual, "the model's logits are not those of its head"),
         (Shifted, "the decoder's hidden states differ in a call of the whole model"),
+        (OtherBase, "the decoder's hidden states differ in a call of the whole model"),
         (Functional, "model must call model.get_decoder.. once, got 2 calls"),
     ],
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -91,6 +93,99 @@ def test_the_lists_name_models_that_exist() -> None:
     names = {kind.__name__ for kind in causal_models()}
     assert SKIPPED.keys() | REFUSED.keys() <= names
     assert not SKIPPED.keys() & REFUSED.keys()
+
+
+# Models of text and images, which the list of causal language models leaves out
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def llava() -> PreTrainedModel:
+    config = transformers.LlavaConfig(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        image_token_index=63,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def gemma_3() -> PreTrainedModel:
+    config = transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**TEXT, head_dim=8),
+        vision_config=transformers.SiglipVisionConfig(**VISION),
+        image_token_index=63,
+        mm_tokens_per_image=1,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def qwen_2_vl() -> PreTrainedModel:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = transformers.Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": 4,
+        },
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def chameleon() -> PreTrainedModel:
+    images = {
+        "embed_dim": 8,
+        "num_embeddings": 8,
+        "latent_channels": 8,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "resolution": 16,
+        "num_res_blocks": 1,
+    }
+    codes = {f"IMGIMG{letter}A": 10 + i for i, letter in enumerate("ABCDEFGH")}
+    config = transformers.ChameleonConfig(
+        **TEXT, vq_config=images, vocabulary_map={"<image>": 60, **codes}
+    )
+    return transformers.ChameleonForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [llava, gemma_3, qwen_2_vl])
+def test_models_of_text_and_images(make: Callable[[], PreTrainedModel]) -> None:
+    model = make()
+    head = head_of(model)
+    check_same(model, head)
+    with torch.no_grad():
+        hidden = [
+            part(input_ids=IDS, use_cache=False).last_hidden_state
+            for part in (model.base_model.eval(), model.get_decoder())
+        ]
+    torch.testing.assert_close(*hidden)
+
+
+def test_a_model_that_never_writes_its_codes_of_images() -> None:
+    with pytest.raises(ValueError, match=r"entry 1[0-7] of the vocabulary has the logit -3.4"):
+        head_of(chameleon())
 
 
 # PEFT
