@@ -5,10 +5,13 @@ JAX is left out, because it compiles each new combination of dtypes and shapes f
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -115,33 +118,58 @@ def test_a_call_returns_the_loss_of_the_paper_in_the_widest_dtype(library: str, 
     np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=400 * eps * np.abs(each).sum())
 
 
+FUNCTIONS = [
+    name
+    for name in spoloss.__all__
+    if inspect.isfunction(getattr(spoloss, name)) and not name.startswith("pair")
+]
+
+
 def wrong_arguments(backend: Backend) -> dict[str, dict[str, Any]]:
-    """For each argument, what it must refuse."""
-    integers, column = backend.array(np.ones(4, np.int64)), backend.array(np.ones((4, 1)))
+    """For each argument, what it must refuse, and the message after the argument's name."""
+    stranger = torch.ones(4) if backend.name != "torch" else np.ones(4)
     everywhere = {
-        "integers": integers,
-        "shape": column,
-        "list": [1.0] * 4,
-        "text": "1",
-        "True": True,
+        "must be real floating, got .*int64": backend.array(np.ones(4, np.int64)),
+        "must be real floating, got .*complex": backend.array(np.ones(4, np.complex64)),
+        "must be a PyTorch, NumPy, JAX or MLX array.*, got list": [1.0] * 4,
+        "must be a PyTorch, NumPy, JAX or MLX array.*, got str": "1",
+        "must be from the same library as .* Convert it with": stranger,
+        r"must be .* got (bool|numpy|.*Convert)": np.True_,
+        "must be a PyTorch, NumPy, JAX or MLX array.*, got bool": True,
     }
-    numbers = {"nan": float("nan"), "infinite": float("inf")}
-    positive = everywhere | numbers | {"zero": 0.0, "negative": -1}
-    wrong = {"beta": positive, "reward_gap": positive, "weights": everywhere | numbers}
-    for name in NAMES:
-        wrong[name] = everywhere | ({} if name.startswith("reference") else {"number": 1.0})
-    return wrong
+    finite = {"must be .*finite, got nan": np.nan, "must be .*finite, got -?inf": -np.inf}
+    column = {r"must be a number or .* \(4,\), got \(4, 1\)": backend.array(np.ones((4, 1)))}
+    numbers = everywhere | finite | column
+    positive = numbers | {"must be positive and finite, got 0": 0, "must be positive .* -1": -1.0}
+    array = everywhere | {"must be a PyTorch, .*, got NoneType": None}
+    leader = {text: value for text, value in array.items() if value is not stranger}
+    return {
+        **dict.fromkeys(NAMES, array),
+        **{NAMES[0]: leader | {"must be a PyTorch, .* array, got float": 1.0}},
+        **{NAMES[1]: array | {"must be a PyTorch, .* array, got float": 1.0}},
+        **{"beta": positive, "reward_gap": positive, "weights": numbers},
+        "reduction": dict.fromkeys(("must be one of mean, sum, none, got",), "avg"),
+        "linear_below": {"must be a number or None, got bool": True, "must lie in": 2.0},
+        "label_smoothing": {"must be a number, got bool": True, "must lie in": 0.5},
+    }
 
 
-@pytest.mark.parametrize("function", [spoloss.spo_loss, spoloss.spo_grad, spoloss.squared_loss])
-def test_an_error_names_the_wrong_argument(function: Any, backend: Backend) -> None:
-    right = dict.fromkeys((*NAMES, "beta", "reward_gap", "weights"), backend.array(np.ones(4)))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_error_names_the_wrong_argument(name: str, backend: Backend) -> None:
+    function = getattr(spoloss, name)
+    wrong = wrong_arguments(backend)
+    parameters = inspect.signature(function).parameters
+    right = dict.fromkeys(NAMES, backend.array(np.ones(4)))
+    right |= {"beta": 0.5} if "beta" in parameters else {}
     function(**right)
-    for name, kinds in wrong_arguments(backend).items():
-        for kind, value in kinds.items():
-            if kind == "shape" and name in NAMES:
-                message = r"^expected one shape for all, got .*\(4, 1\)"
-            else:
-                message = f"^{name} "
-            with pytest.raises((TypeError, ValueError), match=message):
-                function(**right | {name: value})
+    for parameter in parameters:
+        for message, value in wrong[parameter].items():
+            with pytest.raises((TypeError, ValueError), match=f"^{parameter} {message}"):
+                function(**right | {parameter: value})
+    for parameter in NAMES:
+        column = {parameter: backend.array(np.ones((4, 1)))}
+        shapes = ", ".join(f"{n} {(4, 1) if n == parameter else (4,)}" for n in NAMES)
+        with pytest.raises(
+            ValueError, match=f"^expected one shape for all, got {re.escape(shapes)}"
+        ):
+            function(**right | column)

@@ -128,20 +128,6 @@ def test_numbers_of_python_and_numpy_are_numbers(number: Any, backend: Backend) 
         assert all(value.dtype == want.dtype for value in metrics.values())
 
 
-@pytest.mark.parametrize("truth", [True, np.True_], ids=["bool", "numpy.bool"])
-def test_a_boolean_is_no_number(truth: Any) -> None:
-    logps = [torch.tensor(array) for array in four()]
-    for name in ("beta", "reward_gap", "weights"):
-        with pytest.raises(TypeError, match=f"^{name} must be .*(array or a number, got|library)"):
-            spoloss.spo_loss(*logps, **{"beta": 0.1, name: truth})
-    with pytest.raises(TypeError, match=r"^reference_chosen_logps must be "):
-        spoloss.spo_loss(*logps[:2], truth, 0.0, beta=0.1)
-    with pytest.raises(TypeError, match="linear_below must be a number or None, got bool"):
-        SPO(linear_below=truth)
-    with pytest.raises(TypeError, match="label_smoothing must be a number, got bool"):
-        DPO(label_smoothing=truth)
-
-
 @pytest.mark.parametrize("scalar", [np.float64, np.longdouble, np.float32, np.float16])
 def test_options_bring_no_dtype_of_their_own(scalar: Any, backend: Backend) -> None:
     for dtype in (np.float32, np.float64):
@@ -157,21 +143,12 @@ def test_options_bring_no_dtype_of_their_own(scalar: Any, backend: Backend) -> N
                 np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
-def test_errors_name_the_argument_that_is_wrong() -> None:
+def test_errors_of_what_is_no_argument() -> None:
     z = torch.zeros(2)
-    for first, got in (([0.0, 0.0], "list"), (-1.0, "float"), (None, "NoneType")):
-        for options in ({"reward_gap": z + 1, "beta": 0.1}, {"beta": z + 1, "reward_gap": 2.0}):
-            for function in SPO_FAMILY:
-                with pytest.raises(TypeError, match=f"^policy_chosen_logps must .* got {got}$"):
-                    function(first, z, z, z, **options)
-        with pytest.raises(TypeError, match=f"^policy_chosen_logps must .* got {got}$"):
-            spoloss.spo_prob_grad(first, z, z, z, reward_gap=z + 1, beta=0.1)
     with pytest.raises(TypeError, match=r"^margin must be a PyTorch, NumPy, JAX or MLX array, got"):
         SPO().value([1.0], 0.1)
     with pytest.raises(ValueError, match=r"^beta / reward_gap must be positive and finite, got"):
         spoloss.spo_loss(z, z, z, z, beta=1e-300, reward_gap=1e300)
-    with pytest.raises(TypeError, match="array or a number, got list"):
-        spoloss.spo_loss(z, z, [0.0], 0.0, beta=0.1)
 
 
 @pytest.mark.parametrize(
@@ -202,16 +179,6 @@ def test_jax_by_way_of_numpy_under_jit() -> None:
     references = four()[2:]
     with pytest.raises(TypeError, match=r"Convert it with jax\.numpy\.asarray"):
         jax.jit(lambda *x: spoloss.spo_loss(*x, *references, beta=0.1))(*four()[:2])
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_numbers_are_finite(bad: float, backend: Backend) -> None:
-    logps = backend.arrays(*four())
-    for function in (spoloss.spo_loss, spoloss.dpo_grad):
-        with pytest.raises(ValueError, match=r"^weights must be finite, got"):
-            function(*logps, beta=0.1, weights=bad)
-    with pytest.raises(ValueError, match=r"^weights must be finite, got"):
-        spoloss.preference_metrics(*logps, beta=0.1, weights=bad)
 
 
 BETA_ALONE = [
