@@ -227,7 +227,7 @@ def _probe(weight: Tensor) -> Tensor:
 
 def _products(states: Tensor, weight: Tensor) -> Iterator[Tensor]:
     """The products with a weight's rows in float64, block by block: the weight may be large."""
-    for rows in weight.detach().split(8192):
+    for rows in torch.split(weight.detach(), 8192):
         yield states @ rows.double().t()
 
 

@@ -31,7 +31,7 @@ from helpers.fused import (
 )
 from helpers.memory import LargestTensor
 from spoloss import SPO, pair_loss, spo_loss
-from spoloss.torch import _exponentials, _one_pass, sequence_logps
+from spoloss.torch import _exponentials, _gradients, _one_pass, sequence_logps
 
 
 @pytest.fixture(params=[1, 5])
@@ -460,3 +460,28 @@ def test_hooks_never_see_a_buffer_overwritten(upstream: Upstream) -> None:
         (upstream.loss(*inputs) * 2.0).backward()
     for tensor, before in kept:
         torch.testing.assert_close(tensor, before, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(("long_pairs", "arrays"), [(0, 1), (1, 2), (2, 3), (4, 3)])
+def test_arrays_of_the_weights_size(
+    long_pairs: int, arrays: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient, which holds the first direction, and those of the other sides of long pairs."""
+    made = []
+    init = _gradients.HeadGradient.__init__
+
+    def count(self: Any, *args: Any) -> None:
+        made.append(self)
+        init(self, *args)
+
+    monkeypatch.setattr(_gradients.HeadGradient, "__init__", count)
+    case = Case()
+    lengths = torch.tensor([T] * long_pairs + [1] * (P - long_pairs))
+    case.labels = tuple(
+        torch.where(torch.arange(labels.shape[1]) < lengths[:, None], labels.clamp(min=0), -100)
+        for labels in case.labels
+    )  # type: ignore[assignment]
+    got = case.fused(SPO(), chunk_size=3, shift=False).loss
+    want = case.unfused(SPO(), shift=False)
+    assert len(made) == arrays
+    torch.testing.assert_close(case.grads(got), case.grads(want))
