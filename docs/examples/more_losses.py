@@ -158,7 +158,10 @@ class EXO:
 
 @dataclass(frozen=True)
 class NCA:
-    """l = -log s(a) - (log s(-a) + log s(-b)) / 2, a = beta * u_w, b = beta * u_l (2402.05369)."""
+    """l = -log s(a) - (log s(-a) + log s(-b)) / 2 (arXiv:2402.05369).
+
+    a = beta * u_w and b = beta * u_l are the implicit rewards.
+    """
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
         """l(u_w, u_l)."""
@@ -173,9 +176,10 @@ class NCA:
 
 @dataclass(frozen=True)
 class BCO:
-    """l = -log s(a - delta) - log s(delta - b), a = beta * u_w, b = beta * u_l (2404.04656).
+    """l = -log s(a - delta) - log s(delta - b) (arXiv:2404.04656).
 
-    The paper's delta is a running mean of the rewards a and b. TRL 1.16 sets it to 0.
+    a = beta * u_w and b = beta * u_l are the implicit rewards. The paper's delta is a running mean
+    of both. TRL 1.16 sets it to 0.
     """
 
     delta: float = 0.0
@@ -192,7 +196,7 @@ class BCO:
 
 @dataclass(frozen=True)
 class SPPOHard:
-    """l = (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2 (2405.00675, hard labels)."""
+    """l = (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2 (arXiv:2405.00675, hard labels)."""
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
         """l(u_w, u_l)."""
@@ -205,7 +209,7 @@ class SPPOHard:
 
 @dataclass(frozen=True)
 class APOZero:
-    """l = s(-beta * u_w) + s(beta * u_l): chosen up, rejected down (2408.06266, eq. 7)."""
+    """l = s(-beta * u_w) + s(beta * u_l): chosen up, rejected down (arXiv:2408.06266, eq. 7)."""
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
         """l(u_w, u_l)."""
@@ -218,7 +222,7 @@ class APOZero:
 
 @dataclass(frozen=True)
 class APODown:
-    """l = s(beta * u_w) + s(-x): both down, the rejected more (2408.06266, eq. 8)."""
+    """l = s(beta * u_w) + s(-x): both down, the rejected more (arXiv:2408.06266, eq. 8)."""
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
         """l(u_w, u_l)."""
@@ -232,7 +236,7 @@ class APODown:
 
 @dataclass(frozen=True)
 class DPOP:
-    """l = -log s(beta * (h - penalty * max(0, -u_w))): DPO-Positive (2402.13228, eq. 3)."""
+    """l = -log s(beta * (h - penalty * max(0, -u_w))): DPO-Positive (arXiv:2402.13228, eq. 3)."""
 
     penalty: float = 50.0
 
@@ -252,7 +256,7 @@ class DPOP:
 
 @dataclass(frozen=True)
 class CalDPO:
-    """l = -log s(h) + ((u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2) / 2 (2412.14516).
+    """l = -log s(h) + ((u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2) / 2 (arXiv:2412.14516).
 
     beta is in the targets alone.
     """
@@ -286,12 +290,12 @@ class Scored:
 
     | loss | is |
     |---|---|
-    | f-DPO (2309.16240), forward KL | Scored(DPO(), Power(-1.0)) |
+    | f-DPO (arXiv:2309.16240), forward KL | Scored(DPO(), Power(-1.0)) |
     | f-DPO, alpha-divergence | Scored(DPO(), Power(alpha - 1.0)) |
     | f-DPO, Jensen-Shannon | Scored(DPO(), JensenShannon()) |
-    | chi-PO (2407.13399), without its clip | Scored(DPO(), ChiSquared()) |
-    | AlphaPO (2501.03884) | Scored(SimPO(gamma), Power(-alpha)), references 0.0, average=True |
-    | ORPO's odds ratio (2403.07691) | Scored(DPO(), LogOdds()), beta=1.0, likewise |
+    | chi-PO (arXiv:2407.13399), without its clip | Scored(DPO(), ChiSquared()) |
+    | AlphaPO (arXiv:2501.03884) | Scored(SimPO(gamma), Power(-alpha)), like SimPO on averages |
+    | ORPO's odds ratio (arXiv:2403.07691) | Scored(DPO(), LogOdds()) with beta=1.0, likewise |
     """
 
     loss: MarginLoss
