@@ -52,12 +52,13 @@ def check_loss(loss: MarginLoss | PairLoss, *, limits: bool = False) -> None:
 
     Raises:
       TypeError: `loss` is not a loss object.
+      ImportError: Neither PyTorch nor JAX is installed.
       AssertionError: A rule is broken. The message says which, and where.
     """
     of_pairs, refused = pairwise(loss), []
     libraries = [make() for name, make in _LIBRARIES.items() if importlib.util.find_spec(name)]
     if not libraries:
-        raise ImportError("check_loss needs PyTorch or JAX: pip install spoloss[torch]")
+        raise ImportError('check_loss needs PyTorch or JAX: pip install "spoloss[torch]"')
     for library in libraries:
         one = library.array([0.5], "float32")
         try:
@@ -97,8 +98,9 @@ def _torch() -> _Library:
     torch = importlib.import_module("torch")
 
     def gradients(function: Any, chosen: Any, rejected: Any) -> Any:
-        inputs = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
-        return torch.autograd.grad(function(*inputs), inputs, materialize_grads=True)
+        with torch.enable_grad():
+            inputs = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
+            return torch.autograd.grad(function(*inputs), inputs, materialize_grads=True)
 
     return _Library(
         "torch",
