@@ -147,7 +147,7 @@ class Held:
         if self._gradients is None:
             raise RuntimeError(
                 "Trying to backward through the graph a second time, but the first backward freed "
-                "the gradients of this loss. Pass retain_graph=True to all but the last"
+                "the gradients. Pass retain_graph=True to all but the last"
             )
         gradients, last = self._gradients, _last_use(factors[0])
         if last:

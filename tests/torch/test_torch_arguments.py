@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import spoloss
+from spoloss._inputs import LOGPS
 from spoloss.torch import Completions, Head, _devices, linear_spo_loss, sequence_logps
 
 HIDDEN, WEIGHT, BIAS = torch.randn(2, 5, 8), torch.randn(30, 8), torch.randn(30)
@@ -18,7 +19,7 @@ LABELS = torch.randint(0, 30, (2, 5))
 PAIRS = torch.zeros(2)
 
 OF_LOGITS = {"logits": torch.randn(2, 5, 30), "labels": LABELS, "token_weights": torch.ones(2, 5)}
-OF_THE_CORE = dict.fromkeys(spoloss.pairs.LOGPS, PAIRS) | {
+OF_THE_CORE = dict.fromkeys(LOGPS, PAIRS) | {
     "beta": torch.ones(2),
     "reward_gap": torch.ones(2),
     "weights": torch.ones(2),
