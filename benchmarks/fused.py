@@ -219,10 +219,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.model is None:
         run(random_cells(options), table, effort, ignored=0.0)
     else:
-        with tempfile.TemporaryDirectory() as folder, Apart() as process:
+        with tempfile.TemporaryDirectory() as folder:
             states = Path(folder) / "states.safetensors"
-            given = options.model, options.pairs, REAL_PAIRS, states
-            shape = process.call(write_states, *given)
+            with Apart() as process:
+                given = options.model, options.pairs, REAL_PAIRS, states
+                shape = process.call(write_states, *given)
             run(real_cells(shape, options), table, replace(effort, states=states), shape.ignored)
     if path is not None and options.model is None:
         draw(path, "memory_mib")
