@@ -113,7 +113,10 @@ STATES = ("chosen_hidden", "rejected_hidden")
 HEAD = ("weight", "bias")
 NUMBERS = ("reference_chosen", "reference_rejected", "beta", "reward_gap", "weights")
 TOKENS = ("chosen_token_weights", "rejected_token_weights")
-HEAD_OPTIONS = ("bias", "softcap", "logit_scale", "temperature", "chunk_size")
+HEAD_OPTIONS = (
+    *("bias", "softcap", "logit_scale", "temperature", "chunk_size"),
+    "vocab_parallel_group",  # of the PyTorch wing alone
+)
 SIDE_OPTIONS = ("ignore_index", "shift")
 
 
