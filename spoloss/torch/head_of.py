@@ -216,19 +216,23 @@ def _hidden(output: Any) -> Tensor:
 def _probe(weight: Tensor) -> Tensor:
     """Random hidden states [1, n, D] with LARGEST_LOGITS, in the weight's dtype."""
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(len(LARGEST_LOGITS), weight.shape[1], generator=generator)
-    directions = directions.to(weight.device, torch.float64)
-    largest = torch.stack([block.abs().amax(1) for block in _products(directions, weight)]).amax(0)
-    wanted = torch.tensor(LARGEST_LOGITS, dtype=torch.float64, device=weight.device)
+    directions = torch.randn(len(LARGEST_LOGITS), weight.shape[1], generator=generator).double()
+    logits = [directions.to(rows.device) @ rows.t() for rows in _blocks(weight)]
+    largest = torch.stack([block.abs().amax(1) for block in logits]).amax(0).cpu()
     # A weight of zeros gives no large logits, and float16 ends at 65,504.
-    factor = (wanted / largest.clamp(min=1e-30)).clamp(max=1e4)
-    return (directions * factor[:, None]).to(weight.dtype)[None]
+    factor = (torch.tensor(LARGEST_LOGITS) / largest.clamp(min=1e-30)).clamp(max=1e4)
+    return (directions * factor[:, None]).to(weight.device, weight.dtype)[None]
 
 
-def _products(states: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """The products with a weight's rows in float64, block by block: the weight may be large."""
-    for rows in torch.split(weight.detach(), 8192):
-        yield states @ rows.double().t()
+def _blocks(weight: Tensor) -> Iterator[Tensor]:
+    """A weight's rows in float64, some at a time, because the weight may be large."""
+    return map(_exact, torch.split(weight, 8192))
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on the CPU unless its device is sure to have float64."""
+    tensor = tensor.detach()
+    return (tensor if tensor.device.type in ("cpu", "cuda") else tensor.cpu()).double()
 
 
 class _Plain(NamedTuple):
@@ -248,10 +252,10 @@ class _Plain(NamedTuple):
     @classmethod
     def of(cls, probe: Tensor, linear: nn.Linear) -> _Plain:
         """For some hidden states [1, n, D]."""
-        states, weight = probe[0].double(), linear.weight
-        logits = torch.cat(list(_products(states, weight)), dim=1)
-        squares = torch.cat(list(_products(states**2, weight.detach() ** 2)), dim=1)
-        bias = torch.zeros_like(logits[0]) if linear.bias is None else linear.bias.detach().double()
+        states, weight = _exact(probe[0]), linear.weight
+        logits = torch.cat([states @ rows.t() for rows in _blocks(weight)], dim=1)
+        squares = torch.cat([states**2 @ (rows**2).t() for rows in _blocks(weight)], dim=1)
+        bias = torch.zeros_like(logits[0]) if linear.bias is None else _exact(linear.bias)
         wide = torch.promote_types(weight.dtype, torch.float32)
         # A sum of D terms, in float32 for half precision. A GPU may use TF32 for float32.
         summed = math.sqrt(weight.shape[1]) * torch.finfo(wide).eps
@@ -268,7 +272,7 @@ class _Plain(NamedTuple):
         """How far other logits are from a head's, in units of the rounding error."""
         size = (self.logits.abs() + self.spread) * (abs(head.logit_scale) * self.eps)
         tiny = torch.finfo(torch.float64).tiny
-        return (logits[0].double() - self.under(head)).abs() / size.clamp(min=tiny)
+        return (_exact(logits[0]) - self.under(head)).abs() / size.clamp(min=tiny)
 
     def mismatch(self, logits: Tensor, head: Head) -> float:
         """The root mean square of the errors."""
@@ -298,8 +302,8 @@ class _Plain(NamedTuple):
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Whether two runs of the same computation agree."""
-    apart = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
-    return float(apart) <= 32.0 * torch.finfo(b.dtype).eps
+    size = _exact(b).norm().clamp(min=1e-30)
+    return float((_exact(a) - _exact(b)).norm() / size) <= 32.0 * torch.finfo(b.dtype).eps
 
 
 @contextlib.contextmanager
