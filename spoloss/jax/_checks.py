@@ -6,7 +6,7 @@ They name arguments as the caller spells them: `head.weight`, `chosen.labels`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,12 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
 from spoloss._options import check_head_options
+from spoloss.jax._arguments import Completions, Head
 from spoloss.jax._mesh import Axis, Split, names_of
 
-if TYPE_CHECKING:
-    from spoloss.jax.heads import Completions, Head
 
-
-def check_head(head: Head, sides: Mapping[str, Completions]) -> None:
-    """Check the arrays and numbers of a call.
-
-    Args:
-      head: the head.
-      sides: the completions by the name of their argument.
+def prepare(head: Head, sides: Mapping[str, Completions]) -> None:
+    """Check the head and the completions, by the names of their arguments.
 
     Raises:
       TypeError: a dtype does not fit, an option is not a number, an argument is not a JAX array, or
@@ -33,6 +27,11 @@ def check_head(head: Head, sides: Mapping[str, Completions]) -> None:
       ValueError: a shape or a number does not fit, or the mesh, its axes and the arrays do not fit
         together.
     """
+    if not isinstance(head, Head):
+        raise TypeError(f"head must be a Head, got {type(head).__name__}")
+    for name, side in sides.items():
+        if not isinstance(side, Completions):
+            raise TypeError(f"{name} must be Completions, got {type(side).__name__}")
     check_head_options(head.softcap, head.logit_scale, head.temperature, head.chunk_size)
     check_floating("head.weight", head.weight)
     if head.weight.ndim != 2:

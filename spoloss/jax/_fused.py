@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from spoloss._arrays import reduction_scale
+from spoloss.jax._arguments import Head
 from spoloss.jax._labels import Sequences
 from spoloss.jax._mesh import Split, vary_alike
 from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._one_pass import Made, lengths_of, one_pass, sums_of
 from spoloss.jax._recompute import in_rows, layout, of_tokens, scaled, token_logps
 from spoloss.jax._residuals import Kinds, or_empty, or_none, or_zero
-from spoloss.jax._softmax import HeadSums, Projection, Wanted
+from spoloss.jax._softmax import HeadSums, Projection, Wanted, held
 from spoloss.jax._tiles import on_platform
 from spoloss.jax._tokens import rows_for_pairs
-
-if TYPE_CHECKING:
-    from spoloss.jax.heads import Head
 
 Sides = tuple[Sequences, ...]
 Arrays = tuple[Array, ...]
@@ -107,7 +105,7 @@ def _forward(objective: Objective, *primals: Any) -> tuple[_Output, Any]:
     output = _value(objective, made.logps, sides, constants)
     kept = Made(
         made.logps,
-        tuple(or_empty(rows, head.weight.dtype) for rows in made.directions),
+        tuple(or_empty(rows, held(head.weight)) for rows in made.directions),
         HeadSums(*(or_empty(total, made.logps[0].dtype) for total in made.head)),
     )
     empty = jax.tree.map(lambda array: or_empty(None, array.dtype), head)
@@ -126,7 +124,7 @@ def _backward(objective: Objective, residual: Any, upstream: _Output) -> tuple[A
     factor = scale * up.astype(sums.dtype)
     slopes = factor * objective.slopes(sums, lengths_of(sides, sums.dtype), constants)
     by_hidden = [
-        scaled(or_none(rows), side.weighted(side.spread(slopes[:, i])))
+        scaled(or_none(rows), side.weighted(side.spread(slopes[:, i])), kinds.dtype)
         for i, (rows, side) in enumerate(zip(directions, sides, strict=True))
     ]
     totals = HeadSums(*map(or_none, by_head))
@@ -138,8 +136,7 @@ def _backward(objective: Objective, residual: Any, upstream: _Output) -> tuple[A
         return _value(objective, tokens, again, constants).loss
 
     _, back = jax.vjp(value, weights, constants)
-    dtype = kinds.each[0].dtype
-    weight, bias, *rows = map(or_zero, (*of_head.like(dtype), *by_hidden), kinds.each)
+    weight, bias, *rows = map(or_zero, (*of_head.like(kinds.dtype), *by_hidden), kinds.each)
     return head.of(weight, bias), tuple(rows), None, *back(up)
 
 

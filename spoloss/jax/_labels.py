@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-if TYPE_CHECKING:
-    from spoloss.jax.heads import Completions
+from spoloss.jax._arguments import Completions
 
 
 @dataclass(frozen=True)

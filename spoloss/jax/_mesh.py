@@ -20,8 +20,8 @@ import jax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-if TYPE_CHECKING:
-    from spoloss.jax.heads import Head
+if TYPE_CHECKING:  # its module needs `Axis`
+    from spoloss.jax._arguments import Head
 
 Axis = str | tuple[str, ...] | None
 """The name of a mesh axis, or the names of several, or none."""

@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 
 from spoloss.jax._labels import Sequences
 from spoloss.jax._objective import Constants, Objective
-from spoloss.jax._softmax import HeadSums, Projection, Softmax, Wanted
+from spoloss.jax._softmax import HeadSums, Projection, Softmax, Wanted, held
 from spoloss.jax._tokens import Table, Tile
 
 
@@ -113,7 +113,7 @@ def one_pass(
     made = Made(
         tuple(jnp.zeros_like(states, dtype, shape=len(states)) for states in hidden),
         tuple(
-            jnp.zeros_like(states) if want else None
+            jnp.zeros_like(states, held(states)) if want else None
             for states, want in zip(hidden, wanted.hidden, strict=True)
         ),
         projection.zeros(wanted),

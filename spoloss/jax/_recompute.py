@@ -10,22 +10,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+from jax.typing import DTypeLike
 
+from spoloss.jax._arguments import Head
 from spoloss.jax._labels import Sequences
 from spoloss.jax._mesh import Split, vary_alike
 from spoloss.jax._residuals import Kinds, marks_of, or_empty, or_none, or_zero, wanted_of
-from spoloss.jax._softmax import HeadSums, Projection, Wanted
+from spoloss.jax._softmax import HeadSums, Projection, Wanted, held
 from spoloss.jax._tiles import on_platform
 from spoloss.jax._tokens import Table, Tile, rows_for_tokens
-
-if TYPE_CHECKING:
-    from spoloss.jax.heads import Head
 
 Sides = tuple[Sequences, ...]
 Arrays = tuple[Array, ...]
@@ -77,7 +76,7 @@ def of_tokens(
                 jnp.broadcast_to(side.zero(projection.dtype), side.targets.size) for side in sides
             ),
             tuple(
-                jnp.zeros_like(states) if wanted else None
+                jnp.zeros_like(states, held(states)) if wanted else None
                 for states, wanted in zip(flat, directions, strict=True)
             ),
         )
@@ -125,7 +124,7 @@ def _forward(head: Any, hidden: Any, sides: Any) -> tuple[Arrays, Any]:
     read = (head, hidden, sides)
     if not wanted.head:
         read = jax.tree.map(lambda array: or_empty(None, array.dtype), read)
-    kept = tuple(or_empty(rows, head.weight.dtype) for rows in found.directions)
+    kept = tuple(or_empty(rows, held(head.weight)) for rows in found.directions)
     return found.logps, (marks_of(wanted), kept, read, kinds)
 
 
@@ -141,20 +140,20 @@ def _backward(residual: Any, upstream: tuple[Array | SymbolicZero, ...]) -> tupl
         by_hidden, by_head = _visit_again(head, hidden, sides, factors, wanted)
     else:
         by_hidden = tuple(
-            None if isinstance(up, SymbolicZero) else scaled(or_none(rows), up)
+            None if isinstance(up, SymbolicZero) else scaled(or_none(rows), up, kinds.dtype)
             for rows, up in zip(directions, upstream, strict=True)
         )
     weight, bias, *rows = map(or_zero, (*by_head, *by_hidden), kinds.each)
     return head.of(weight, bias), tuple(rows), None
 
 
-def scaled(directions: Array | None, factor: Array) -> Array | None:
+def scaled(directions: Array | None, factor: Array, dtype: DTypeLike) -> Array | None:
     """Directions [B, T, D] times a factor [B, T] or [B, 1]. A factor of 0 gives 0 even for nan."""
     if directions is None:
         return None
     factor = factor[..., None]
     product = directions.astype(factor.dtype) * factor
-    return jnp.where(factor == 0.0, 0.0, product).astype(directions.dtype)
+    return jnp.where(factor == 0.0, 0.0, product).astype(dtype)
 
 
 def _visit_again(

@@ -54,6 +54,11 @@ class Kinds:
         """The kinds of some arrays; None for None."""
         return cls(tuple(None if array is None else jax.typeof(array) for array in arrays))
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the first, which head and hidden states share."""
+        return self.each[0].dtype  # type: ignore[no-any-return]
+
 
 def or_zero(gradient: Array | None, kind: Any) -> Any:
     """A gradient, or a zero that takes no memory in its place; None for no argument."""

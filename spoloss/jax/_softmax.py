@@ -14,15 +14,14 @@ of logits occur, so a number added to all logits costs no digit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-if TYPE_CHECKING:
-    from spoloss.jax.heads import Head
+from spoloss.jax._arguments import Head
 
 _BLOCKS = 8
 """The weight's gradient is updated in this many slices, so a product needs 1/8 of [V, D]."""
@@ -102,9 +101,7 @@ class Projection:
     @classmethod
     def of(cls, head: Head) -> Projection:
         """The head in its compute dtype. float16 becomes float32, because small slopes vanish."""
-        weight = head.weight
-        half = weight.dtype == jnp.float16
-        return cls(weight.astype(jnp.float32) if half else weight, head.bias, head)
+        return cls(head.weight.astype(held(head.weight)), head.bias, head)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -226,6 +223,14 @@ def wide(array: Array) -> jnp.dtype:
     """The dtype to compute in: that of `array`, but at least float32."""
     half = jnp.finfo(array.dtype).bits < 32  # type: ignore[no-untyped-call]
     return jnp.dtype("float32") if half else array.dtype
+
+
+def held(array: Array) -> jnp.dtype:
+    """The dtype of directions for hidden states: float32 for float16, where small ones vanish.
+
+    The backward multiplies them by the slope, which may contain a loss scale that makes them large.
+    """
+    return jnp.dtype("float32") if array.dtype == jnp.float16 else array.dtype
 
 
 def _without(padding: Array | None, logits: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Losses from hidden states, without ever holding the logits: `Head`, `Completions` and the losses.
+"""Losses from hidden states, without ever holding the logits.
 
 `Head` says how hidden states become logits, and `Completions` says which tokens count. Every option
 is documented there, once.
@@ -7,118 +7,34 @@ is documented there, once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
 
 from spoloss._arrays import check_reduction, is_number, per_pair
 from spoloss._inputs import beta_for_gap
 from spoloss._options import check_nll_weight
-from spoloss.jax._checks import check_head
+from spoloss.jax._arguments import Completions, Head
+from spoloss.jax._checks import prepare
 from spoloss.jax._fused import LinearPairLoss, fused_loss
 from spoloss.jax._labels import sequences_of
-from spoloss.jax._mesh import Axis
 from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._softmax import wide
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
 from spoloss.pairs import IPO_GAP, log_ratio_margin
 
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The head of a language model: how hidden states become logits.
-
-        logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature
-
-    A pytree of `weight` and `bias`: you can pass it to `jax.jit` and `jax.vmap`, and differentiate
-    with respect to it. All other fields are static. The computation runs over tiles of tokens.
-
-    Attributes:
-      weight: W, [V, D], in the dtype of the hidden states. For a Flax kernel [D, V], pass
-        `kernel.T`.
-      bias: [V], in the dtype of `weight`, or None. An entry of -inf has probability 0, also under a
-        soft-cap: pass it for rows of `weight` that are padding.
-      softcap: the model's final logit soft-capping (Gemma), > 0; None for none.
-      logit_scale: factor of the logits, not 0 (Cohere; for Granite 1 / logits_scaling).
-      temperature: divisor of the logits, > 0.
-      chunk_size: the largest number of tokens per tile. None for 64 MiB of float32 logits on a CPU
-        and 1 GiB on other devices, but at least 256 tokens.
-      mesh: the devices that share the work; None for one device. With a mesh, the computation runs
-        under `jax.shard_map`, which gathers neither the hidden states nor the weight.
-      batch_axis: the mesh axis, or axes, over which the completions are split. It must divide their
-        number.
-      vocab_axis: the mesh axis, or axes, over which the rows of `weight` and `bias` are split. It
-        must divide V.
-    """
-
-    weight: Array
-    bias: Array | None = None
-    _: KW_ONLY
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    temperature: float = 1.0
-    chunk_size: int | None = None
-    mesh: Mesh | None = None
-    batch_axis: Axis = None
-    vocab_axis: Axis = None
-
-    def of(self, weight: Any, bias: Any) -> Head:
-        """A head of the same options: its gradients, its layout, or other arrays."""
-        return replace(self, weight=weight, bias=bias)
-
-
-@dataclass(frozen=True, eq=False)
-class Completions:
-    """The hidden states of completions, and which of their tokens count.
-
-    A pytree of its arrays: you can pass it to `jax.jit` and `jax.vmap`. `ignore_index` and `shift`
-    are static.
-
-    Attributes:
-      hidden: last hidden states, [B, T, D], real floating.
-      labels: token ids, [B, T], of any integer dtype. Labels equal to `ignore_index` (prompt,
-        padding) do not count and cost nothing, and their hidden states may be nan. A label outside
-        [0, V) makes the log-probability of its sequence nan.
-      token_weights: the factor of each label's log-probability, [B, T], real floating, finite and
-        >= 0; None for 1. They align with `labels` and are shifted with them. A label of weight 0
-        does not count, whatever its hidden state holds. Averages and the NLL divide by their sum. A
-        weight that is negative or not finite makes its sequence nan.
-      cu_seqlens: offsets of S sequences that are packed into one row (B = 1) without padding,
-        [S + 1], of any integer dtype, rising from 0 to T; None if each row is a sequence. This is
-        the format of FlashAttention's variable-length functions. The last token of a sequence does
-        not predict the next sequence. Offsets out of order give nan.
-      ignore_index: the label that does not count.
-      shift: True if position t predicts label t + 1, as in the batches of Transformers. False if
-        you have shifted already, so position t predicts label t.
-    """
-
-    hidden: Array
-    labels: Array
-    _: KW_ONLY
-    token_weights: Array | None = None
-    cu_seqlens: Array | None = None
-    ignore_index: int = -100
-    shift: bool = True
-
-
-jax.tree_util.register_dataclass(
-    Head,
-    data_fields=["weight", "bias"],
-    meta_fields=[
-        *("softcap", "logit_scale", "temperature", "chunk_size"),
-        *("mesh", "batch_axis", "vocab_axis"),
-    ],
-)
-jax.tree_util.register_dataclass(
-    Completions,
-    data_fields=["hidden", "labels", "token_weights", "cu_seqlens"],
-    meta_fields=["ignore_index", "shift"],
-)
+__all__ = [
+    "Completions",
+    "Head",
+    "LinearPairLoss",
+    "linear_dpo_loss",
+    "linear_ipo_loss",
+    "linear_pair_loss",
+    "linear_spo_loss",
+    "linear_squared_loss",
+]
 
 
 def linear_pair_loss(
@@ -180,7 +96,7 @@ def linear_pair_loss(
       ValueError: a shape or a number does not fit, or the mesh, its axes and the arrays do not fit
         together.
     """
-    pairwise(loss)  # checks it
+    pairwise(loss)
     _check_hashable(loss)
     check_reduction(reduction)
     check_nll_weight(nll_weight)
@@ -427,16 +343,6 @@ def linear_ipo_loss(
         average=average,
         reduction=reduction,
     )
-
-
-def prepare(head: Head, sides: Mapping[str, Completions]) -> None:
-    """Check the head and the completions, by the names of their arguments."""
-    if not isinstance(head, Head):
-        raise TypeError(f"head must be a Head, got {type(head).__name__}")
-    for name, side in sides.items():
-        if not isinstance(side, Completions):
-            raise TypeError(f"{name} must be Completions, got {type(side).__name__}")
-    check_head(head, sides)
 
 
 @functools.partial(jax.jit, static_argnums=0)

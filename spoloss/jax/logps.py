@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from spoloss.jax._checks import check_floating, check_tokens
+from spoloss.jax._arguments import Completions, Head
+from spoloss.jax._checks import check_floating, check_tokens, prepare
 from spoloss.jax._labels import Sequences, sequences_of
 from spoloss.jax._recompute import token_logps
 from spoloss.jax._softmax import wide
-from spoloss.jax.heads import Completions, Head, prepare
 
 
 def sequence_logps(

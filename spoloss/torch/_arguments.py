@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch.distributed
 from torch import Tensor
@@ -40,6 +40,7 @@ class Head:
 
     weight: Tensor
     bias: Tensor | None = None
+    _: KW_ONLY
     softcap: float | None = None
     logit_scale: float = 1.0
     temperature: float = 1.0
@@ -69,6 +70,7 @@ class Completions:
 
     hidden: Tensor
     labels: Tensor
+    _: KW_ONLY
     token_weights: Tensor | None = None
     cu_seqlens: Tensor | None = None
     ignore_index: int = -100

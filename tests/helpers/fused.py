@@ -65,7 +65,9 @@ def flat_loss(function: Callable[..., Any], *loss: Any) -> Callable[..., Any]:
     ) -> Any:
         head, common = Head(weight, **taken(HEAD, options)), taken(COMPLETIONS, options)
         sides = [
-            Completions(hidden, labels, options.pop(f"{name}_token_weights", None), **common)
+            Completions(
+                hidden, labels, token_weights=options.pop(f"{name}_token_weights", None), **common
+            )
             for name, hidden, labels in (
                 ("chosen", chosen, chosen_labels),
                 ("rejected", rejected, rejected_labels),

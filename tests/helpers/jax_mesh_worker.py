@@ -17,9 +17,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from helpers.jax_fused import QUICK, quick_jit
+from helpers.jax_quick import QUICK, quick_jit
 from spoloss import SPO
-from spoloss.jax import linear_logps, linear_pair_loss
+from spoloss.jax import Completions, Head, linear_logps, linear_pair_loss
 
 P, T, D, V = 8, 6, 4, 12
 SPLITS: dict[str, dict[str, str]] = {
@@ -47,23 +47,34 @@ def make_arrays() -> dict[str, Array]:
         "reference_rejected_logps": normal(P) - 12.0,
         "beta": jnp.linspace(0.1, 0.4, P),
         "weights": jnp.linspace(0.0, 2.0, P),
+        "token_weights": jnp.asarray(random.random((P, T))),
     }
 
 
-def pair_loss(arrays: dict[str, Array], **split: Any) -> Array:
+def head_of(arrays: dict[str, Array], options: dict[str, Any]) -> Head:
+    return Head(arrays["weight"], arrays["bias"], softcap=3.0, **options)
+
+
+def pair_loss(arrays: dict[str, Array], **options: Any) -> Array:
     """The fused loss; two pairs share a tile, or none fits."""
-    chunk_size = split.pop("chunk_size")
+    weights = {"token_weights": arrays["token_weights"]}
     return linear_pair_loss(
-        SPO(), **arrays, nll_weight=0.1, chunk_size=chunk_size, softcap=3.0, **split
+        SPO(),
+        head_of(arrays, options),
+        Completions(arrays["chosen_hidden"], arrays["chosen_labels"], **weights),
+        Completions(arrays["rejected_hidden"], arrays["rejected_labels"]),
+        arrays["reference_chosen_logps"],
+        arrays["reference_rejected_logps"],
+        beta=arrays["beta"],
+        weights=arrays["weights"],
+        nll_weight=0.1,
     ).loss
 
 
-def logps(arrays: dict[str, Array], **split: Any) -> Array:
+def logps(arrays: dict[str, Array], **options: Any) -> Array:
     """The chosen side's log-probabilities, squared so that their gradients differ."""
-    chunk_size = split.pop("chunk_size")
-    hidden, labels = arrays["chosen_hidden"], arrays["chosen_labels"]
-    head = {"bias": arrays["bias"], "chunk_size": chunk_size}
-    return (linear_logps(hidden, arrays["weight"], labels, **head, **split) ** 2).mean()
+    completions = Completions(arrays["chosen_hidden"], arrays["chosen_labels"])
+    return (linear_logps(head_of(arrays, options), completions) ** 2).mean()
 
 
 def place(

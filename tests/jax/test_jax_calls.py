@@ -1,7 +1,8 @@
-"""`spoloss.jax`: its signatures, its docstrings, and calls that are refused in words."""
+"""`spoloss.jax`: its signatures, its docstrings, and what it alone refuses."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import typing
@@ -17,15 +18,17 @@ from jax.sharding import AbstractMesh, Mesh
 import spoloss.jax
 import spoloss.torch
 from helpers.interpreter import run_python
-from helpers.jax_fused import D, P, T, V, make_inputs, make_labels
+from helpers.wings import WINGS, D, P, T, completions_of, fused, head_of, make_arrays
 from spoloss import SPO
-from spoloss.jax import linear_logps, linear_pair_loss, sequence_logps
+from spoloss.jax import Completions, Head, linear_logps, sequence_logps
 
-FUNCTIONS = [name for name in spoloss.jax.__all__ if name != "LinearPairLoss"]
+JAX = WINGS["jax"]
+FUNCTIONS = [name for name in spoloss.jax.__all__ if name[0].islower()]
+OBJECTS = ["Head", "Completions"]
 ONLY_TORCH, ONLY_JAX = {"vocab_parallel_group"}, {"mesh", "batch_axis", "vocab_axis"}
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, *OBJECTS])
 def test_signatures_are_those_of_the_torch_wing(name: str) -> None:
     mine, theirs = (
         inspect.signature(getattr(wing, name)).parameters.values()
@@ -35,13 +38,13 @@ def test_signatures_are_those_of_the_torch_wing(name: str) -> None:
     assert own == [(p.name, p.kind, p.default) for p in theirs if p.name not in ONLY_TORCH]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, *OBJECTS])
 def test_docstrings_and_hints(name: str) -> None:
     function = getattr(spoloss.jax, name)
     hints = typing.get_type_hints(function)
     for argument in inspect.signature(function).parameters:
         assert argument in hints
-        assert re.search(rf"^ +{argument}: ", function.__doc__, re.M), argument
+        assert re.search(rf"^ +{argument}: ", inspect.getdoc(function) or "", re.M), argument
 
 
 def test_the_wing_names_its_extra() -> None:
@@ -63,133 +66,124 @@ class Unhashable:
         return beta + 0.0 * margin
 
 
-def pair_call(**changes: Any) -> Any:
-    """`linear_pair_loss` of the case, with some arguments changed."""
-    inputs, labels = make_inputs(), make_labels()
-    call: dict[str, Any] = {
-        "loss": SPO(),
-        "chosen_hidden": inputs["chosen_hidden"],
-        "rejected_hidden": inputs["rejected_hidden"],
-        "weight": inputs["weight"],
-        "chosen_labels": labels[0],
-        "rejected_labels": labels[1],
-        "reference_chosen_logps": 0.0,
-        "reference_rejected_logps": 0.0,
-        "beta": 0.1,
-    }
-    return linear_pair_loss(**{**call, **changes})
+def test_a_loss_without_a_hash() -> None:
+    with pytest.raises(TypeError, match="loss must be hashable, because it is static"):
+        fused(JAX, Unhashable(), make_arrays(JAX))
 
 
-MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-HIDDEN, WEIGHT = jnp.zeros((P, T, D)), jnp.zeros((V, D))
-OFFSETS = jnp.array([0, P * T])
-REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"loss": SPO}, TypeError, "loss must be an object with value and slope"),
-    ({"loss": Unhashable()}, TypeError, "loss must be hashable, because it is static"),
-    ({"weight": np.zeros((V, D))}, TypeError, "weight must be a JAX array, got ndarray"),
-    ({"weight": jnp.zeros((V, D), int)}, TypeError, "weight must be real floating, got int64"),
-    ({"weight": jnp.zeros(V)}, ValueError, "weight must have shape [V, D], got (21,)"),
-    ({"weight": WEIGHT.T}, ValueError, "For a Flax kernel [D, V], pass kernel.T"),
-    ({"weight": jnp.zeros((V, D), "float32")}, TypeError, "chosen_hidden must have the weight's"),
-    ({"bias": jnp.zeros(3)}, ValueError, "bias must have shape [V] = (21,), got (3,)"),
-    ({"chosen_labels": jnp.zeros((P, T))}, TypeError, "chosen_labels must be integer, got float64"),
-    ({"chosen_labels": jnp.zeros((P, 3), int)}, ValueError, "must have shape [B, T] = (5, 7)"),
-    ({"chosen_labels": [1, 2]}, TypeError, "chosen_labels must be a JAX array, got list"),
-    ({"reference_chosen_logps": jnp.zeros(3)}, ValueError, "expected one shape for all"),
-    ({"reference_chosen_logps": None}, TypeError, "reference_chosen_logps must be"),
-    ({"beta": 0.0}, ValueError, "beta must be positive and finite, got 0.0"),
-    ({"beta": jnp.zeros(3)}, ValueError, "beta must be a number or have"),
-    ({"weights": jnp.zeros(3)}, ValueError, "weights must be a number or have"),
-    ({"nll_weight": -1.0}, ValueError, "nll_weight must be finite and not negative"),
-    ({"temperature": jnp.ones(())}, TypeError, "temperature must be a number"),
-    ({"softcap": 0.0}, ValueError, "softcap must be positive and finite"),
-    ({"chunk_size": 0}, ValueError, "chunk_size must be a positive"),
-    ({"reduction": "average"}, ValueError, "reduction must be one of"),
-    ({"chosen_cu_seqlens": OFFSETS}, ValueError, "chosen_cu_seqlens cuts one row"),
-    (
-        {
-            "chosen_hidden": HIDDEN.reshape(1, -1, D),
-            "chosen_labels": jnp.zeros((1, P * T), int),
-            "chosen_cu_seqlens": OFFSETS,
-        },
-        ValueError,
-        "must both be given or neither, got chosen_cu_seqlens alone",
-    ),
-    (
-        {"chosen_hidden": HIDDEN[:2], "chosen_labels": jnp.zeros((2, T), int)},
-        ValueError,
-        "chosen_hidden and rejected_hidden must have the same number of pairs, got 2 and 5",
-    ),
-    (
-        {
-            "chosen_hidden": HIDDEN.reshape(1, -1, D),
-            "rejected_hidden": HIDDEN.reshape(1, -1, D),
-            "chosen_labels": jnp.zeros((1, P * T), int),
-            "rejected_labels": jnp.zeros((1, P * T), int),
-            "chosen_cu_seqlens": OFFSETS,
-            "rejected_cu_seqlens": jnp.array([0, T, P * T]),
-        },
-        ValueError,
-        "chosen_cu_seqlens and rejected_cu_seqlens must have the same number of pairs, got 1 and 2",
-    ),
-    ({"batch_axis": "data"}, ValueError, "name axes of a mesh: pass mesh as well"),
-    ({"mesh": MESH}, ValueError, "with mesh, pass batch_axis, vocab_axis or both"),
-    ({"mesh": "cpu", "batch_axis": "data"}, TypeError, "mesh must be a jax.sharding.Mesh, got str"),
-    ({"mesh": MESH, "batch_axis": "x"}, ValueError, "must name axes of ('data', 'model'), got 'x'"),
-    ({"mesh": MESH, "batch_axis": 0}, TypeError, "batch_axis must be an axis name or a tuple"),
-    ({"mesh": MESH, "batch_axis": "data", "vocab_axis": "data"}, ValueError, "must differ"),
-]
+def test_a_flax_kernel_that_is_not_transposed() -> None:
+    arrays = make_arrays(JAX)
+    del arrays["bias"]
+    arrays["weight"] = arrays["weight"].T
+    with pytest.raises(ValueError, match=re.escape("For a Flax kernel [D, V], pass kernel.T")):
+        fused(JAX, SPO(), arrays)
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), REFUSED, ids=[m for *_, m in REFUSED])
-def test_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        pair_call(**changes)
+def test_offsets_that_do_not_fit() -> None:
+    arrays = make_arrays(JAX)
+    row = {"chosen_hidden": jnp.zeros((1, P * T, D)), "chosen_labels": jnp.zeros((1, P * T), int)}
+    del arrays["chosen_token_weights"]
+    for rows, offsets, message in (
+        ({}, jnp.array([0, 3]), "chosen.cu_seqlens cuts one row into sequences"),
+        (row, jnp.zeros((2, 2), int), "chosen.cu_seqlens must have shape [S + 1] with S >= 1"),
+        (row, jnp.array([0.0, 1.0]), "chosen.cu_seqlens must be integer, got float64"),
+        (row, [0, 3], "chosen.cu_seqlens must be a JAX array, got list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
+            fused(JAX, SPO(), {**arrays, **rows, "chosen_cu_seqlens": offsets})
 
 
-@pytest.mark.parametrize("name", ["temperature", "logit_scale", "softcap", "chunk_size"])
-def test_log_probabilities_refuse_the_same_options(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name} must be .*, got 0"):
-        linear_logps(HIDDEN, WEIGHT, make_labels()[0], **{name: 0})
+def test_logits_that_do_not_fit() -> None:
+    labels = jnp.zeros((P, T), int)
+    with pytest.raises(ValueError, match=re.escape("logits must have shape [B, T, V]")):
+        sequence_logps(jnp.zeros((P, T)), labels)
+    with pytest.raises(TypeError, match="logits must be real floating, got int64"):
+        sequence_logps(jnp.zeros((P, T, 3), int), labels)
+    with pytest.raises(ValueError, match=re.escape("labels must have the shape [B, T]")):
+        sequence_logps(jnp.zeros((P, T, 3)), labels[:, 1:])
+    with pytest.raises(TypeError, match=r"^token_weights must be real floating"):
+        sequence_logps(jnp.zeros((P, T, 3)), labels, token_weights=labels)
 
 
-def test_a_mesh_that_does_not_divide() -> None:
-    mesh = AbstractMesh((4, 4), ("data", "model"))
-    with pytest.raises(ValueError, match="4 parts, but 5 sequences are not divisible"):
-        pair_call(mesh=mesh, batch_axis="data")
-    with pytest.raises(ValueError, match="8 parts, but 21 rows of weight are not divisible"):
-        pair_call(mesh=AbstractMesh((4, 2), ("data", "model")), vocab_axis=("data", "model"))
-
-
-def test_a_packed_row_is_not_split() -> None:
-    with pytest.raises(ValueError, match="batch_axis cannot split a packed row"):
-        linear_logps(
-            HIDDEN.reshape(1, -1, D),
-            WEIGHT,
-            jnp.zeros((1, P * T), int),
-            cu_seqlens=OFFSETS,
-            mesh=MESH,
-            batch_axis="data",
-        )
-
-
-def test_traced_options_are_refused() -> None:
+def test_options_that_are_traced() -> None:
     """They are fixed before tracing: an array would need a derivative."""
     for name in ("temperature", "softcap", "logit_scale", "nll_weight"):
         with pytest.raises(TypeError, match=f"{name} must be a number"):
-            jax.jit(lambda value, name=name: pair_call(**{name: value}))(1.0)
+            jax.jit(lambda value, name=name: fused(JAX, SPO(), make_arrays(JAX), **{name: value}))(
+                1.0
+            )
 
 
-def test_the_rest() -> None:
-    labels, _ = make_labels()
-    with pytest.raises(ValueError, match=re.escape("logits must have shape [B, T, V]")):
-        sequence_logps(WEIGHT, labels)
-    with pytest.raises(TypeError, match="logits must be real floating, got int64"):
-        sequence_logps(jnp.zeros((P, T, V), int), labels)
-    with pytest.raises(ValueError, match="average and per_token exclude each other"):
-        linear_logps(HIDDEN, WEIGHT, labels, average=True, per_token=True)
-    cu = jnp.array([0.0, 1.0])
-    with pytest.raises(TypeError, match="cu_seqlens must be integer, got float64"):
-        linear_logps(HIDDEN, WEIGHT, labels, cu_seqlens=cu)
-    with pytest.raises(ValueError, match=re.escape("cu_seqlens must have shape [S + 1]")):
-        linear_logps(HIDDEN[:1], WEIGHT, labels[:1], cu_seqlens=OFFSETS[:1])
+MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+WIDE = AbstractMesh((4, 2), ("data", "model"))
+MESHES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"batch_axis": "data"}, ValueError, "name axes of a mesh: pass a mesh"),
+    ({"mesh": MESH}, ValueError, "with head.mesh, pass head.batch_axis, head.vocab_axis or both"),
+    ({"mesh": "cpu", "batch_axis": "data"}, TypeError, "head.mesh must be a jax.sharding.Mesh"),
+    ({"mesh": MESH, "batch_axis": "x"}, ValueError, "head.batch_axis must name axes of ('data',"),
+    ({"mesh": MESH, "vocab_axis": 1}, TypeError, "head.vocab_axis must be an axis name or a tuple"),
+    ({"mesh": MESH, "batch_axis": "data", "vocab_axis": "data"}, ValueError, "must differ"),
+    (
+        {"mesh": WIDE, "batch_axis": "data"},
+        ValueError,
+        "head.batch_axis has 4 parts, which do not divide the 5 rows of completions.hidden",
+    ),
+    (
+        {"mesh": WIDE, "vocab_axis": ("data", "model")},
+        ValueError,
+        "head.vocab_axis has 8 parts, which do not divide the 13 rows of head.weight",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), MESHES, ids=[m for *_, m in MESHES])
+def test_meshes_that_do_not_fit(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arrays = make_arrays(JAX)
+    head = head_of(JAX, arrays, options)
+    with pytest.raises(error, match=re.escape(message)):
+        linear_logps(head, completions_of(JAX, arrays, "chosen", {}))
+
+
+def test_a_packed_row_is_not_split() -> None:
+    row = Completions(
+        jnp.zeros((1, P * T, D)), jnp.zeros((1, P * T), int), cu_seqlens=jnp.array([0, P * T])
+    )
+    head = Head(jnp.zeros((4, D)), mesh=MESH, batch_axis="data")
+    with pytest.raises(ValueError, match=r"head\.batch_axis cannot split the packed row of"):
+        linear_logps(head, row)
+
+
+def test_the_objects_are_pytrees_of_their_arrays() -> None:
+    arrays = make_arrays(JAX)
+    head = head_of(JAX, arrays, {"softcap": 2.0, "chunk_size": 3})
+    side = completions_of(JAX, arrays, "chosen", {"shift": False})
+    for each, names in ((head, ["weight", "bias"]), (side, ["hidden", "labels", "token_weights"])):
+        assert [a.shape for a in jax.tree.leaves(each)] == [getattr(each, n).shape for n in names]
+        again = jax.tree.map(lambda array: array, each)
+        for field in dataclasses.fields(each):
+            assert getattr(again, field.name) is getattr(each, field.name)
+
+
+def test_heads_under_transforms() -> None:
+    """A gradient with respect to a head is a head; heads pass through jit and vmap."""
+    arrays = make_arrays(JAX)
+    side = completions_of(JAX, arrays, "chosen", {})
+    head = head_of(JAX, arrays, {"softcap": 2.0})
+
+    def total(head: Head, side: Completions) -> jax.Array:
+        return linear_logps(head, side).sum()
+
+    grad = jax.jit(jax.grad(total))(head, side)
+    assert isinstance(grad, Head)
+    assert grad.softcap == 2.0
+    by_weight, by_bias = jax.grad(
+        lambda weight, bias: total(Head(weight, bias, softcap=2.0), side), (0, 1)
+    )(head.weight, head.bias)
+    np.testing.assert_allclose(grad.weight, by_weight, rtol=1e-12)
+    np.testing.assert_allclose(grad.bias, by_bias, rtol=1e-12)
+    two = jax.tree.map(lambda array: jnp.stack([array, 2.0 * array]), head)
+    got = jax.vmap(total, in_axes=(0, None))(two, side)
+    want = [total(head, side), total(jax.tree.map(lambda array: 2.0 * array, head), side)]
+    np.testing.assert_allclose(got, want, rtol=1e-12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from spoloss import DPO
-from spoloss.jax import linear_logps, linear_pair_loss
-from spoloss.jax._labels import Labels, Reading
-from spoloss.jax._plan import evenly, tile_rows
-from spoloss.jax._softmax import Head, HeadOptions, Wanted
+from spoloss.jax import Completions, Head, linear_logps, linear_pair_loss
+from spoloss.jax._labels import Sequences, sequences_of
+from spoloss.jax._softmax import Projection, Wanted
+from spoloss.jax._tiles import evenly, tile_rows
 from spoloss.jax._tokens import rows_for_pairs
 
 D, V = 64, 8192
@@ -25,28 +24,31 @@ HELD = TILE if jax.__version_info__ >= (0, 7) else 2 * TILE  # XLA of JAX 0.6 co
 def temporaries(pairs: int, tokens: int, wanted: tuple[int, ...], chunk_size: int | None) -> int:
     """Bytes of a compiled loss and its gradients beyond what goes in and out."""
     shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
-    sides = (shape(pairs, tokens, D), shape(pairs, tokens, D))
-    labels = (shape(pairs, tokens, dtype=jnp.int32),) * 2
+    hidden = shape(pairs, tokens, D)
+    labels = shape(pairs, tokens, dtype=jnp.int32)
 
     def loss(chosen: Any, rejected: Any, weight: Any, *labels: Any) -> Any:
-        return linear_pair_loss(
-            DPO(), chosen, rejected, weight, *labels, 0.0, 0.0, beta=0.1, chunk_size=chunk_size
-        ).loss
+        sides = map(Completions, (chosen, rejected), labels)
+        head = Head(weight, chunk_size=chunk_size)
+        return linear_pair_loss(DPO(), head, *sides, 0.0, 0.0, beta=0.1).loss
 
     function = jax.value_and_grad(loss, wanted) if wanted else loss
-    compiled = jax.jit(function).lower(*sides, shape(V, D), *labels).compile()
+    compiled = jax.jit(function).lower(hidden, hidden, shape(V, D), labels, labels).compile()
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
-@pytest.mark.slow
+LONG = 1.2 * HELD + 2.25 * HEAD
+"""A pair that is longer than a tile has an array of the weight's size for each side."""
+
+
 @pytest.mark.parametrize(
     ("pairs", "tokens", "wanted", "bound"),
     [
-        (16, 64, (), 1.2 * HELD),
+        pytest.param(16, 64, (), 1.2 * HELD, marks=pytest.mark.extended),
         (16, 64, (0, 1), 1.2 * HELD),
-        (16, 64, (0, 1, 2), 1.2 * HELD + 0.25 * HEAD),
-        (3, 512, (0, 1, 2), 1.2 * HELD + 1.25 * HEAD),
-        (3, 512, (0, 1), 1.3 * HELD),
+        pytest.param(16, 64, (0, 1, 2), 1.2 * HELD + 0.25 * HEAD, marks=pytest.mark.extended),
+        (3, 512, (0, 1, 2), LONG),
+        pytest.param(3, 512, (0, 1), 1.3 * HELD, marks=pytest.mark.extended),
     ],
 )
 def test_temporaries(pairs: int, tokens: int, wanted: tuple[int, ...], bound: float) -> None:
@@ -56,17 +58,17 @@ def test_temporaries(pairs: int, tokens: int, wanted: tuple[int, ...], bound: fl
     assert found < 4 * 2 * pairs * tokens * V / 3  # of all logits
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_bound_sees_all_logits() -> None:
     """A tile as high as the batch is what a loss by all logits would need."""
     assert temporaries(16, 64, (0, 1), 16 * 64 * 2) > 1.3 * HELD
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_log_probabilities_of_a_frozen_head() -> None:
-    hidden, weight = jnp.zeros((8, 128, D)), jnp.zeros((V, D))
+    hidden, head = jnp.zeros((8, 128, D)), Head(jnp.zeros((V, D)), chunk_size=ROWS)
     labels = jnp.zeros((8, 128), jnp.int32)
-    run = jax.jit(lambda hidden: linear_logps(hidden, weight, labels, chunk_size=ROWS).sum())
+    run = jax.jit(lambda hidden: linear_logps(head, Completions(hidden, labels)).sum())
     temporary = jax.jit(jax.grad(run)).lower(hidden).compile().memory_analysis()
     assert temporary.temp_size_in_bytes < 2 * (1.5 * HELD + hidden.nbytes)
 
@@ -85,18 +87,23 @@ def test_rows_of_a_tile() -> None:
 
 def test_a_tile_of_a_packed_row_has_no_place_to_leave_empty() -> None:
     """Whole pairs of full length fill a tile of a padded batch; a packed pair has any length."""
-    rows = functools.partial(rows_for_pairs, reading=Reading(ignore_index=-100, shift=False))
-    padded, packed = (
-        Labels(jnp.zeros((4, 48), int), None),
-        Labels(jnp.zeros((1, 4 * 48), int), jnp.arange(5) * 48),
-    )
-    assert rows((padded, padded), most=200) == 2 * 96
-    assert rows((packed, packed), most=150) == 4 * 96 // 3
+
+    def side(rows: int, cu_seqlens: Any = None) -> Sequences:
+        hidden, labels = (
+            jnp.zeros((rows, 4 * 48 // rows, 1)),
+            jnp.zeros((rows, 4 * 48 // rows), int),
+        )
+        return sequences_of(Completions(hidden, labels, cu_seqlens=cu_seqlens, shift=False))
+
+    padded, packed = side(4), side(1, jnp.arange(5) * 48)
+    assert rows_for_pairs((padded, padded), most=200) == 2 * 96
+    assert rows_for_pairs((packed, packed), most=150) == 4 * 96 // 3
+    assert rows_for_pairs((padded, packed), most=150) == (48 + 4 * 48) // 2
 
 
 @pytest.mark.parametrize("weight", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_loop_carries_no_gradient_that_nobody_wants(weight: bool, bias: bool) -> None:
-    head = Head.of(jnp.ones((V, D)), jnp.ones(V), HeadOptions(None, 1.0, 1.0, None, ()))
-    zeros = head.zeros(Wanted((True, True), weight, bias))
+    projection = Projection.of(Head(jnp.ones((V, D)), jnp.ones(V)))
+    zeros = projection.zeros(Wanted((True, True), weight, bias))
     assert [total is not None for total in zeros] == [weight, bias]

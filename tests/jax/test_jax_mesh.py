@@ -20,7 +20,7 @@ def cases() -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_on_a_mesh(cases: dict[str, dict[str, Any]]) -> None:
     assert len(cases) == 6
     for name, case in cases.items():

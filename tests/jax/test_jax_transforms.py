@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax import Array
 
-from helpers.jax_fused import D, P, T, V, quick_jit
+from helpers.jax_quick import quick_jit
 from helpers.pages import ROOT, table_below
-from spoloss.jax import linear_logps, linear_spo_loss, sequence_logps
+from helpers.wings import D, P, T, V
+from spoloss.jax import Completions, Head, linear_logps, linear_spo_loss, sequence_logps
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -22,6 +23,7 @@ RANDOM = np.random.default_rng(0)
 HIDDEN = jnp.asarray(RANDOM.normal(size=(2, P, T, D)))
 WEIGHT = jnp.asarray(RANDOM.normal(size=(V, D)))
 LABELS = jnp.asarray(RANDOM.integers(0, V, (2, P, T)))
+SIDES = [Completions(HIDDEN[side], LABELS[side]) for side in (0, 1)]
 TWO = jnp.stack([WEIGHT, 2.0 * WEIGHT])
 Function = Callable[[Array], Array]
 
@@ -31,11 +33,11 @@ def by_logits(weight: Array) -> Array:
 
 
 def by_head(weight: Array) -> Array:
-    return linear_logps(HIDDEN[0], weight, LABELS[0], chunk_size=12).sum()
+    return linear_logps(Head(weight, chunk_size=12), SIDES[0]).sum()
 
 
 def one_loss(weight: Array) -> Array:
-    return linear_spo_loss(*HIDDEN, weight, *LABELS, 0.0, 0.0, chunk_size=12).loss
+    return linear_spo_loss(Head(weight, chunk_size=12), *SIDES, 0.0, 0.0, beta=0.1).loss
 
 
 def plain(function: Function) -> Function:
@@ -93,7 +95,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_transforms(name: str, transform: str) -> None:
@@ -109,15 +110,14 @@ def test_transforms(name: str, transform: str) -> None:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("context", ["grad", "jit", "checkpoint", "scan"])
 def test_a_frozen_head_makes_no_gradient_of_its_size(context: str) -> None:
     """Whatever surrounds it: nothing of [V, D] is in the program but the weight itself."""
-    words = 23
+    entries = 23
 
     def loss(hidden: Array, weight: Array) -> Array:
-        labels = LABELS % words
-        return linear_spo_loss(*hidden, weight, *labels, 0.0, 0.0).loss
+        sides = map(Completions, hidden, LABELS % entries)
+        return linear_spo_loss(Head(weight), *sides, 0.0, 0.0, beta=0.1).loss
 
     def scanned(hidden: Array, weight: Array) -> Array:
         step = lambda total, _: (total + loss(hidden, weight), None)  # noqa: E731
@@ -129,8 +129,8 @@ def test_a_frozen_head_makes_no_gradient_of_its_size(context: str) -> None:
         "checkpoint": jax.checkpoint(loss),
         "scan": scanned,
     }[context]
-    weight = jnp.asarray(RANDOM.normal(size=(words, D)))
-    zeros = re.compile(rf"broadcast_in_dim[^\n]*-> tensor<{words}x{D}xf64>")
+    weight = jnp.asarray(RANDOM.normal(size=(entries, D)))
+    zeros = re.compile(rf"broadcast_in_dim[^\n]*-> tensor<{entries}x{D}xf64>")
     for wanted, found in ((0, False), ((0, 1), True)):
         program = jax.jit(jax.grad(around, wanted)).lower(HIDDEN, weight).as_text()
         assert bool(zeros.search(program)) is found
