@@ -9,6 +9,7 @@ import inspect
 import re
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -137,6 +138,10 @@ def wrong_arguments(backend: Backend) -> dict[str, dict[str, Any]]:
         r"must be .* got (bool|numpy|.*Convert)": np.True_,
         "must be a PyTorch, NumPy, JAX or MLX array.*, got bool": True,
     }
+    if backend.name == "numpy":  # JAX's bfloat16 arrays become arrays of a dtype of ml_dtypes
+        bfloat16 = np.asarray(jnp.ones(4, jnp.bfloat16))
+        advice = r"must be real floating, got bfloat16\. Convert it with astype\(numpy\.float32\)$"
+        everywhere[advice] = bfloat16
     finite = {"must be .*finite, got nan": np.nan, "must be .*finite, got -?inf": -np.inf}
     column = {r"must be a number or .* \(4,\), got \(4, 1\)": backend.array(np.ones((4, 1)))}
     numbers = everywhere | finite | column

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from types import SimpleNamespace
 from typing import Any
@@ -140,32 +139,6 @@ def test_any_object_with_value_and_slope_is_a_loss() -> None:
 
     with pytest.raises(TypeError, match="loss must be an object with value and slope"):
         spoloss.pair_loss(Abstract, *logps, beta=0.1)
-
-
-ALL_FUNCTIONS = [
-    *(functools.partial(f, beta=0.1) for loss, grad, _ in FUNCTIONS.values() for f in (loss, grad)),
-    spoloss.log_ratio_margin,
-    *(
-        functools.partial(f, beta=0.1)
-        for f in (
-            spoloss.implicit_rewards,
-            spoloss.preference_metrics,
-            spoloss.spo_prob_grad,
-            spoloss.dpo_prob_grad,
-        )
-    ),
-]
-
-
-def test_bfloat16_in_numpy_is_told_how_to_convert() -> None:
-    """NumPy has no such dtype. JAX's arrays of it become NumPy arrays of ml_dtypes' bfloat16."""
-    logps = [np.asarray(jnp.zeros(5, jnp.bfloat16)), *four()[1:]]
-    advice = r"got bfloat16\. Convert it with astype\(numpy\.float32\)$"
-    for function in ALL_FUNCTIONS:
-        with pytest.raises(TypeError, match=f"^policy_chosen_logps must .* {advice}"):
-            function(*logps)
-    with pytest.raises(TypeError, match=f"^beta must be real floating, {advice}"):
-        spoloss.spo_loss(*four(), beta=logps[0])
 
 
 @pytest.mark.parametrize("bad", ["spo", SPO, None, 0.1])
