@@ -10,7 +10,6 @@ except ImportError as error:
     raise ImportError('spoloss.torch needs PyTorch: pip install "spoloss[torch]"') from error
 
 from spoloss.torch._fused import LinearPairLoss
-from spoloss.torch.head_of import head_of
 from spoloss.torch.heads import (
     Completions,
     Head,
@@ -21,6 +20,7 @@ from spoloss.torch.heads import (
     linear_squared_loss,
 )
 from spoloss.torch.logps import linear_logps, sequence_logps
+from spoloss.torch.models import head_of
 from spoloss.torch.modules import DPOLoss, PreferenceOutput, SPOLoss, SquaredLoss
 
 __all__ = [

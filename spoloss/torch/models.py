@@ -1,4 +1,4 @@
-"""`head_of`: the head of a Transformers model, compared with the model's own logits.
+"""Heads of Transformers models: `head_of` compares them with the model's own logits.
 
 A configuration does not say what a model computes: some models ignore a field that others use, and
 some mask or rescale logits without a field. So the fields only propose heads. The model itself
