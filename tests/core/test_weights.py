@@ -197,11 +197,15 @@ def test_what_stands_in_for_a_pair_is_in_the_domain_of_a_loss_of_averages() -> N
 
     sides = torch.tensor([[-1.0, torch.nan, -2.0], [-0.5, -1.0, -3.0]], requires_grad=True)
     weights = torch.tensor([1.0, 0.0, 1.0])
-    call = {"beta": 1.0, "weights": weights, "reduction": "sum"}
+    beta = torch.tensor(1.0, requires_grad=True)
+    call = {"beta": beta, "weights": weights, "reduction": "sum"}
     spoloss.pair_loss(Root(), *sides, 0.0, 0.0, **call).backward()
     want = spoloss.pair_grad(Root(), *sides.detach(), 0.0, 0.0, **call)
     torch.testing.assert_close(sides.grad, torch.stack([want.policy_chosen, want.policy_rejected]))
     assert torch.all(sides.grad[:, 1] == 0.0)
+    # The loss of the pair that is left out is a number, or this would be nan.
+    kept = Root().value(*sides.detach()[:, [0, 2]], 1.0).sum()
+    torch.testing.assert_close(beta.grad, kept)
 
 
 def test_a_shared_beta_survives_a_pair_that_is_left_out() -> None:
