@@ -25,14 +25,16 @@ def log_softmax(table: Table) -> Table:
     return table - np.log(np.exp(table).sum(axis=1, keepdims=True))
 
 
-def sequence_logps(logps: Table, prompts: Sequence[list], answers: Sequence[list]) -> NDArray:
-    """Summed log-probabilities of the answers [B]. Every prompt has at least one token."""
-    return np.array([logps[before(p, a), a].sum() for p, a in zip(prompts, answers, strict=True)])
+def sequence_logps(logps: Table, prompts: Sequence[list], completions: Sequence[list]) -> NDArray:
+    """Summed log-probabilities of the completions [B]. Every prompt has at least one token."""
+    return np.array(
+        [logps[before(p, c), c].sum() for p, c in zip(prompts, completions, strict=True)]
+    )
 
 
-def before(prompt: list[int], answer: list[int]) -> list[int]:
-    """The previous token of each token of the answer."""
-    return [prompt[-1], *answer[:-1]]
+def before(prompt: list[int], completion: list[int]) -> list[int]:
+    """The previous token of each token of the completion."""
+    return [prompt[-1], *completion[:-1]]
 
 
 def loss_and_grad(
@@ -44,13 +46,13 @@ def loss_and_grad(
     four = [sequence_logps(side_of, prompts, s) for side_of in (logps, ref_logps) for s in sides]
     by_logp = spo_grad(*four, beta=beta)
     grad = np.zeros_like(table)
-    for answers, slopes in zip(
+    for completions, slopes in zip(
         sides, (by_logp.policy_chosen, by_logp.policy_rejected), strict=True
     ):
-        for prompt, answer, slope in zip(prompts, answers, slopes, strict=True):
-            rows = before(prompt, answer)
+        for prompt, completion, slope in zip(prompts, completions, slopes, strict=True):
+            rows = before(prompt, completion)
             # d log softmax(row)[token] / d row = onehot(token) - softmax(row)
-            np.add.at(grad, (rows, answer), slope)
+            np.add.at(grad, (rows, completion), slope)
             np.subtract.at(grad, rows, slope * np.exp(logps[rows]))
     return float(spo_loss(*four, beta=beta)), grad
 

@@ -34,10 +34,11 @@ def pack(pairs: Sequence[tuple[list[int], list[int], list[int]]]) -> Row:
     """Pack (prompt, chosen, rejected) token ids into one row."""
     texts = [(prompt, chosen) for prompt, chosen, _ in pairs]
     texts += [(prompt, rejected) for prompt, _, rejected in pairs]
-    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in texts])
+    lengths = torch.tensor([len(prompt) + len(completion) for prompt, completion in texts])
+    labels = [[IGNORED] * len(prompt) + completion for prompt, completion in texts]
     return Row(
-        torch.tensor([[token for prompt, answer in texts for token in prompt + answer]]),
-        torch.tensor([[x for prompt, answer in texts for x in [IGNORED] * len(prompt) + answer]]),
+        torch.tensor([[token for prompt, completion in texts for token in prompt + completion]]),
+        torch.tensor([[label for sequence in labels for label in sequence]]),
         torch.cat([torch.arange(length) for length in lengths])[None],
         torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
     )

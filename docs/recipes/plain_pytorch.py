@@ -10,13 +10,14 @@ Divide the sum by the number of pairs in the whole optimizer step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spoloss import spo_loss
-from spoloss.torch import Completions, head_of, linear_logps, linear_spo_loss, sequence_logps
+from spoloss.torch import Completions, Head, head_of, linear_logps, linear_spo_loss, sequence_logps
 
 
 def loss_by_logits(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
@@ -27,34 +28,26 @@ def loss_by_logits(policy: Any, reference: Any, batch: Any, beta: float) -> Tens
     return spo_loss(chosen, rejected, *ref_logps.chunk(2), beta=beta, reduction="sum")
 
 
-def without_logits(policy: Any, reference: Any) -> Callable[..., Tensor]:
-    """The same from hidden states, without holding all logits. Call it once, before the loop."""
-    head, ref_head = head_of(policy), head_of(reference)  # or an error if the logits differ
-
-    def loss_by_tiles(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
-        hidden = policy.model(batch.ids, batch.mask).last_hidden_state
-        with torch.no_grad():
-            ref_hidden = reference.model(batch.ids, batch.mask).last_hidden_state
-            ref_logps = linear_logps(ref_head, Completions(ref_hidden, batch.labels))
-        sides = map(Completions, hidden.chunk(2), batch.labels.chunk(2))
-        loss = linear_spo_loss(head, *sides, *ref_logps.chunk(2), beta=beta, reduction="sum")
-        return loss.loss
-
-    return loss_by_tiles
+def loss_by_tiles(
+    policy: Any, reference: Any, head: Head, ref_head: Head, batch: Any, beta: float
+) -> Tensor:
+    """The same from hidden states, without holding all logits. The heads come from `head_of`."""
+    hidden = policy.model(batch.ids, batch.mask).last_hidden_state
+    with torch.no_grad():
+        ref_hidden = reference.model(batch.ids, batch.mask).last_hidden_state
+        ref_logps = linear_logps(ref_head, Completions(ref_hidden, batch.labels))
+    sides = map(Completions, hidden.chunk(2), batch.labels.chunk(2))
+    return linear_spo_loss(head, *sides, *ref_logps.chunk(2), beta=beta, reduction="sum").loss
 
 
 def accumulate(
-    loss_of: Callable[..., Tensor],
-    policy: Any,
-    reference: Any,
-    micro_batches: Sequence[Any],
-    beta: float,
+    loss_of: Callable[[Any, float], Tensor], micro_batches: Sequence[Any], beta: float
 ) -> float:
     """Runs backward for the micro-batches of one step. Returns their mean loss per pair."""
     pairs = sum(len(batch.labels) // 2 for batch in micro_batches)
     total = 0.0
     for batch in micro_batches:
-        loss = loss_of(policy, reference, batch, beta) / pairs
+        loss = loss_of(batch, beta) / pairs
         loss.backward()
         total += loss.item()
     return total
@@ -67,9 +60,13 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     pairs = toy.pairs(6)
     micro_batches = [toy.collate(pairs[:4]), toy.collate(pairs[4:])]
-    for loss_of in (loss_by_logits, without_logits(policy, reference)):
+    heads = head_of(policy), head_of(reference)  # once, before the loop
+    forms = {
+        "logits": partial(loss_by_logits, policy, reference),
+        "tiles": partial(loss_by_tiles, policy, reference, *heads),
+    }
+    for name, loss_of in forms.items():
         for _ in range(3):
-            loss = accumulate(loss_of, policy, reference, micro_batches, beta=0.025)
-            print(loss_of.__name__, loss)
+            print(name, accumulate(loss_of, micro_batches, beta=0.025))
             optimizer.step()
             optimizer.zero_grad()

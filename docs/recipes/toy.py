@@ -67,18 +67,19 @@ def pairs(count: int, seed: int = 1) -> list[Pair]:
 def collate(pairs: list[Pair]) -> Batch:
     """Pad pairs into one batch."""
     prompts = [pair.prompt for pair in pairs] * 2
-    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     longest = max(
-        len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)
+        len(prompt) + len(completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
     )
     ids = torch.full((len(prompts), longest), 2)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, IGNORED)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        length = len(prompt) + len(answer)
-        ids[row, :length] = torch.tensor(prompt + answer)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        length = len(prompt) + len(completion)
+        ids[row, :length] = torch.tensor(prompt + completion)
         mask[row, :length] = 1
-        labels[row, len(prompt) : length] = torch.tensor(answer)
+        labels[row, len(prompt) : length] = torch.tensor(completion)
     return Batch(ids, mask, labels)
 
 

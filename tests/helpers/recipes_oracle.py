@@ -93,7 +93,7 @@ def exact_step(
     weights: Sequence[float] | None = None,
     linear_below: float = -math.inf,
 ) -> tuple[float, Grads]:
-    """The mean loss of all pairs, and its gradient by each trainable parameter, in float64."""
+    """The mean loss of all pairs, and its gradient in each trainable parameter, in float64."""
     policy, reference = copy.deepcopy(policy).double(), copy.deepcopy(reference).double().eval()
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     h = torch.stack(
@@ -115,10 +115,10 @@ def _log_odds(
     return _log_prob(model, prompt, chosen) - _log_prob(model, prompt, rejected)
 
 
-def _log_prob(model: nn.Module, prompt: list[int], answer: list[int]) -> Tensor:
-    ids = torch.tensor([prompt + answer])
+def _log_prob(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
+    ids = torch.tensor([prompt + completion])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-    return -F.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+    return -F.cross_entropy(logits, torch.tensor(completion), reduction="sum")
 
 
 def relative_error(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:

@@ -44,9 +44,9 @@ def grads_of(policy: nn.Module) -> Grads:
 # ------------------------------------------------------------------------------ plain PyTorch
 
 
-def step(loss_of: Any, policy: nn.Module, reference: nn.Module, *, size: int) -> float:
+def step(loss_of: Any, *inputs: Any, size: int) -> float:
     batches = [toy.collate(PAIRS[i : i + size]) for i in range(0, len(PAIRS), size)]
-    return load("plain_pytorch").accumulate(loss_of, policy, reference, batches, BETA)
+    return load("plain_pytorch").accumulate(partial(loss_of, *inputs), batches, BETA)
 
 
 @pytest.mark.parametrize("size", [6, 4])  # at once, and 4 + 2 pairs
@@ -55,10 +55,9 @@ def step(loss_of: Any, policy: nn.Module, reference: nn.Module, *, size: int) ->
 def test_plain_pytorch(form, size, tied) -> None:
     policy, reference = models(tied=tied)
     loss, exact = exact_step(policy, reference, PAIRS)
-    recipe = load("plain_pytorch")
-    tiles = form == "tiles"
-    loss_of = recipe.without_logits(policy, reference) if tiles else recipe.loss_by_logits
-    found = step(loss_of, policy, reference, size=size)
+    heads = (head_of(policy), head_of(reference)) if form == "tiles" else ()
+    loss_of = getattr(load("plain_pytorch"), f"loss_by_{form}")
+    found = step(loss_of, policy, reference, *heads, size=size)
     assert found == pytest.approx(loss, rel=EXACT)
     assert relative_error(grads_of(policy), exact) < EXACT
 
@@ -92,12 +91,8 @@ def test_padding_free(form, attention) -> None:
     sides = []
     for model in (policy, reference):
         model.set_attn_implementation(attention)
-        tiles = form == "tiles"
-        sides.append(
-            partial(recipe.by_tiles, model, head_of(model))
-            if tiles
-            else partial(recipe.by_logits, model)
-        )
+        head = [head_of(model)] if form == "tiles" else []
+        sides.append(partial(getattr(recipe, f"by_{form}"), model, *head))
     found = recipe.mean_loss(*sides, recipe.pack(PAIRS), BETA)
     found.backward()
     loss, exact = exact_step(policy, reference, PAIRS)
