@@ -9,7 +9,8 @@ import jax
 from jax import Array
 from jax.sharding import Mesh
 
-from spoloss.jax._mesh import Axis
+Axis = str | tuple[str, ...] | None
+"""The name of a mesh axis, or the names of several, or none."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
 from spoloss._options import check_head_options
-from spoloss.jax._arguments import Completions, Head
-from spoloss.jax._mesh import Axis, Split, names_of
+from spoloss.jax._arguments import Axis, Completions, Head
+from spoloss.jax._mesh import Split, names_of
 
 
 def prepare(head: Head, sides: Mapping[str, Completions]) -> None:

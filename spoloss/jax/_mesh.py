@@ -14,17 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-if TYPE_CHECKING:  # its module needs `Axis`
-    from spoloss.jax._arguments import Head
-
-Axis = str | tuple[str, ...] | None
-"""The name of a mesh axis, or the names of several, or none."""
+from spoloss.jax._arguments import Axis, Head
 
 
 @dataclass(frozen=True)
