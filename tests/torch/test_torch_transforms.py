@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.functional import jacobian
 from torch.func import grad, hessian, jacrev, vmap
 
 from helpers.fused import D, P, T, V, flat_logps, flat_spo
@@ -110,6 +111,18 @@ def test_batched_upstream_gradients() -> None:
     upstream = torch.eye(P, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=re.escape("torch.autograd.functional.jacobian")):
         torch.autograd.grad(by_head(weight), weight, upstream, is_grads_batched=True)
+
+
+def test_a_frozen_head_under_torch_func() -> None:
+    """Its directions are known after the forward, so that jacrev works too."""
+    fused = lambda states: flat_logps(states, WEIGHT, LABELS[0])  # noqa: E731
+    plain = lambda states: sequence_logps(states @ WEIGHT.t(), LABELS[0])  # noqa: E731
+    torch.testing.assert_close(jacrev(fused)(HIDDEN[0]), jacobian(plain, HIDDEN[0]))
+    squared = lambda states: fused(states).square().sum()  # noqa: E731
+    want = grad(lambda states: plain(states).square().sum())(HIDDEN[0])
+    torch.testing.assert_close(grad(squared)(HIDDEN[0]), want)
+    with pytest.raises(RuntimeError, match=ONCE):
+        grad(lambda states: grad(squared)(states).sum())(HIDDEN[0])
 
 
 def test_the_page_says_so() -> None:
