@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 from jax import Array
@@ -51,10 +50,6 @@ class Head:
     batch_axis: Axis = None
     vocab_axis: Axis = None
 
-    def of(self, weight: Any, bias: Any) -> Head:
-        """A head of the same options: its gradients, its layout, or other arrays."""
-        return replace(self, weight=weight, bias=bias)
-
 
 @dataclass(frozen=True, eq=False)
 class Completions:
@@ -70,8 +65,9 @@ class Completions:
         [0, V) makes the log-probability of its sequence nan.
       token_weights: the factor of each label's log-probability, [B, T], real floating, finite and
         >= 0; None for 1. They align with `labels` and are shifted with them. A label of weight 0
-        does not count, whatever its hidden state holds. Averages and the NLL divide by their sum. A
-        weight that is negative or not finite makes its sequence nan.
+        does not count, whatever its hidden state holds, and the derivative with respect to its
+        weight is 0. Averages and the NLL divide by their sum. A weight that is negative or not
+        finite makes its sequence nan.
       cu_seqlens: offsets of S sequences that are packed into one row (B = 1) without padding,
         [S + 1], of any integer dtype, rising from 0 to T; None if each row is a sequence. This is
         the format of FlashAttention's variable-length functions. The last token of a sequence does

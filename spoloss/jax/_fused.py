@@ -87,7 +87,7 @@ def _fused(
     weights: MaybeArrays,
     constants: Constants,
 ) -> _Output:
-    """The loss. `weights` are those of the sides' tokens: what a side is differentiated by."""
+    """The loss. `weights` are the sides' token weights, all of a side that has a derivative."""
     del weights
     found = of_tokens(head, hidden, sides, directions=(False, False))
     return _value(objective, found.logps, sides, constants)
@@ -128,7 +128,7 @@ def _backward(objective: Objective, residual: Any, upstream: _Output) -> tuple[A
         for i, (rows, side) in enumerate(zip(directions, sides, strict=True))
     ]
     totals = HeadSums(*map(or_none, by_head))
-    of_head = jax.tree.map(lambda total: up.astype(total.dtype) * total, totals)
+    by_head = jax.tree.map(lambda total: up.astype(total.dtype) * total, totals)
 
     def value(weights: MaybeArrays, constants: Constants) -> Array:
         weighted = zip(sides, weights, strict=True)
@@ -136,8 +136,9 @@ def _backward(objective: Objective, residual: Any, upstream: _Output) -> tuple[A
         return _value(objective, tokens, again, constants).loss
 
     _, back = jax.vjp(value, weights, constants)
-    weight, bias, *rows = map(or_zero, (*of_head.like(kinds.dtype), *by_hidden), kinds.each)
-    return head.of(weight, bias), tuple(rows), None, *back(up)
+    weight, bias, *rows = map(or_zero, (*by_head.like(kinds.dtype), *by_hidden), kinds.each)
+    of_head = replace(head, weight=weight, bias=bias)
+    return of_head, tuple(rows), None, *back(up)
 
 
 _fused.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -20,6 +20,8 @@ nothing is computed twice.
 from __future__ import annotations
 
 import functools
+import itertools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -69,57 +71,81 @@ def one_pass(
       scale: the factor of a pair's loss in the reduced loss.
       wanted: which gradients to compute.
     """
-    table, dtype = Table(sides, rows, whole_pairs=True), projection.dtype
-    lengths = lengths_of(sides, dtype)
-    zero = functools.reduce(jnp.add, (side.zero(dtype) for side in sides))
-    alive = constants.alive(len(sides))
+    table = Table(sides, rows, whole_pairs=True)
+    run = _Run(projection, table, hidden, sides, objective, constants, scale, wanted)
+    made = table.visit_groups(run.add_group, run.start())
+    return table.visit_long_pairs(run.add_long_pair, made) if table.may_be_long else made
 
-    def slopes(sums: Array) -> Array:
-        return scale * objective.slopes(sums, lengths, constants)
 
-    def look(tile: Tile, made: Made) -> tuple[Array, Softmax, Made]:
-        """The states and the softmax of a tile. Also stores the results that need no slope."""
-        states = table.take(hidden, tile)
-        softmax = projection.softmax(states, tile.targets, tile.of_segment(alive))
-        logps, directions = table.put(made.logps, softmax.logps, tile), made.directions
-        if any(wanted.hidden):
-            directions = table.put(directions, projection.directions(softmax), tile)
-        return states, softmax, Made(logps, directions, made.head)
+@dataclass(frozen=True)
+class _Run:
+    """One pass over a batch, tile by tile. The fields are the arguments of `one_pass`."""
 
-    def share_a_tile(tile: Tile, made: Made) -> Made:
-        states, softmax, made = look(tile, made)
-        sums = table.sum_segments(tile.weighted(softmax.logps), tile) + zero
-        factor = tile.weighted(tile.of_segment(slopes(sums)))
-        return made._replace(head=projection.add(made.head, softmax, states, factor))
+    projection: Projection
+    table: Table
+    hidden: tuple[Array, ...]
+    sides: tuple[Sequences, ...]
+    objective: Objective
+    constants: Constants
+    scale: float
+    wanted: Wanted
 
-    def walk_a_pair(pair: Array, ends: Array, made: Made) -> Made:
+    def start(self) -> Made:
+        """The results before the first tile."""
+        return Made(
+            tuple(
+                jnp.zeros_like(states, self.projection.dtype, shape=len(states))
+                for states in self.hidden
+            ),
+            tuple(
+                jnp.zeros_like(states, held(states)) if want else None
+                for states, want in zip(self.hidden, self.wanted.hidden, strict=True)
+            ),
+            self.projection.zeros(self.wanted),
+        )
+
+    def add_group(self, tile: Tile, made: Made) -> Made:
+        """Add pairs that share a tile: their slopes are known before the gradient products."""
+        states, softmax, made = self._softmax(tile, made)
+        dtype = self.projection.dtype
+        sums = self.table.sum_segments(tile.weighted(softmax.logps), tile)
+        sums = functools.reduce(jnp.add, (side.zero(dtype) for side in self.sides), sums)
+        of_token = tile.weighted(tile.of_segment(self._slopes(sums)))
+        return made._replace(head=self.projection.add(made.head, softmax, states, of_token))
+
+    def add_long_pair(self, pair: Array, ends: Array, made: Made) -> Made:
+        """Add a pair that needs several tiles: the direction of each side, then its slope."""
+
         def step(tile: Tile, carry: tuple[Made, HeadSums]) -> tuple[Made, HeadSums]:
             made, direction = carry
-            states, softmax, made = look(tile, made)
-            unit = tile.weighted(tile.filled.astype(dtype))
-            return made, projection.add(direction, softmax, states, unit)
+            states, softmax, made = self._softmax(tile, made)
+            unit = tile.weighted(tile.filled.astype(self.projection.dtype))
+            return made, self.projection.add(direction, softmax, states, unit)
 
-        of_sides = []
-        for side in range(len(sides)):
-            start = (made, projection.zeros(wanted))
-            made, direction = table.visit(ends[side], ends[side + 1], step, start)
-            of_sides.append(direction)
-        of_pair = slopes(sums_of(made.logps, sides))[pair]
-        by_head = made.head
-        for side, direction in enumerate(of_sides):
-            by_head = by_head.plus(of_pair[side], direction)
-        return made._replace(head=by_head)
+        directions = []
+        for first, last in itertools.pairwise(ends):
+            start = (made, self.projection.zeros(self.wanted))
+            made, direction = self.table.visit(first, last, step, start)
+            directions.append(direction)
+        slopes, head = self._slopes(sums_of(made.logps, self.sides))[pair], made.head
+        for slope, direction in zip(slopes, directions, strict=True):
+            head = head.plus(slope, direction)
+        return made._replace(head=head)
 
-    made = Made(
-        tuple(jnp.zeros_like(states, dtype, shape=len(states)) for states in hidden),
-        tuple(
-            jnp.zeros_like(states, held(states)) if want else None
-            for states, want in zip(hidden, wanted.hidden, strict=True)
-        ),
-        projection.zeros(wanted),
-    )
-    made = table.visit_groups(share_a_tile, made)
-    return table.visit_long_pairs(walk_a_pair, made) if table.may_be_long else made
+    def _softmax(self, tile: Tile, made: Made) -> tuple[Array, Softmax, Made]:
+        """The states and the softmax of a tile, whose logps and directions are stored."""
+        states = self.table.states(self.hidden, tile)
+        alive = tile.of_segment(self.constants.alive(len(self.sides)))
+        softmax = self.projection.softmax(states, tile.targets, alive)
+        logps, directions = self.table.store(made.logps, softmax.logps, tile), made.directions
+        if any(self.wanted.hidden):
+            directions = self.table.store(directions, self.projection.directions(softmax), tile)
+        return states, softmax, Made(logps, directions, made.head)
+
+    def _slopes(self, sums: Array) -> Array:
+        """The derivatives of the loss with respect to the sums of all pairs, [P, 2]."""
+        lengths = lengths_of(self.sides, sums.dtype)
+        return self.scale * self.objective.slopes(sums, lengths, self.constants)
 
 
 def sums_of(logps: tuple[Array, ...], sides: tuple[Sequences, ...]) -> Array:

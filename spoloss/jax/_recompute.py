@@ -64,12 +64,12 @@ def of_tokens(
         flat = tuple(states.reshape(-1, states.shape[2]) for states in hidden)
 
         def step(tile: Tile, found: OfTokens) -> OfTokens:
-            softmax = projection.softmax(table.take(flat, tile), tile.targets, tile.filled)
-            logps = table.put(found.logps, softmax.logps, tile)
+            softmax = projection.softmax(table.states(flat, tile), tile.targets, tile.filled)
+            logps = table.store(found.logps, softmax.logps, tile)
             if not any(directions):
                 return OfTokens(logps, found.directions)
             rows = projection.directions(softmax)
-            return OfTokens(logps, table.put(found.directions, rows, tile))
+            return OfTokens(logps, table.store(found.directions, rows, tile))
 
         nothing = OfTokens(
             tuple(
@@ -96,7 +96,7 @@ def layout(split: Split, head: Head, sides: Sides) -> tuple[Any, Any, Any]:
     """The layouts of head, hidden states and sides on the mesh."""
     of_batch, of_vocab = split.of_batch, split.of_vocab
     of_sides = tuple(side.layout(of_batch, split.whole) for side in sides)
-    return head.of(of_vocab, of_vocab), of_batch, of_sides
+    return replace(head, weight=of_vocab, bias=of_vocab), of_batch, of_sides
 
 
 def _on_platform(
@@ -144,7 +144,7 @@ def _backward(residual: Any, upstream: tuple[Array | SymbolicZero, ...]) -> tupl
             for rows, up in zip(directions, upstream, strict=True)
         )
     weight, bias, *rows = map(or_zero, (*by_head, *by_hidden), kinds.each)
-    return head.of(weight, bias), tuple(rows), None
+    return replace(head, weight=weight, bias=bias), tuple(rows), None
 
 
 def scaled(directions: Array | None, factor: Array, dtype: DTypeLike) -> Array | None:
@@ -170,11 +170,11 @@ def _visit_again(
         def step(tile: Tile, carry: Carry) -> Carry:
             by_hidden, by_head = carry
             factor = of_all.at[tile.token].get(mode="fill", fill_value=0)
-            states = table.take(flat, tile)
+            states = table.states(flat, tile)
             softmax = projection.softmax(states, tile.targets, factor != 0.0)
             if any(wanted.hidden):
                 rows = factor[:, None] * projection.directions(softmax)
-                by_hidden = table.put(by_hidden, rows, tile)
+                by_hidden = table.store(by_hidden, rows, tile)
             return by_hidden, projection.add(by_head, softmax, states, factor)
 
         zeros = tuple(

@@ -134,7 +134,7 @@ class Table:
 
         return self._loop(self.short_pairs, self.pairs, one, carry)
 
-    def take(self, hidden: tuple[Array, ...], tile: Tile) -> Array:
+    def states(self, hidden: tuple[Array, ...], tile: Tile) -> Array:
         """The hidden states [n, D] of a tile, 0 in empty places; `hidden` is [N, D] by side."""
         found = [
             states.at[at].get(mode="fill", fill_value=0)
@@ -143,7 +143,7 @@ class Table:
         ]
         return functools.reduce(jnp.add, found)
 
-    def put(self, into: tuple[MaybeT, ...], values: Array, tile: Tile) -> tuple[MaybeT, ...]:
+    def store(self, into: tuple[MaybeT, ...], values: Array, tile: Tile) -> tuple[MaybeT, ...]:
         """Arrays [N, D] or [N] by side, or None, with the tile's rows set to `values`."""
         return tuple(
             None if array is None else array.at[rows].set(values.astype(array.dtype), mode="drop")

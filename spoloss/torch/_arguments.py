@@ -58,7 +58,8 @@ class Completions:
         count and cost nothing. Others must lie in [0, V).
       token_weights: the factor of each label's log-probability, [B, T], real floating, finite and
         >= 0; None for 1. They align with `labels` and are shifted with them. A label of weight 0
-        does not count, whatever its hidden state holds. Averages and the NLL divide by their sum.
+        does not count, whatever its hidden state holds, and the derivative with respect to its
+        weight is 0. Averages and the NLL divide by their sum.
       cu_seqlens: offsets of S sequences that are packed into one row (B = 1) without padding,
         [S + 1], int32 or int64, rising from 0 to T; None if each row is a sequence. This is the
         format of FlashAttention's variable-length functions. The last token of a sequence does not

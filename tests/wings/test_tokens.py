@@ -120,6 +120,21 @@ def test_a_token_of_weight_0_may_hold_anything(wing: Wing, way: Logps) -> None:
     assert np.isfinite(grads["chosen_hidden"]).all()
 
 
+def test_the_derivative_with_respect_to_a_token_weight(wing: Wing, way: Logps) -> None:
+    """It is the token's log-probability, and 0 for a weight of 0, which leaves the token out."""
+    arrays = make_arrays(wing)
+    call = lambda a: way(  # noqa: E731
+        wing, a, a["chosen_labels"], token_weights=a["chosen_token_weights"], shift=False
+    )
+    _, grads = wing.grads(call, arrays, ["chosen_token_weights"])
+    side = wing.api.Completions(arrays["chosen_hidden"], arrays["chosen_labels"], shift=False)
+    each = wing.api.linear_logps(wing.api.Head(arrays["weight"]), side, per_token=True)
+    counts = wing.numpy(arrays["chosen_token_weights"]) != 0.0
+    assert not counts.all()
+    want = np.where(counts, wing.numpy(each), 0.0)
+    np.testing.assert_allclose(grads["chosen_token_weights"], want, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
 def test_packed_rows_equal_padded_ones(
