@@ -114,7 +114,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """What makes the steps of a policy; `options` are its models'."""
+    """What makes the steps of a policy, and what is expected of them."""
 
     wrap: Callable[[Setting], Step]
     expected: Exact | Wrong | Refused
