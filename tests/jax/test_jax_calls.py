@@ -141,7 +141,7 @@ def test_meshes_that_do_not_fit(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     arrays = make_arrays(JAX)
-    head = head_of(JAX, arrays, options)
+    head = Head(arrays["weight"], **options)
     with pytest.raises(error, match=re.escape(message)):
         linear_logps(head, completions_of(JAX, arrays, "chosen", {}))
 
