@@ -131,7 +131,7 @@ def exponentials_of(
     Args:
       products: [n, C]; overwritten if nothing is compiled.
       transform: from products to logits.
-      column: [n] the target's column, -1 if it is not in this block.
+      column: [n] the target's column, outside of [0, C) if it is not in this block.
       sums: of the earlier blocks.
       dtype: the dtype of the exponentials.
       compiles: whether torch.compile fuses the block.
@@ -157,24 +157,34 @@ def exponentials(
 ) -> Exponentials:
     """`exponentials_of` without side effects.
 
-    The shift is the log-sum-exp of all logits so far, so the exponentials are at most 1 and fit in
-    half precision. The smallest float16 is 6e-8, so in float16 they are scaled by 2**14.
+    The shift is the new peak, so the exponentials are at most 1 and fit in half precision. The
+    smallest float16 is 6e-8, so in float16 they are scaled by 2**14.
     """
     logits, bend = transform(products)
-    found = _sums_with(logits, column, sums)
-    # The largest term is 1; the total is less only if all logits are -inf or the peak is known.
-    total = found.total().clamp(min=1.0)
-    if dtype == torch.float16:
-        total = total * 2.0**-14
-    shift = found.peak + total.log()
-    # Computed again, because Inductor would write the exponentials of the sums to memory.
+    found = sums_alone(products, transform, column, sums)
+    shift = found.peak - 14.0 * math.log(2.0) if dtype == torch.float16 else found.peak
     exps = torch.where(_is_target(logits, column), 0.0, (logits - shift[:, None]).exp())
     return Exponentials((exps if bend is None else exps * bend).to(dtype), shift, found)
 
 
 def sums_alone(products: Tensor, transform: Transform, column: Tensor, sums: Sums) -> Sums:
-    """`sums_of` without side effects."""
-    return _sums_with(transform(products)[0], column, sums)
+    """`sums_of` without side effects.
+
+    Inductor finds a maximum and the sum of the exponentials below it in one reading of the
+    products, if they have exactly the form of `largest` and `total`.
+    """
+    logits, _ = transform(products)
+    is_target = _is_target(logits, column)
+    # Finite, because -inf - -inf is nan. The next larger logit makes such a sum 0.
+    others = torch.where(is_target, -math.inf, logits).clamp(min=torch.finfo(logits.dtype).min)
+    largest = others.amax(dim=1, keepdim=True)
+    total = (others - largest).exp().sum(dim=1, keepdim=True)
+    # A sum beside the other one, because a gather would be a kernel of its own.
+    at_target = torch.where(is_target, logits, 0.0).sum(dim=1)
+    target = torch.where(_in_block(column, logits.shape[1]), at_target, sums.target)
+    peak = torch.maximum(torch.maximum(sums.peak, largest[:, 0]), target)
+    earlier, here = (sums.peak - peak).exp(), (largest[:, 0] - peak).exp()
+    return Sums(peak, sums.others * earlier + total[:, 0] * here, target)
 
 
 def exponentials_(
@@ -182,7 +192,8 @@ def exponentials_(
 ) -> Exponentials:
     """`exponentials_of` in place. The shift is the new peak, which saves a pass."""
     bend = transform.in_place(products)
-    here, index = column >= 0, column.clamp(min=0)[:, None]
+    width = products.shape[1]
+    here, index = _in_block(column, width), column.clamp(0, width - 1)[:, None]
     target = torch.where(here, products.gather(1, index).squeeze(1), sums.target)
     peak = torch.maximum(sums.peak, products.amax(dim=1))
     exps = products.sub_(peak[:, None]).exp_()
@@ -193,15 +204,9 @@ def exponentials_(
     return Exponentials(exps.to(dtype), peak, Sums(peak, others, target))
 
 
-def _sums_with(logits: Tensor, column: Tensor, sums: Sums) -> Sums:
-    """The sums with some columns of the logits included."""
-    is_target = _is_target(logits, column)
-    # A sum beside the other one, because a gather would be a kernel of its own.
-    at_target = torch.where(is_target, logits, 0.0).sum(dim=1)
-    target = torch.where(column >= 0, at_target, sums.target)
-    peak = torch.maximum(sums.peak, logits.amax(dim=1))
-    exps = torch.where(is_target, 0.0, (logits - peak[:, None]).exp())
-    return Sums(peak, sums.others * (sums.peak - peak).exp() + exps.sum(dim=1), target)
+def _in_block(column: Tensor, width: int) -> Tensor:
+    """[n] whether the target is among the columns of a block."""
+    return (column >= 0) & (column < width)
 
 
 def _is_target(logits: Tensor, column: Tensor) -> Tensor:
@@ -219,8 +224,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled for products of any height and of widths that are a multiple of 16."""
 
     def aligned(products: Tensor, *others: Any) -> Any:
-        # Inductor uses this fact for exactly 16 and does not derive it from a larger multiple.
+        # Inductor uses these facts, and derives the first from no larger multiple than 16.
         torch._check(products.shape[1] % _VECTOR == 0)  # type: ignore[no-untyped-call]
+        torch._check(products.shape[1] >= _VECTOR)  # type: ignore[no-untyped-call]
         return function(products, *others)
 
-    return torch.compile(aligned, dynamic=True)
+    # Else Inductor writes the logits of a head with bias and soft-cap to memory.
+    return torch.compile(aligned, dynamic=True, options={"realize_reads_threshold": 8})

@@ -1,11 +1,11 @@
 """The gradients of hidden states, weight and bias, accumulated tile by tile.
 
 The derivative of a token's log-probability with respect to its logits is onehot - p, so a tile
-whose tokens have slopes s (the derivatives of the loss with respect to their log-probabilities)
-contributes
+whose tokens have slopes s (the derivatives of the loss with respect to their log-probabilities,
+times the head's gain) contributes
 
-    weight gradient += gain * (s * (onehot - p))^T @ states
-    hidden gradient  = gain * s * (onehot - p) @ weight
+    weight gradient += (s * (onehot - p))^T @ states
+    hidden gradient  = s * (onehot - p) @ weight
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spoloss.torch._head import Projection
-from spoloss.torch._products import accumulate, add_rows
+from spoloss.torch._products import accumulate, add_rows, scaled
 from spoloss.torch._softmax import Block, Softmax
 from spoloss.torch._tokens import Tile, Tokens
 
@@ -81,7 +81,8 @@ class Gradients:
         Args:
           tile: tokens with their hidden states.
           softmax: the tile's softmax, with the blocks and the product for the wanted gradients.
-          slopes: [n] the derivative of the loss with respect to each token's log-probability.
+          slopes: [n] the head's gain times the derivative of the loss with respect to each token's
+            log-probability.
           head: where to add the gradient of the head: `self.head` or a direction.
         """
         if self._wanted.head:
@@ -98,12 +99,12 @@ class Gradients:
           tokens: the tile's tokens.
           softmax: the tile's softmax.
           product: [n, D] sum of p_v * weight[v] over all entries v except the target.
-          slopes: [n] the derivative of the loss with respect to each token's log-probability.
+          slopes: [n] as in `add`.
         """
         if self.hidden is None:
             return
         at_target = self._model.weight[softmax.target] * softmax.complement[:, None]
-        rows = (at_target - product).mul_((self._model.gain * slopes)[:, None])
+        rows = (at_target - product).mul_(slopes[:, None])
         if self._model.options.shard is not None:
             # Sum over the ranks before rounding to the dtype of the hidden states.
             self._model.options.shard.sum_(rows)
@@ -149,29 +150,30 @@ class HeadGradient:
           states: hidden states, [n, D].
           softmax: the tile's softmax.
           blocks: the exponentials of all entries, in order.
-          slopes: [n] the derivative of the loss with respect to each token's log-probability.
+          slopes: [n] as in `Gradients.add`.
         """
+        of_others = -slopes / softmax.total
         for block in blocks:
-            self._add_block(states, softmax, block, slopes)
+            self._add_block(states, block, of_others * (block.shift - softmax.peak).exp())
         self._add_targets(states, softmax, slopes)  # into rows that the blocks have overwritten
 
-    def _add_block(self, states: Tensor, softmax: Softmax, block: Block, slopes: Tensor) -> None:
-        """The contribution of a block's entries as non-targets."""
-        columns, exps, shift = block
+    def _add_block(self, states: Tensor, block: Block, factor: Tensor) -> None:
+        """A block's entries as non-targets: a factor [n] times the exponentials."""
+        columns, exps, _ = block
         empty = columns.start >= self._filled
         self._filled = max(self._filled, columns.stop)
-        # The slope multiplies the small array [n, D], not [n, V].
-        factor = (-self._model.gain * slopes * softmax.share(shift))[:, None]
+        factor = factor[:, None]  # it multiplies the small array [n, D], not [n, V]
         if self._weight is not None:
             rows = self._weight[columns]
-            accumulate(rows, exps.t(), states * factor, self._model.device, empty=empty)
+            more = scaled(states, factor, self._model.device)
+            accumulate(rows, exps.t(), more, self._model.device, empty=empty)
         if self._bias is not None:
             rows = self._bias[columns, None]
             accumulate(rows, exps.t(), factor, self._model.device, empty=empty)
 
     def _add_targets(self, states: Tensor, softmax: Softmax, slopes: Tensor) -> None:
         """The contribution of the targets."""
-        factor = self._model.gain * slopes * softmax.complement
+        factor = slopes * softmax.complement
         if self._weight is not None:
             add_rows(self._weight, softmax.target, states * factor[:, None])
         if self._bias is not None:

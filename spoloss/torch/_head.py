@@ -92,20 +92,26 @@ class Projection:
         bias = None if bias is None else bias[columns]
         return Transform(bias, options.softcap, options.logit_scale, options.temperature)
 
-    def bend_at(self, target_logit: Tensor) -> Tensor:
-        """The soft-capping's derivative at known logits. It is 1 without soft-capping.
+    def bent(self, values: Tensor, logits: Tensor) -> Tensor:
+        """Values times the soft-capping's derivative at known logits.
 
         It is 0 at a logit of -inf, of an entry that a bias forbids.
         """
         if self.options.softcap is None:
-            return torch.ones_like(target_logit)
-        capped = target_logit * (self.options.temperature / self.options.softcap)
-        return (1.0 - capped * capped).clamp(min=0.0)
+            return values
+        capped = logits * (self.options.temperature / self.options.softcap)
+        return values * (1.0 - capped * capped).clamp(min=0.0)
 
     def local(self, targets: Tensor) -> Tensor:
         """Targets as rows of this rank's weight, out of range if another rank has the row."""
         shard = self.options.shard
         return targets if shard is None else targets - shard.start
+
+    def held(self, values: Tensor, local: Tensor) -> Tensor:
+        """Values of targets, 0 where another rank has the target's row."""
+        if self.options.shard is None:
+            return values
+        return torch.where((local >= 0) & (local < len(self.weight)), values, 0)
 
 
 def tiles_of(weight: Tensor, dtype: torch.dtype, chunk_size: int | None, device: Device) -> Tiles:

@@ -164,7 +164,7 @@ def targets_of(
     """
     # Convert before comparing: as uint8, an ignore_index of -100 would equal token 156.
     ids = labels.long()
-    ids = torch.where(ids == ignore_index, IGNORED, ids)
+    ids = ids.masked_fill(ids == ignore_index, IGNORED)
     if token_weights is not None:
         fits = (token_weights >= 0.0) & (token_weights < math.inf)
         ids = torch.where(fits | (ids == IGNORED), ids, UNWEIGHABLE)
@@ -183,7 +183,7 @@ def targets_of(
 
 def divisors(lengths: Tensor) -> Tensor:
     """What averages divide by: the lengths, 1 for a sequence without tokens."""
-    return torch.where(lengths == 0, 1, lengths)
+    return lengths.masked_fill(lengths == 0, 1)
 
 
 def _starts(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -232,9 +232,9 @@ def sum_runs(values: Tensor, run: Tensor, count: int) -> Tensor:
     # other piece has that row.
     rows = values.new_zeros((count + many) * _PIECE)
     pieces = rows.index_put((run * _PIECE + position,), values).view(-1, _PIECE).sum(dim=1)
-    exists = torch.zeros(count, many, dtype=torch.bool, device=values.device)
-    exists = exists.index_put((run, position // _PIECE), exists.new_ones(()))
-    return torch.where(exists, pieces.unfold(0, many, 1)[:count], 0).sum(dim=1)
+    absent = torch.ones(count, many, dtype=torch.bool, device=values.device)
+    absent = absent.index_put((run, position // _PIECE), absent.new_zeros(()))
+    return pieces.unfold(0, many, 1)[:count].masked_fill(absent, 0).sum(dim=1)
 
 
 def rises(cu_seqlens: Tensor, length: int) -> Tensor:

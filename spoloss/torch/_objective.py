@@ -115,7 +115,6 @@ class Objective:
         """
         scale, constants = reduction_scale(sums[0], self.reduction), constants.of(pairs)
         sums = sums[:, pairs]
-        lengths = divisors(constants.lengths).to(sums.dtype)
         chosen, rejected = self.logps(sums, constants)
         grads = pair_grad(
             self.loss,
@@ -128,11 +127,10 @@ class Objective:
             weights=constants.weights,
             reduction="sum",
         )
-        slopes = torch.stack(grads)
-        if self.average:
-            slopes = slopes / lengths
+        slopes = self.logps(torch.stack(grads), constants)  # a linear map, its own transpose
         if self.nll_weight != 0.0:
-            per_token = sums[0] / lengths[0]
+            length = divisors(constants.lengths[0]).to(sums.dtype)
+            per_token = sums[0] / length
             nll, _ = pair_grad(
                 _NegativeLogLikelihood(),
                 per_token,
@@ -143,7 +141,7 @@ class Objective:
                 weights=constants.weights,
                 reduction="sum",
             )
-            slopes[0] += self.nll_weight * nll / lengths[0]
+            slopes[0] += self.nll_weight * nll / length
         return (slopes * scale).to(sums.dtype)
 
 

@@ -90,7 +90,7 @@ class _Run:
         self.workspace = Workspace(head, tokens, keep=wanted.head)
         hidden = batch.zeros(held_dtype(batch.hidden[0].dtype)) if wanted.hidden else None
         self.gradients = Gradients(head, wanted, hidden)
-        self.sums = head.weight.new_zeros(constants.lengths.shape, dtype=head.dtype)
+        self.sums = head.weight.new_empty(constants.lengths.shape, dtype=head.dtype)
         self.logps = self.sums.new_empty(len(table))
 
     def add_group(self, pairs: slice) -> None:
@@ -99,7 +99,7 @@ class _Run:
         tile, softmax = self._softmax(rows)
         slopes = self._slopes(pairs)
         of_token = tile.tokens.weighted(slopes[tile.tokens.side, tile.tokens.pair - pairs.start])
-        self.gradients.add(tile, softmax, of_token, self.gradients.head)
+        self.gradients.add(tile, softmax, self.head.gain * of_token, self.gradients.head)
 
     def add_long_pair(self, pair: slice) -> None:
         """Add a pair that needs several tiles: the direction of each side, then its slope."""
@@ -107,7 +107,7 @@ class _Run:
         for side, direction in enumerate(directions):
             for rows in tiles(self.table.rows_of_side(pair.start, side), self.heights.part):
                 tile, softmax = self._softmax(rows)
-                unit = tile.tokens.weighted(torch.ones_like(softmax.logps))
+                unit = tile.tokens.weighted(torch.full_like(softmax.logps, self.head.gain))
                 self.gradients.add(tile, softmax, unit, direction)
                 del tile, softmax  # before the next tile needs as much memory
         slopes = self._slopes(pair)[:, 0]

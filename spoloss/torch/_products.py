@@ -41,6 +41,14 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, device: Device, *, empty: bo
     total.copy_(more) if empty else total.add_(more)
 
 
+def scaled(rows: Tensor, factor: Tensor, device: Device) -> Tensor:
+    """Rows [n, D] times a factor [n, 1], as a right factor of `accumulate`."""
+    if not device.wide_sums or rows.dtype != torch.bfloat16:
+        return rows * factor
+    # One kernel multiplies in float32 and rounds, where an array in float32 would take two.
+    return torch.mul(rows, factor, out=torch.empty_like(rows))
+
+
 def _narrowed(b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`b` in `dtype`, and the 0-d factor to multiply it by afterwards, or None."""
     if b.dtype == dtype or dtype != torch.float16 or b.numel() == 0:

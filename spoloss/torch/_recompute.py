@@ -207,7 +207,8 @@ def forward(weight: Tensor, bias: Tensor | None, call: Call, *hidden: Tensor) ->
             softmax = softmax_of(head, tile, workspace, keep=False, product=call.directions)
             logps[tile.tokens.place] = softmax.logps
             lse[:, tile.tokens.place] = torch.stack([softmax.peak, softmax.total])
-            gradients.add(tile, softmax, torch.ones_like(softmax.logps), gradients.head)
+            unit = torch.full_like(softmax.logps, head.gain)
+            gradients.add(tile, softmax, unit, gradients.head)
             del tile, softmax  # before the next tile needs as much memory
     return Forward(logps, lse, directions)
 
@@ -231,9 +232,9 @@ def backward(
         for rows in tiles(table.all_rows, rows_per_tile):
             tile = batch.tile(rows, head.weight.dtype)
             place = tile.tokens.place
-            slopes = upstream[place].to(head.dtype)
+            slopes = head.gain * upstream[place].to(head.dtype)
             softmax = known_softmax(head, tile, found.logps[place], *found.lse[:, place])
-            product = torch.zeros_like(tile.states, dtype=head.dtype) if wanted.hidden else None
+            product = torch.empty_like(tile.states, dtype=head.dtype) if wanted.hidden else None
             blocks = known_blocks(head, tile, softmax, product, workspace)
             gradients.head.add(tile.states, softmax, blocks, slopes)
             if product is not None:

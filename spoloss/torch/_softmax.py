@@ -47,7 +47,8 @@ class Softmax:
       logps: [n] log-probabilities of the targets.
       peak: [n] the largest logit of the whole vocabulary.
       total: [n] the sum of exp(logit - peak) over the whole vocabulary.
-      complement: [n] 1 - p of the target, times softcap's derivative at the target.
+      complement: [n] 1 - p of the target, times softcap's derivative there; 0 if another rank has
+        the target.
       target: [n] the target's row of this rank's weight, 0 if another rank has it.
       product: [n, D] sum of p_v * weight[v] over the other entries, or None if it was not computed.
       blocks: the exponentials of the whole vocabulary if they were kept, else empty.
@@ -106,7 +107,7 @@ def softmax_of(
     blocks: list[Block] = []
     sums = Sums.start(tile.states, head.dtype)
     shift = sums.peak
-    total = torch.zeros_like(tile.states, dtype=head.dtype) if product else None
+    total = torch.empty_like(tile.states, dtype=head.dtype) if product else None
     if keep or product:
         for block, so_far in _visit(head, tile, sums, total, workspace):
             sums, shift = so_far, block.shift
@@ -121,8 +122,8 @@ def softmax_of(
         sums.logps(),
         sums.peak,
         whole,
-        _complement(head, local, sums.others / whole, sums.target),
-        _row(head, local),
+        head.held(head.bent(sums.others / whole, sums.target), local),
+        head.held(local, local),
         total,
         tuple(blocks),
     )
@@ -136,8 +137,8 @@ def known_softmax(
 ) -> Softmax:
     """The softmax of a tile from the results of `softmax_of`, without product and blocks."""
     local, target = head.local(tile.tokens.target), peak + (logps + total.log())
-    complement = _complement(head, local, -torch.expm1(logps), target)
-    return Softmax(logps, peak, total, complement, _row(head, local))
+    complement = head.held(head.bent(-torch.expm1(logps), target), local)
+    return Softmax(logps, peak, total, complement, head.held(local, local))
 
 
 def known_blocks(
@@ -149,7 +150,7 @@ def known_blocks(
       head: the head.
       tile: n tokens.
       softmax: the tile's softmax.
-      product: zeros [n, D], which the iteration turns into `Softmax.product`; or None.
+      product: memory [n, D], in which the iteration puts `Softmax.product`; or None.
       workspace: memory for the logits. A block is valid until the next.
     """
     sums = Sums.known(softmax.peak)
@@ -170,8 +171,8 @@ def _visit(
       head: the head.
       tile: n tokens.
       sums: the sums before the first block.
-      product: [n, D], to which exps @ weight of each block is added, relative to the block's shift;
-        or None.
+      product: memory [n, D] for the sum of exps @ weight over the blocks so far, relative to the
+        last block's shift; or None.
       workspace: memory for the logits. Unless it keeps all blocks, a block is valid until the next.
     """
     shift, compiles = sums.peak, head.device.compiles
@@ -180,8 +181,10 @@ def _visit(
         found = exponentials_of(*logits, sums, dtype=head.factor_dtype, compiles=compiles)
         del logits  # else they would still live while the next block is made
         if product is not None:
-            product.mul_((shift - found.shift).exp()[:, None])
-            accumulate(product, found.exps, head.weight[columns], head.device)
+            empty = columns.start == 0
+            if not empty:
+                product.mul_((shift - found.shift).exp()[:, None])
+            accumulate(product, found.exps, head.weight[columns], head.device, empty=empty)
         shift, sums = found.shift, found.sums
         yield Block(columns, found.exps, shift), sums
 
@@ -196,7 +199,7 @@ def _sums(head: Projection, tile: Tile, sums: Sums, workspace: Workspace) -> Sum
 
 
 class _Logits(NamedTuple):
-    """Products [n, C], the transform that makes them logits, and the targets' columns or -1."""
+    """Products [n, C], the transform that makes them logits, and the targets' columns."""
 
     products: Tensor
     transform: Transform
@@ -206,19 +209,5 @@ class _Logits(NamedTuple):
 def _logits(head: Projection, tile: Tile, columns: slice, workspace: Workspace) -> _Logits:
     """Some columns of the logits of a tile, before the transform."""
     products = head.products(tile.states, columns, workspace.block(len(tile.states), columns))
-    local = head.local(tile.tokens.target)
-    here = (local >= columns.start) & (local < columns.stop)
-    return _Logits(products, head.transform(columns), torch.where(here, local - columns.start, -1))
-
-
-def _row(head: Projection, local: Tensor) -> Tensor:
-    """The targets' rows of this rank's weight, 0 if another rank has them."""
-    return torch.where((local >= 0) & (local < len(head.weight)), local, 0)
-
-
-def _complement(
-    head: Projection, local: Tensor, complement: Tensor, target_logit: Tensor
-) -> Tensor:
-    """1 - p times softcap's derivative at the target, 0 if another rank has the target."""
-    here = (local >= 0) & (local < len(head.weight))
-    return torch.where(here, complement * head.bend_at(target_logit), 0.0)
+    column = head.local(tile.tokens.target) - columns.start
+    return _Logits(products, head.transform(columns), column)

@@ -142,7 +142,7 @@ class TokenTable:
         """
         rows, count = self.rows(pairs), pairs.stop - pairs.start
         tokens = self.tokens[rows]
-        run = (tokens.pair - pairs.start) * self.sides + tokens.side
+        run = torch.add(tokens.side, tokens.pair - pairs.start, alpha=self.sides)
         values = tokens.weighted(logps[rows])
         return sum_runs(values, run, count * self.sides).view(count, self.sides).t()
 
@@ -229,7 +229,7 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
     key, order = torch.cat(keys).sort(stable=True)
     lengths = torch.bincount(key, minlength=sides[0].count * len(sides))
     device = targets[0].device
-    place, key = (column.to(device) for column in (torch.cat(places)[order], key))
+    place, key = torch.stack([torch.cat(places)[order], key]).to(device)
     tokens = Tokens(
         place,
         torch.cat(targets)[place],
@@ -287,22 +287,23 @@ def _check(side: Sequences, host: _OnHost, vocabulary: int) -> None:
 
 
 def _to_host(sides: list[Sequences], targets: list[Tensor], vocabulary: int) -> list[_OnHost]:
-    """Transfer which tokens count, whether a label does not fit, and the offsets, all at once."""
+    """Transfer which labels count, fit and have a weight that does, and the offsets, all at once."""
     parts = []
     for side, target in zip(sides, targets, strict=True):
-        counts, unweighable = target != IGNORED, (target == UNWEIGHABLE).any()
-        outside = (counts & ((target < 0) | (target >= vocabulary))).any()
-        offsets = target.new_zeros(0) if side.cu_seqlens is None else side.cu_seqlens
-        parts += [counts.long(), torch.stack([outside, unweighable]).long(), offsets.long()]
-    pieces = torch.split(torch.cat(parts).cpu(), [len(part) for part in parts])
+        fits = (target >= 0) & (target < vocabulary)
+        offsets = target.new_empty(0) if side.cu_seqlens is None else side.cu_seqlens
+        parts += [target != IGNORED, fits, target == UNWEIGHABLE, offsets]
+    # Booleans, unless some side has offsets.
+    dtype = torch.bool if all(side.cu_seqlens is None for side in sides) else torch.int64
+    pieces = torch.split(torch.cat([part.to(dtype) for part in parts]).cpu(), [*map(len, parts)])
     return [
         _OnHost(
             counts.bool(),
-            bool(flags[0]),
-            bool(flags[1]),
-            None if side.cu_seqlens is None else offsets,
+            outside=bool((counts > fits).any()),
+            unweighable=bool(unweighable.any()),
+            offsets=None if side.cu_seqlens is None else offsets,
         )
-        for side, counts, flags, offsets in zip(
-            sides, pieces[::3], pieces[1::3], pieces[2::3], strict=True
+        for side, counts, fits, unweighable, offsets in zip(
+            sides, pieces[::4], pieces[1::4], pieces[2::4], pieces[3::4], strict=True
         )
     ]

@@ -248,7 +248,7 @@ def test_the_compiler_knows_that_a_block_is_aligned(
     """Of any height and width: one graph for all, in which loads of 16 bytes are allowed."""
     facts = []
 
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+    def keep(graph: torch.fx.GraphModule, *_: Any, **_options: Any) -> Any:
         (products,) = graph.graph.find_nodes(op="placeholder", target="L_products_")
         facts.append(statically_known_true(products.meta["example_value"].shape[1] % 16 == 0))
         return graph.forward
