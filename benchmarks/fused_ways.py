@@ -96,7 +96,7 @@ class _APODown:
         return beta * alone * (1.0 - alone) - apart, apart
 
 
-def spoloss(formula: Formula) -> Step:
+def spoloss(formula: Formula, softcap: float | None = None) -> Step:
     """This package: one pass for a loss of pairs, `linear_logps` for any other loss.
 
     Version 0.2 has other signatures, and pair losses of the margin alone. It is still called, so
@@ -116,7 +116,7 @@ def spoloss(formula: Formula) -> Step:
             options["shift"] = False
         else:
             both = map(partial(wing.Completions, shift=False), sides, labels)
-            given = wing.Head(problem.weight), *both
+            given = wing.Head(problem.weight, softcap=softcap), *both
         pair_loss = pair_losses[formula]
         return wing.linear_pair_loss(pair_loss, *given, *problem.reference.chunk(2), **options).loss
 
@@ -126,7 +126,7 @@ def spoloss(formula: Formula) -> Step:
             logps = wing.linear_logps(hidden, weight, labels, shift=False)
         else:
             completions = wing.Completions(hidden, labels, shift=False)
-            logps = wing.linear_logps(wing.Head(weight), completions)
+            logps = wing.linear_logps(wing.Head(weight, softcap=softcap), completions)
         return mean_loss(formula, logps, problem.reference)
 
     return _backwards(by_pair if formula in pair_losses else by_logps)
@@ -135,18 +135,20 @@ def spoloss(formula: Formula) -> Step:
 # ------------------------------------------------------------------------------------- the others
 
 
-def full_logits() -> Step:
+def full_logits(softcap: float | None = None) -> Step:
     """All logits at once, cross-entropy in float32, autograd: the best that is typed by hand."""
 
     def token_logps(problem: Problem) -> Tensor:
         logits = F.linear(problem.hidden, problem.weight).flatten(0, 1).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         labels = problem.labels.flatten()
         return -F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
 
     return _dpo_of(token_logps)
 
 
-def trl() -> Step:
+def trl(softcap: float | None = None) -> Step:
     """TRL's chunked log-probabilities, called as its fused language-model head calls them."""
     # Its backward imports this: seconds and memory that are not the loss's.
     import trl.trainer.utils as utils
@@ -159,7 +161,7 @@ def trl() -> Step:
         targets = problem.labels[mask] if compact else problem.labels.clamp(min=0).flatten()
         size = utils._CHUNKED_LOGPROB_CHUNK_SIZE
         logps = ChunkedLogProbFunction.apply(
-            hidden, problem.weight, None, targets, 1.0, size, None, 1.0, ("log_probs",)
+            hidden, problem.weight, None, targets, 1.0, size, softcap, 1.0, ("log_probs",)
         )[0]
         if compact:
             return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
@@ -168,8 +170,10 @@ def trl() -> Step:
     return _dpo_of(token_logps)
 
 
-def liger(*, compiled: bool) -> Step:
+def liger(softcap: float | None = None, *, compiled: bool) -> Step:
     """Liger's fused linear DPO; it takes no reference log-probabilities, so it gets none."""
+    if softcap is not None:
+        raise UnavailableError("it has no soft-cap")
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     function = LigerFusedLinearDPOLoss(

@@ -4,7 +4,7 @@ Tensors on "cuda:0" have shapes and devices but no numbers (FakeTensor), so a he
 weights costs nothing. Integers and booleans keep their numbers beside them on the CPU, because the
 host reads the labels. Each read is counted as a synchronisation. Tensors on the CPU are real.
 
-    with on_paper(CARDS["H200"]) as paper:
+    with on_paper(H200) as paper:
         backward(loss_on("cuda:0"))
     paper.flops, paper.peak, paper.syncs, paper.kernels
 """
@@ -131,7 +131,7 @@ class Paper(TorchDispatchMode):
         self._follow(func, args, kwargs, outputs)
         if not func.is_view:
             self.operators[func] += 1
-            self._count(func, args, kwargs, outputs)
+            self._count(func, args, outputs)
         for output in outputs:
             self._track(output)
         return found
@@ -181,7 +181,7 @@ class Paper(TorchDispatchMode):
         """Count one kernel."""
         self.kernels.append(Kernel(name, flops, traffic))
 
-    def _count(self, func: Any, args: Any, kwargs: Any, outputs: list[FakeTensor]) -> None:
+    def _count(self, func: Any, args: Any, outputs: list[FakeTensor]) -> None:
         packet = func._overloadpacket
         if packet in PRODUCTS:
             flops = 2 * args[PRODUCTS[packet]].numel() * outputs[0].shape[1]
@@ -192,7 +192,7 @@ class Paper(TorchDispatchMode):
             self.flops += flops
             self.launch(str(packet), flops=flops)
         elif packet not in UNTOUCHED and any(output.numel() for output in outputs):
-            self.launch(str(packet), traffic=_traffic(packet, args, kwargs, outputs))
+            self.launch(str(packet), traffic=_traffic(packet, args, outputs))
 
     def _track(self, tensor: FakeTensor) -> None:
         storage = tensor.untyped_storage()
@@ -246,7 +246,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.element_size() * torch.Size(strided).numel() if tensor.numel() else 0
 
 
-def _traffic(packet: Any, args: Any, kwargs: Any, outputs: list[FakeTensor]) -> int:
+def _traffic(packet: Any, args: Any, outputs: list[FakeTensor]) -> int:
     """The bytes that an operator reads and writes: each tensor once, whatever its kernel does."""
     written = sum(map(_bytes, outputs))
     if packet in ONLY_WRITE:
@@ -262,7 +262,7 @@ def _traffic(packet: Any, args: Any, kwargs: Any, outputs: list[FakeTensor]) -> 
     return written + sum(_bytes(tensor) for tensor in {id(t): t for t in inputs}.values())
 
 
-# ------------------------------------------------------------------------------ autograd and patches
+# ---------------------------------------------------------------------------- autograd and patches
 
 
 def backward(root: Tensor) -> None:
@@ -277,7 +277,7 @@ def backward(root: Tensor) -> None:
 
     visit(root.grad_fn)
     grads: dict[Any, dict[int, Tensor]] = defaultdict(dict)
-    grads[root.grad_fn][root.output_nr] = torch.ones((), device=root.device)
+    grads[root.grad_fn][root.output_nr] = torch.ones((), dtype=root.dtype, device=root.device)
     with torch.no_grad():
         while order:
             node = order.pop()
@@ -318,12 +318,12 @@ def on_paper(card: Card = H200) -> Iterator[Paper]:
     paper = Paper()
     with contextlib.ExitStack() as stack:
         for patch in (
-            mock.patch("torch.cuda._lazy_init", lambda: None),
-            mock.patch("torch.cuda.get_device_properties", lambda _: card),
+            mock.patch("torch.cuda._lazy_init"),
+            mock.patch("torch.cuda.get_device_properties", return_value=card),
             mock.patch.object(torch.Tensor, "backward", backward),
             mock.patch.object(_devices, "CUDA", _devices.CUDA._replace(compiles=True)),
             mock.patch.object(_exponentials, "compiled", paper.compiled),
-            mock.patch.object(_autograd, "_last_use", lambda _: True),
+            mock.patch.object(_autograd, "_last_use", return_value=True),
         ):
             stack.enter_context(patch)
         stack.callback(guards.__setitem__, 1, None)

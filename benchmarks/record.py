@@ -107,13 +107,14 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
 
 def machine(*packages: str) -> str:
     """The processor, its cores, the system, Python and the versions of `packages` in one line."""
-    versions = [f"{name} {_version(name)}" for name in packages]
+    versions = [f"{name} {version(name)}" for name in packages]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     python = f"Python {platform.python_version()}"
     return ", ".join([_processor(), f"{cores} cores", platform.system(), python, *versions])
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """The installed version of a package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from helpers.interpreter import run_python
 TESTS = Path(__file__).parent
 EXTENDED = {"extended", "study"}
 """Folders whose tests are all extended; the default run does not even import them."""
+
+# Behind all else: the benchmarks come from the checkout, the package as it is installed.
+sys.path.append(str(TESTS.parent))
 
 jax.config.update("jax_enable_x64", True)
 

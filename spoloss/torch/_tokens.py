@@ -287,7 +287,7 @@ def _check(side: Sequences, host: _OnHost, vocabulary: int) -> None:
 
 
 def _to_host(sides: list[Sequences], targets: list[Tensor], vocabulary: int) -> list[_OnHost]:
-    """Transfer which labels count, fit and have a weight that does, and the offsets, all at once."""
+    """Transfer which labels count, which fit, whose weight does not, and the offsets, at once."""
     parts = []
     for side, target in zip(sides, targets, strict=True):
         fits = (target >= 0) & (target < vocabulary)

@@ -1,193 +1,31 @@
-"""The CUDA path at real sizes without a card: operators, synchronisations, memory and products.
-
-Tensors on "cuda:0" have shapes and devices but no numbers (FakeTensor), so a head of a billion
-weights costs nothing. Integers and booleans keep their numbers beside them on the CPU, because the
-host reads the labels. A read is counted as a synchronisation. Tensors on the CPU are real.
-"""
+"""The CUDA path at real sizes without a card: operators, synchronisations, memory and products."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import weakref
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
 from torchgen import gen
 from torchgen.model import DispatchKey
 
+from benchmarks.paper import GIB, Paper, backward, on_paper, refusal
 from helpers.fused import flat_logps, flat_pair, flat_spo
-from spoloss.torch import _autograd, _devices, _exponentials
-
-TRIED = ("2.13",)
-GIB = 2**30
-aten = torch.ops.aten
-PRODUCTS = {aten.mm: 0, aten.addmm: 1, aten.addmm_: 1}
-READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
-
-
-class Paper(TorchDispatchMode):
-    """Runs operators on CUDA tensors by their shapes, and keeps count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fake, self.shadow = FakeTensorMode(), WeakIdKeyDictionary()
-        self.syncs: list[int] = []  # the FLOPs before each, which the host waits for
-        self.flops, self.live, self.peak = 0, 0, 0
-        self.operators: Counter[Any] = Counter()
-        self.sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        on_card = any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        device = torch.device(kwargs.get("device") or "cpu")
-        if func.namespace == "prim" or not (on_card or device.type == "cuda"):
-            return func(*args, **kwargs)
-        to_host = func is aten._to_copy.default and kwargs.get("device") and device.type == "cpu"
-        if to_host or func in READS:
-            self.syncs.append(self.flops)
-            return func(*map(self.numbers, args), **kwargs)
-        if func in (aten.index.Tensor, aten.index_put_.default):
-            assert all(i is None or i.dtype == torch.int64 for i in args[1]), (
-                "a mask: nonzero waits"
-            )
-        if on_card:
-            strangers = [t for t in tensors if not isinstance(t, FakeTensor) and t.ndim]
-            assert not strangers, f"{func} mixes CUDA with {strangers}"
-        with self.fake:
-            found = func(*tree_map(self.lowered, args), **tree_map(self.lowered, kwargs))
-        outputs = [leaf for leaf in tree_leaves(found) if isinstance(leaf, FakeTensor)]
-        if not any(t.is_floating_point() for t in [*tensors, *outputs]):
-            self.follow(func, args, kwargs, outputs)
-        if func._overloadpacket in PRODUCTS:
-            a = args[PRODUCTS[func._overloadpacket]]
-            self.flops += 2 * a.numel() * outputs[0].shape[1]
-        if not func.is_view:
-            self.operators[func] += 1
-        for output in outputs:
-            self.track(output)
-        return found
-
-    def numbers(self, value: Any) -> Any:
-        if isinstance(value, FakeTensor):
-            assert value in self.shadow, f"the host reads numbers of {value}"
-            return self.shadow[value]
-        return value
-
-    def lowered(self, value: Any) -> Any:
-        real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
-        return self.fake.from_tensor(value) if real else value
-
-    def follow(self, func: Any, args: Any, kwargs: Any, outputs: list[FakeTensor]) -> None:
-        """Compute integers and booleans on the CPU as well."""
-        if all(t in self.shadow for t in tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)):
-            kwargs = kwargs | ({"device": "cpu"} if kwargs.get("device") else {})
-            with _disable_current_modes():
-                real = func(*tree_map(self.numbers, args), **tree_map(self.numbers, kwargs))
-            self.shadow.update(zip(outputs, tree_leaves(real), strict=True))
-
-    def track(self, tensor: FakeTensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.freed, storage._cdata)
-
-    def freed(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
-
-
-def backward(root: Tensor) -> None:
-    """`root.backward()`. The engine asks for a CUDA stream, which a CPU build does not have."""
-    order: list[Any] = []
-
-    def visit(node: Any) -> None:
-        if node is not None and node not in order:
-            for following, _ in node.next_functions:
-                visit(following)
-            order.append(node)
-
-    visit(root.grad_fn)
-    grads: dict[Any, dict[int, Tensor]] = defaultdict(dict)
-    grads[root.grad_fn][root.output_nr] = torch.ones_like(root)
-    with torch.no_grad():
-        while order:
-            node = order.pop()
-            got = grads.pop(node, {})
-            if hasattr(node, "variable"):
-                node.variable.grad = got.get(0)
-                continue
-            inputs = [got.get(index) for index in range(len(node._input_metadata))]
-            del got
-            found = (node.apply if isinstance(node, torch._C._FunctionBase) else node)(*inputs)
-            del inputs
-            found = found if isinstance(found, tuple) else (found,)
-            for (following, index), grad in zip(node.next_functions, found, strict=False):
-                if following is not None and grad is not None:
-                    before = grads[following].get(index)
-                    grads[following][index] = grad if before is None else before + grad
-            del found
-
-
-def exponentials(
-    products: Tensor,
-    transform: Any,  # noqa: ARG001
-    column: Tensor,  # noqa: ARG001
-    sums: _exponentials.Sums,
-    dtype: torch.dtype,
-) -> _exponentials.Exponentials:
-    """What the compiled block allocates."""
-    exps, shift = torch.empty_like(products, dtype=dtype), torch.empty_like(sums.peak)
-    return _exponentials.Exponentials(exps, shift, sums_alone(products, None, None, sums))
-
-
-def sums_alone(
-    products: Tensor,  # noqa: ARG001
-    transform: Any,  # noqa: ARG001
-    column: Any,  # noqa: ARG001
-    sums: _exponentials.Sums,
-) -> _exponentials.Sums:
-    """What the compiled sums allocate."""
-    return _exponentials.Sums(*map(torch.empty_like, sums))
-
-
-KERNELS = {_exponentials.exponentials: exponentials, _exponentials.sums_alone: sums_alone}
 
 
 @pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Paper]:
-    library = Path(torch.__file__).parent / "lib" / "libc10.so"
-    if torch.backends.cuda.is_built() or not library.exists():
-        pytest.skip("needs a CPU build of PyTorch on Linux")
-    if not torch.__version__.startswith(TRIED):
-        pytest.skip(f"uses a private symbol of PyTorch, and was tried on {', '.join(TRIED)} alone")
-    # A CPU build has no guard for CUDA devices. The meta device's guard does nothing.
-    registry = "_ZN3c104impl26device_guard_impl_registryE"
-    guards = (ctypes.c_void_p * 22).in_dll(ctypes.CDLL(str(library)), registry)
-    guards[1] = guards[14]
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9))
-    monkeypatch.setattr(_devices, "CUDA", _devices.CUDA._replace(compiles=True))
-    monkeypatch.setattr(_exponentials, "compiled", KERNELS.__getitem__)
-    monkeypatch.setattr(_autograd, "_last_use", lambda _: True)
-    with Paper() as mode:
+def paper() -> Iterator[Paper]:
+    if (reason := refusal()) is not None:
+        pytest.skip(reason)
+    with on_paper() as mode:
         yield mode
-    guards[1] = None
 
 
 def batch(
@@ -222,13 +60,13 @@ def logps(given: dict[str, Tensor]) -> Tensor:
     return flat_logps(given["chosen_hidden"], given["weight"], given["chosen_labels"], shift=False)
 
 
-LIMITS = {  # GiB beside the inputs, gradients included; operators
-    ("0.5B", False): (2.0, 850),
-    ("0.5B", True): (1.0, 500),
-    ("7B", False): (3.5, 750),
-    ("7B", True): (1.3, 450),
-    ("Gemma", False): (3.6, 1400),
-    ("Gemma", True): (1.2, 650),
+LIMITS = {  # GiB beside the inputs, gradients included; launches
+    ("0.5B", False): (2.0, 530),
+    ("0.5B", True): (1.0, 270),
+    ("7B", False): (3.5, 480),
+    ("7B", True): (1.3, 250),
+    ("Gemma", False): (3.6, 940),
+    ("Gemma", True): (1.2, 350),
 }
 
 
@@ -242,23 +80,29 @@ def test_one_pass_on_cuda(
 ) -> None:
     pairs, tokens = 8, 1024
     given = batch(pairs, tokens, width, vocab, frozen=frozen)
-    before, paper.peak = paper.live, paper.live
-    paper.operators.clear()
+    before = paper.forget()
     backward(spo(given, **({"softcap": 30.0} if model == "Gemma" else {})))
     counted = 2 * pairs * (tokens - tokens // 4)
     assert paper.syncs == [0]
     assert paper.flops == (4 if frozen else 6) * counted * width * vocab
-    most, operators = LIMITS[model, frozen]
+    most, launches = LIMITS[model, frozen]
     assert (paper.peak - before) / GIB < most
-    assert paper.operators.total() < operators
+    assert len(paper.kernels) < launches
     for name in ("chosen_hidden", "rejected_hidden", *([] if frozen else ["weight"])):
         assert given[name].grad.dtype == torch.bfloat16
         assert given[name].grad.device.type == "cuda"
 
 
+def test_a_small_call_is_bound_by_launches(paper: Paper) -> None:
+    given = batch(4, 64, 896, 151_936, frozen=False)
+    paper.forget()
+    backward(spo(given))
+    assert len(paper.kernels) < 153
+
+
 def test_log_probabilities_on_cuda(paper: Paper) -> None:
     given = batch(8, 1024, 896, 151_936, frozen=False)
-    before, paper.peak = paper.live, paper.live
+    before = paper.forget()
     backward(logps(given).sum())
     assert paper.syncs == [0]
     assert paper.flops == 8 * 8 * 768 * 896 * 151_936
@@ -414,7 +258,7 @@ def test_without_gradients_there_is_one_product(
     given = batch(8, 1024, 896, 151_936, frozen=not requires_grad)
     for name in ("chosen_hidden", "rejected_hidden"):
         given[name].requires_grad_(requires_grad)
-    before, paper.peak = paper.live, paper.live
+    before = paper.forget()
     with torch.set_grad_enabled(not requires_grad):
         function(given)
     sides = 2 if function is spo else 1
