@@ -194,9 +194,7 @@ def grad_and_value(function: Callable[..., Any], argnums: Sequence[int], has_aux
 def title() -> str:
     """The first line of the file."""
     versions = ", ".join(f"{name} {record.version(name)}" for name in PACKAGES)
-    return (
-        f"predicted, nothing was run on a card: {PAIRS} pairs x 2 x {TOKENS}, bfloat16, {versions}"
-    )
+    return f"{PAIRS} pairs x 2 x {TOKENS} tokens, bfloat16, counted with {versions}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

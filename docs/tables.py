@@ -108,6 +108,22 @@ def machine(name: str) -> None:
         print(f"Measured on: {file.readline().removeprefix('#').strip()}.")
 
 
+def roofline(name: str) -> None:
+    """Predicted time on an H200 and an H100 over the bare products, and memory in GiB."""
+    with (RESULTS / name).open() as file:
+        print(f"Predicted for: {file.readline().removeprefix('#').strip()}.")
+    rows = measured(name)
+    ways = [way for way in WAYS if any(row["way"] == way for row in rows)]
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell = f"{row['h200']:.2f} / {row['h100']:.2f} / {row['memory_gib']:.1f}"
+        lines.setdefault(f"{row['model']}, {row['head']}", {})[row["way"]] = cell
+    write(
+        ["head", *(WAYS[way].removesuffix(" (a)") for way in ways)],
+        ([line, *(cells.get(way, "-") for way in ways)] for line, cells in lines.items()),
+    )
+
+
 def fused(name: str, *, frozen: bool) -> None:
     """Time over the bare matrix products / memory in MiB, by way and shape of the batch.
 
