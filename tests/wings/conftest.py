@@ -9,14 +9,22 @@ import pytest
 
 from helpers.wings import WINGS, Wing
 
+COMPILED = ("test_fused.py", "test_tokens.py")
+"""XLA compiles a program for each row of these files."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """XLA compiles a program for each row, so the default run has a third of JAX's rows."""
-    rows = [item for item in items if item.name.startswith("test_fused_is_unfused[jax")]
-    for i, item in enumerate(rows):
-        if i % 3:
-            item.add_marker(pytest.mark.extended)
+    """The default run has a third of JAX's rows where a test has more than six."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        name, _, row = item.name.partition("[")
+        if item.path.name in COMPILED and row.startswith("jax"):
+            tests.setdefault(f"{item.path}{name}", []).append(item)
+    for rows in tests.values():
+        for i, item in enumerate(rows):
+            if len(rows) > 6 and i % 3:
+                item.add_marker(pytest.mark.extended)
 
 
 @pytest.fixture(params=WINGS.values(), ids=WINGS)
