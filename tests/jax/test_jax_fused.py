@@ -18,6 +18,7 @@ from helpers.wings import (
     HEAD,
     STATES,
     WINGS,
+    APODown,
     check_same,
     completions_of,
     fused,
@@ -110,6 +111,34 @@ def test_log_probabilities_are_returned_as_constants() -> None:
     assert not grad.weight.any()
     for side, logps in zip(sides, (out.chosen_logps, out.rejected_logps), strict=True):
         np.testing.assert_allclose(logps, linear_logps(head, side), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reduction", "products"),
+    [
+        ((), "mean", 1),
+        (STATES, "mean", 2),
+        (STATES, "none", 2),
+        (("weight",), "mean", 2),
+        ((*STATES, "weight"), "mean", 3),
+        ((*STATES, "weight"), "none", 4),
+    ],
+)
+@pytest.mark.parametrize("loss", [SPO(), APODown()], ids=["margin", "pair"])
+def test_products_per_token(
+    loss: Any, wanted: tuple[str, ...], reduction: str, products: int
+) -> None:
+    """The matrix products in the program of a batch whose pairs share a tile."""
+    arrays = make_arrays(JAX)
+    del arrays["bias"]
+    arrays["weight"] = jnp.ones((16, arrays["weight"].shape[1]))  # its update is one slice in eight
+
+    def total(by: dict[str, Array]) -> Array:
+        return fused(JAX, loss, {**arrays, **by}, reduction=reduction, softcap=2.0).loss.sum()
+
+    by = {name: arrays[name] for name in wanted}
+    program = str(jax.make_jaxpr(jax.grad(total) if wanted else total)(by))
+    assert program.count("dot_general") == products
 
 
 def test_a_reward_gap_of_0_in_a_pair_of_weight_0() -> None:
