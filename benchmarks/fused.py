@@ -2,7 +2,7 @@
 
     python -m benchmarks.fused                    results/fused_cpu.csv and .svg
     python -m benchmarks.fused --model FOLDER     a real head: results/fused_real_cpu.csv
-    python -m benchmarks.fused --device cuda      the head of Qwen2.5-7B in bfloat16
+    python -m benchmarks.fused --device cuda      the head of Llama-3.1-8B in bfloat16
     python -m benchmarks.fused --quick            one tiny shape; the table alone
 
 Each way has a process of its own, which warms up and then repeats forward and backward. The bare
@@ -44,7 +44,7 @@ PAIRS = Path(__file__).parents[1] / "docs" / "examples" / "pairs.jsonl"
 REAL_PAIRS = 16
 HEADS = {"trained": False, "frozen": True}
 CPU_SIZE, CPU_SHAPES = (512, 32_000, "float32", "cpu"), ("16x64", "4x256", "2x1024", "1x4096")
-CUDA_SIZE, CUDA_SHAPES = (3_584, 152_064, "bfloat16", "cuda"), ("4x2048",)
+CUDA_SIZE, CUDA_SHAPES = (4_096, 128_256, "bfloat16", "cuda"), ("8x2048",)
 QUICK_SIZE, QUICK_SHAPES = (64, 1_000, "float32", "cpu"), ("4x64",)
 ROUNDS, PROCESSES = 15, 3
 CHECK_FLOP = {"cpu": 3e11, "cuda": 1e15}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spoloss.torch._tiles import CPU_MEMORY, GPU_MEMORY, MPS_MEMORY, Memory
+from spoloss.torch._tiles import CPU_MEMORY, GPU_MEMORY, MPS_MEMORY, Memory, gpu_memory
 
 # Before 2.10, addmm does not accept a total wider than its factors (pytorch/pytorch#167931).
 WIDE_TOTALS = torch.__version__ >= "2.10"
@@ -50,6 +50,15 @@ def device_of(tensor: Tensor) -> Device:
     if not tensor.is_cuda:
         return OTHERS.get(tensor.device.type, CPU)
     # NVIDIA GPUs before Ampere do not support a wider result, nor did ROCm before PyTorch 2.10.
-    ampere = torch.cuda.get_device_properties(tensor.device).major >= 8
-    wide = ampere and (torch.version.hip is None or WIDE_TOTALS)
-    return CUDA if wide else BEFORE_AMPERE
+    card = torch.cuda.get_device_properties(tensor.device)
+    wide = card.major >= 8 and (torch.version.hip is None or WIDE_TOTALS)
+    device = CUDA if wide else BEFORE_AMPERE
+    memory = Memory(*map(min, device.memory, gpu_memory(card.total_memory)))
+    return device._replace(memory=memory, compiles=device.compiles and not _is_disabled())
+
+
+def _is_disabled() -> bool:
+    """Whether torch.compile does nothing, as with TORCH_COMPILE_DISABLE=1."""
+    from torch._dynamo import config  # takes a second, and a CPU does not need it
+
+    return bool(config.disable)

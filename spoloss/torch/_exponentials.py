@@ -157,12 +157,11 @@ def exponentials(
 ) -> Exponentials:
     """`exponentials_of` without side effects.
 
-    The shift is the new peak, so the exponentials are at most 1 and fit in half precision. The
-    smallest float16 is 6e-8, so in float16 they are scaled by 2**14.
+    The products are read twice: for the sums, and for the exponentials.
     """
     logits, bend = transform(products)
     found = sums_alone(products, transform, column, sums)
-    shift = found.peak - 14.0 * math.log(2.0) if dtype == torch.float16 else found.peak
+    shift = _shift(found.peak, dtype)
     exps = torch.where(_is_target(logits, column), 0.0, (logits - shift[:, None]).exp())
     return Exponentials((exps if bend is None else exps * bend).to(dtype), shift, found)
 
@@ -190,7 +189,7 @@ def sums_alone(products: Tensor, transform: Transform, column: Tensor, sums: Sum
 def exponentials_(
     products: Tensor, transform: Transform, column: Tensor, sums: Sums, dtype: torch.dtype
 ) -> Exponentials:
-    """`exponentials_of` in place. The shift is the new peak, which saves a pass."""
+    """`exponentials_of` in place."""
     bend = transform.in_place(products)
     width = products.shape[1]
     here, index = _in_block(column, width), column.clamp(0, width - 1)[:, None]
@@ -201,7 +200,18 @@ def exponentials_(
     others = sums.others * (sums.peak - peak).exp() + exps.sum(dim=1)
     if bend is not None:
         exps.mul_(bend)
-    return Exponentials(exps.to(dtype), peak, Sums(peak, others, target))
+    shift = _shift(peak, dtype)
+    if shift is not peak:
+        exps.mul_((peak - shift).exp()[:, None])
+    return Exponentials(exps.to(dtype), shift, Sums(peak, others, target))
+
+
+def _shift(peak: Tensor, dtype: torch.dtype) -> Tensor:
+    """The new peak, so that the exponentials are at most 1 and fit in half precision.
+
+    The smallest float16 is 6e-8, so in float16 they are scaled by 2**14.
+    """
+    return peak - 14.0 * math.log(2.0) if dtype == torch.float16 else peak
 
 
 def _in_block(column: Tensor, width: int) -> Tensor:

@@ -45,6 +45,14 @@ GPU_MEMORY = Memory(512 * 2**20, 4096, 2 * 2**30)
 MPS_MEMORY = Memory(128 * 2**20, 2048, 512 * 2**20)
 
 
+def gpu_memory(total: int) -> Memory:
+    """What a GPU with so many bytes spends: less than `GPU_MEMORY` below 64 GiB."""
+    return GPU_MEMORY._replace(
+        block_bytes=min(GPU_MEMORY.block_bytes, total // 128),
+        kept_bytes=min(GPU_MEMORY.kept_bytes, total // 32),
+    )
+
+
 class Heights(NamedTuple):
     """The largest number of tokens in one tile.
 

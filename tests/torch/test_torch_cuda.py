@@ -232,13 +232,35 @@ def test_cards_that_cannot_sum_half_precision_in_float32(
     monkeypatch: pytest.MonkeyPatch, major: int, hip: str | None, *, wide_totals: bool, wide: bool
 ) -> None:
     """They work as a CPU does, with the tiles of a card."""
-    card = SimpleNamespace(major=major)
+    card = SimpleNamespace(major=major, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(_devices, "WIDE_TOTALS", wide_totals)
     found = _devices.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
     assert found == (_devices.CUDA if wide else _devices.BEFORE_AMPERE)
     assert found.wide_sums == wide
+
+
+def test_a_small_card_has_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without torch.compile, the exponentials are computed in place."""
+    card = SimpleNamespace(major=8, total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    with torch._dynamo.config.patch(disable=True):
+        found = _devices.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
+    assert found.memory == (128 * 2**20, 4096, 512 * 2**20)
+    assert found.wide_sums
+    assert not found.compiles
+
+
+@pytest.mark.parametrize("form", [_exponentials.exponentials, _exponentials.exponentials_])
+def test_small_exponentials_survive_float16(form: Any) -> None:
+    """exp(-20) is 2e-9, less than the smallest float16."""
+    products, none = torch.tensor([[0.0, -20.0]]), torch.tensor([-1])
+    transform = _exponentials.Transform(None, None, 1.0, 1.0)
+    sums = _exponentials.Sums.start(products, torch.float32)
+    found = form(products, transform, none, sums, torch.float16)
+    exact = torch.tensor([0.0, -20.0]).exp() * (-found.shift).exp()
+    torch.testing.assert_close(found.exps[0].float(), exact, rtol=2e-2, atol=0.0)
 
 
 @pytest.mark.parametrize("known", [True, False])
