@@ -46,10 +46,10 @@ MPS_MEMORY = Memory(128 * 2**20, 2048, 512 * 2**20)
 
 
 def gpu_memory(total: int) -> Memory:
-    """What a GPU with so many bytes spends: less than `GPU_MEMORY` below 64 GiB."""
+    """What a GPU with so many bytes spends: less than `GPU_MEMORY` below 32 GiB."""
     return GPU_MEMORY._replace(
-        block_bytes=min(GPU_MEMORY.block_bytes, total // 128),
-        kept_bytes=min(GPU_MEMORY.kept_bytes, total // 32),
+        block_bytes=min(GPU_MEMORY.block_bytes, total // 64),
+        kept_bytes=min(GPU_MEMORY.kept_bytes, total // 16),
     )
 
 

@@ -247,7 +247,7 @@ def test_a_small_card_has_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     with torch._dynamo.config.patch(disable=True):
         found = _devices.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
-    assert found.memory == (128 * 2**20, 4096, 512 * 2**20)
+    assert found.memory == (256 * 2**20, 4096, 2**30)
     assert found.wide_sums
     assert not found.compiles
 
