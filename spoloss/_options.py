@@ -41,10 +41,29 @@ def check_head_options(
     _check_number("temperature", temperature)
     check_positive("temperature", temperature)
     if chunk_size is not None:
-        if not isinstance(chunk_size, (int, numpy.integer)) or isinstance(chunk_size, bool):
-            raise TypeError(f"chunk_size must be an integer, got {type(chunk_size).__name__}")
+        _check_integer("chunk_size", chunk_size)
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size}")
+
+
+def check_token_options(prefix: str, ignore_index: int, shift: bool) -> None:
+    """Check the options of labels. `prefix` comes before their names in messages.
+
+    Raises:
+      TypeError: `ignore_index` is not an integer, or `shift` is not a boolean.
+    """
+    _check_integer(f"{prefix}ignore_index", ignore_index)
+    check_flag(f"{prefix}shift", shift)
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise an error for anything but True and False, which would count as one of them.
+
+    Raises:
+      TypeError: `value` is not a boolean.
+    """
+    if not isinstance(value, (bool, numpy.bool)):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def check_nll_weight(nll_weight: float) -> None:
@@ -62,3 +81,8 @@ def check_nll_weight(nll_weight: float) -> None:
 def _check_number(name: str, value: Any) -> None:
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not isinstance(value, (int, numpy.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")

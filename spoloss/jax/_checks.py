@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
-from spoloss._options import check_head_options
+from spoloss._options import check_head_options, check_token_options
 from spoloss.jax._arguments import Axis, Completions, Head
 from spoloss.jax._mesh import Split, names_of
 
@@ -47,6 +47,7 @@ def prepare(head: Head, sides: Mapping[str, Completions]) -> None:
             side.cu_seqlens,
             (f"{name}.hidden", side.hidden),
         )
+        check_token_options(f"{name}.", side.ignore_index, side.shift)
     _check_mesh(head)
     if head.mesh is not None:
         _check_parts(head, sides)

@@ -15,7 +15,7 @@ from jax import Array
 
 from spoloss._arrays import check_reduction, is_number, per_pair
 from spoloss._inputs import beta_for_gap
-from spoloss._options import check_nll_weight
+from spoloss._options import check_flag, check_nll_weight
 from spoloss.jax._arguments import Completions, Head
 from spoloss.jax._checks import prepare
 from spoloss.jax._fused import LinearPairLoss, fused_loss
@@ -100,6 +100,7 @@ def linear_pair_loss(
     _check_hashable(loss)
     check_reduction(reduction)
     check_nll_weight(nll_weight)
+    check_flag("average", average)
     prepare(head, {"chosen": chosen, "rejected": rejected})
     _check_pairs(chosen, rejected)
     constants = _constants(

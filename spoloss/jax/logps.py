@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from spoloss.jax._arguments import Completions, Head
+from spoloss._options import check_flag, check_token_options
 from spoloss.jax._checks import check_floating, check_tokens, prepare
 from spoloss.jax._labels import Sequences, sequences_of
 from spoloss.jax._recompute import token_logps
@@ -66,6 +67,8 @@ def sequence_logps(
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape [B, T, V], got {logits.shape}")
     check_tokens("", labels, token_weights, cu_seqlens, ("logits", logits))
+    check_token_options("", ignore_index, shift)
+    check_flag("average", average)
     tokens = Completions(
         logits,
         labels,
@@ -112,6 +115,8 @@ def linear_logps(
       ValueError: a shape or a number does not fit, `average` and `per_token` are both given, or the
         mesh, its axes and the arrays do not fit together.
     """
+    check_flag("average", average)
+    check_flag("per_token", per_token)
     if average and per_token:
         raise ValueError("average and per_token exclude each other: average divides a sum")
     prepare(head, {"completions": completions})

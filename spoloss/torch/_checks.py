@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from spoloss._options import check_head_options
+from spoloss._options import check_head_options, check_token_options
 from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._devices import device_of
 from spoloss.torch._head import HeadOptions, tiles_of
@@ -89,6 +89,7 @@ def _check_head(head: Head, sides: Mapping[str, Completions]) -> HeadOptions:
         _check_hidden(f"{name}.hidden", side.hidden, head.weight, same_dtype=dtype is None)
         labels, hidden = f"{name}.labels", f"{name}.hidden"
         check_labels(labels, side.labels, hidden, side.hidden)
+        check_token_options(f"{name}.", side.ignore_index, side.shift)
         if side.cu_seqlens is not None:
             check_cu_seqlens(f"{name}.cu_seqlens", side.cu_seqlens, labels, side.labels)
         if side.token_weights is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spoloss._arrays import check_reduction, per_pair
 from spoloss._inputs import beta_for_gap
-from spoloss._options import check_nll_weight
+from spoloss._options import check_flag, check_nll_weight
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
 from spoloss.pairs import IPO_GAP, log_ratio_margin
 from spoloss.torch._arguments import Completions, Head
@@ -91,6 +91,7 @@ def linear_pair_loss(
     pairwise(loss)
     check_reduction(reduction)
     check_nll_weight(nll_weight)
+    check_flag("average", average)
     sides = {"chosen": chosen, "rejected": rejected}
     call = prepare(head, sides)
     _check_pairs(*call.sequences)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spoloss._options import check_flag, check_token_options
 from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._autograd import is_batched, refuse_batched
 from spoloss.torch._checks import prepare
@@ -72,6 +73,8 @@ def sequence_logps(
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape [B, T, V], got {tuple(logits.shape)}")
     check_labels("labels", labels, "logits", logits)
+    check_token_options("", ignore_index, shift)
+    check_flag("average", average)
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, "labels", labels)
     if token_weights is not None:
@@ -123,6 +126,8 @@ def linear_logps(
         agree or have too few rows for the labels.
       RuntimeError: `vocab_parallel_group` is given under torch.compile(fullgraph=True).
     """
+    check_flag("average", average)
+    check_flag("per_token", per_token)
     if average and per_token:
         raise ValueError("average and per_token exclude each other: average divides a sum")
     call = prepare(head, {"completions": completions})

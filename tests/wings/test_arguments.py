@@ -116,6 +116,9 @@ def test_a_head_and_completions_of_other_types(wing: Wing) -> None:
         ({"nll_weight": -1.0}, ValueError, "nll_weight must be finite and not negative"),
         ({"nll_weight": True}, TypeError, "nll_weight must be a number, got bool"),
         ({"reduction": "batchmean"}, ValueError, "reduction must be one of"),
+        ({"average": "no"}, TypeError, "average must be True or False, got str"),
+        ({"shift": None}, TypeError, r"chosen\.shift must be True or False, got NoneType"),
+        ({"ignore_index": 1.5}, TypeError, r"chosen\.ignore_index must be an integer, got float"),
     ],
 )
 def test_options_that_do_not_fit(
@@ -169,3 +172,17 @@ def test_the_objects_are_frozen(wing: Wing) -> None:
     for each, name in zip(objects, ("softcap", "shift"), strict=True):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(each, name, None)
+
+
+def test_options_of_log_probabilities_that_do_not_fit(wing: Wing) -> None:
+    arrays = make_arrays(wing)
+    head, side = head_of(wing, arrays, {}), completions_of(wing, arrays, "chosen", {})
+    with pytest.raises(TypeError, match=r"^per_token must be True or False, got str"):
+        wing.api.linear_logps(head, side, per_token="no")
+    logits, labels = arrays["chosen_hidden"], arrays["chosen_labels"]
+    for name in ("shift", "average"):
+        with pytest.raises(TypeError, match=rf"^{name} must be True or False, got int"):
+            wing.api.sequence_logps(logits, labels, **{name: 1})
+    with pytest.raises(TypeError, match=r"^ignore_index must be an integer, got NoneType"):
+        wing.api.sequence_logps(logits, labels, ignore_index=None)
+
