@@ -46,7 +46,8 @@ class Sequences:
         """The sequence of each token, [B * T]."""
         batch, length = self.targets.shape
         if self.cu_seqlens is None:
-            return jnp.repeat(jnp.arange(batch), length, total_repeat_length=batch * length)
+            rows = jnp.arange(batch, dtype=jnp.int32)  # the dtype of `sequence_of`
+            return jnp.repeat(rows, length, total_repeat_length=batch * length)
         return sequence_of(self.cu_seqlens, length)
 
     def sum(self, of_tokens: Array) -> Array:

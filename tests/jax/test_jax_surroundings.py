@@ -54,11 +54,16 @@ def packed(arrays: Arrays) -> Arrays:
     return {**arrays, **rows, **offsets}
 
 
+def chosen_of(arrays: Arrays) -> Arrays:
+    return {name: array for name, array in arrays.items() if name.startswith("chosen")}
+
+
 WAYS: dict[str, Callable[[Arrays], Array]] = {
     "loss": lambda a: loss(a, average=True, nll_weight=0.5, softcap=2.0),
     "long pairs": lambda a: loss(a, chunk_size=3),
     "each": lambda a: loss(a, reduction="none", nll_weight=0.5),
     "packed loss": lambda a: loss(packed(a), average=True, chunk_size=9),
+    "one packed side": lambda a: loss({**packed(a), **chosen_of(a), "chosen_cu_seqlens": None}),
     "logps": lambda a: logps(a, average=True),
     "packed logps": lambda a: logps(packed(a), average=True),
     "per token": lambda a: logps(a, per_token=True, softcap=2.0),
