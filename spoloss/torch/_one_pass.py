@@ -122,7 +122,7 @@ class _Run:
         softmax = softmax_of(
             self.head, tile, self.workspace, keep=self.wanted.head, product=self.wanted.hidden
         )
-        self.logps[rows] = softmax.logps
+        self.logps[rows] = tile.visible(softmax.logps)
         return tile, softmax
 
     def _slopes(self, pairs: slice) -> Tensor:

@@ -205,7 +205,7 @@ def forward(weight: Tensor, bias: Tensor | None, call: Call, *hidden: Tensor) ->
         for rows in tiles(table.all_rows, rows_per_tile):
             tile = batch.tile(rows, head.weight.dtype)
             softmax = softmax_of(head, tile, workspace, keep=False, product=call.directions)
-            logps[tile.tokens.place] = softmax.logps
+            logps[tile.tokens.place] = tile.visible(softmax.logps)
             lse[:, tile.tokens.place] = torch.stack([softmax.peak, softmax.total])
             unit = torch.full_like(softmax.logps, head.gain)
             gradients.add(tile, softmax, unit, gradients.head)
@@ -233,7 +233,10 @@ def backward(
             tile = batch.tile(rows, head.weight.dtype)
             place = tile.tokens.place
             slopes = head.gain * upstream[place].to(head.dtype)
-            softmax = known_softmax(head, tile, found.logps[place], *found.lse[:, place])
+            logps = found.logps[place]
+            if tile.unusable is not None:
+                logps = logps.masked_fill(tile.unusable, 0.0)  # any number, because the slope is 0
+            softmax = known_softmax(head, tile, logps, *found.lse[:, place])
             product = torch.empty_like(tile.states, dtype=head.dtype) if wanted.hidden else None
             blocks = known_blocks(head, tile, softmax, product, workspace)
             gradients.head.add(tile.states, softmax, blocks, slopes)

@@ -9,6 +9,7 @@ pairs are one slice of the table. A batch of single sequences is a table with on
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -148,10 +149,21 @@ class TokenTable:
 
 
 class Tile(NamedTuple):
-    """Some tokens of the table with their hidden states, [n, D]."""
+    """Some tokens of the table with their hidden states.
+
+    Attributes:
+      tokens: n tokens.
+      states: [n, D] their hidden states.
+      unusable: [n] whether 0 replaces numbers that are not finite, in a pair of weight 0; or None.
+    """
 
     tokens: Tokens
     states: Tensor
+    unusable: Tensor | None
+
+    def visible(self, logps: Tensor) -> Tensor:
+        """Log-probabilities [n] as results: nan where they come from replaced numbers."""
+        return logps if self.unusable is None else logps.masked_fill(self.unusable, math.nan)
 
 
 @dataclass(frozen=True)
@@ -175,11 +187,11 @@ class Batch:
         """Some rows of the table, with hidden states in `dtype`."""
         tokens = self.table.tokens[rows]
         states = self._states(tokens).to(dtype)
-        if self.table.left_out is not None:
-            # 0 * nan is nan, so nan in a pair of weight 0 must not enter a product.
-            unusable = self.table.left_out[tokens.pair, None] & ~states.isfinite()
-            states = torch.where(unusable, 0.0, states)
-        return Tile(tokens, states)
+        if self.table.left_out is None:
+            return Tile(tokens, states, None)
+        # 0 * nan is nan, so nan in a pair of weight 0 must not enter a product.
+        unusable = self.table.left_out[tokens.pair, None] & ~states.isfinite()
+        return Tile(tokens, torch.where(unusable, 0.0, states), unusable.any(dim=1))
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
         """Zeros for one row per hidden state of all sides, [rows, D]."""

@@ -263,6 +263,22 @@ def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(wing: Wing) -> None:
                 np.testing.assert_allclose(grads[name], want_grads[name], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("need", [[], ["weight"], ["chosen_hidden"]], ids=["none", "head", "states"])
+def test_nan_in_a_pair_of_weight_0_stays_visible(wing: Wing, need: list[str]) -> None:
+    """Its log-probability is nan and the gradient with respect to its weight 0, no made-up one."""
+    arrays = make_arrays(wing)
+    hidden = wing.numpy(arrays["chosen_hidden"]).copy()
+    hidden[3] = np.nan
+    arrays["chosen_hidden"] = wing.array(hidden)
+    for options in ({}, {"chunk_size": 3, "nll_weight": 0.5}, {"reduction": "none"}):
+        call = lambda a: fused(wing, SPO(), a, **options)  # noqa: E731, B023
+        _, grads = wing.grads(lambda a: call(a).loss, arrays, ["weights", *need])  # noqa: B023
+        assert grads["weights"][3] == 0.0
+        assert all(np.isfinite(grads[name]).all() for name in need)
+        logps = wing.numpy(call(arrays).chosen_logps)
+        np.testing.assert_array_equal(np.isnan(logps), np.arange(P) == 3)
+
+
 def test_the_gradient_with_respect_to_a_weight_is_the_loss(wing: Wing) -> None:
     """Also at weight 0, and with the NLL."""
     arrays = make_arrays(wing)
