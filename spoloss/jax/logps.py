@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from spoloss.jax._arguments import Completions, Head
 from spoloss._options import check_flag, check_token_options
+from spoloss.jax._arguments import Completions, Head
 from spoloss.jax._checks import check_floating, check_tokens, prepare
 from spoloss.jax._labels import Sequences, sequences_of
 from spoloss.jax._recompute import token_logps

@@ -185,4 +185,3 @@ def test_options_of_log_probabilities_that_do_not_fit(wing: Wing) -> None:
             wing.api.sequence_logps(logits, labels, **{name: 1})
     with pytest.raises(TypeError, match=r"^ignore_index must be an integer, got NoneType"):
         wing.api.sequence_logps(logits, labels, ignore_index=None)
-

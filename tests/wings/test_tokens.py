@@ -263,7 +263,7 @@ def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(wing: Wing) -> None:
                 np.testing.assert_allclose(grads[name], want_grads[name], rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("need", [[], ["weight"], ["chosen_hidden"]], ids=["none", "head", "states"])
+@pytest.mark.parametrize("need", [[], ["weight"], ["chosen_hidden"]], ids=["", "head", "states"])
 def test_nan_in_a_pair_of_weight_0_stays_visible(wing: Wing, need: list[str]) -> None:
     """Its log-probability is nan and the gradient with respect to its weight 0, no made-up one."""
     arrays = make_arrays(wing)
