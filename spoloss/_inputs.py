@@ -51,6 +51,31 @@ def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
     return beta
 
 
+def value_of(loss: PairLoss, chosen: Any, rejected: Any, beta: Any) -> Any:
+    """The value of each pair, from a loss that may be a user's own."""
+    return _of_each_pair("value", loss, loss.value(chosen, rejected, beta), chosen)
+
+
+def slopes_of(loss: PairLoss, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+    """The two slopes of each pair, from a loss that may be a user's own."""
+    slopes = loss.slopes(chosen, rejected, beta)
+    if not isinstance(slopes, tuple) or len(slopes) != 2:
+        kind = type(slopes).__name__
+        raise TypeError(f"slopes of {loss} must return a tuple of two arrays, got {kind}")
+    of_chosen, of_rejected = (_of_each_pair("slopes", loss, slope, chosen) for slope in slopes)
+    return of_chosen, of_rejected
+
+
+def _of_each_pair(method: str, loss: PairLoss, found: Any, like: Any) -> Any:
+    shape = getattr(found, "shape", None)
+    if shape != like.shape:
+        raise TypeError(
+            f"{method} of {loss} must return arrays of shape {tuple(like.shape)}, "
+            f"got {type(found).__name__} of shape {shape and tuple(shape)}"
+        )
+    return found
+
+
 class Inputs(NamedTuple):
     """What a loss is evaluated at, and how its values are weighted."""
 
@@ -102,8 +127,8 @@ def _usable(loss: PairLoss, ratios: tuple[Any, Any], beta: Any, reward_gap: Any)
     chosen, rejected, beta, steepness = (
         value if is_number(value) else detach(value) for value in (*ratios, beta, steepness)
     )
-    slopes = loss.slopes(chosen, rejected, beta)
-    terms = [chosen, rejected, loss.value(chosen, rejected, beta), *slopes]
+    slopes = slopes_of(loss, chosen, rejected, beta)
+    terms = [chosen, rejected, value_of(loss, chosen, rejected, beta), *slopes]
     # The derivative with respect to beta, and the size of the second derivative of a loss of
     # x = beta * h.
     for slope in slopes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, check_reduction, quiet, shares
-from spoloss._inputs import inputs, log_ratios
+from spoloss._inputs import inputs, log_ratios, slopes_of
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
 from spoloss.pairs import IPO_GAP
 
@@ -338,5 +338,5 @@ def pair_grad(
     pairs = inputs(
         of_pairs, log_ratios(*logps, reference_rejected_logps), beta, reward_gap, weights
     )
-    slopes = of_pairs.slopes(pairs.chosen, pairs.rejected, pairs.beta)
+    slopes = slopes_of(of_pairs, pairs.chosen, pairs.rejected, pairs.beta)
     return PairGrad(*(shares(pairs.weigh(slope), reduction) for slope in slopes))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, check_reduction, detach, per_pair, quiet, reduce
-from spoloss._inputs import inputs, log_ratios, margins
+from spoloss._inputs import inputs, log_ratios, margins, value_of
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
 
 IPO_GAP = 0.5
@@ -351,7 +351,7 @@ def pair_loss(
     pairs = inputs(
         of_pairs, log_ratios(*logps, reference_rejected_logps), beta, reward_gap, weights
     )
-    values = pairs.weigh(of_pairs.value(pairs.chosen, pairs.rejected, pairs.beta))
+    values = pairs.weigh(value_of(of_pairs, pairs.chosen, pairs.rejected, pairs.beta))
     return reduce(values, reduction)  # type: ignore[no-any-return]
 
 

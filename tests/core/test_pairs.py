@@ -148,6 +148,46 @@ def test_what_is_no_loss(bad: Any) -> None:
             function(bad, *four(), beta=0.1)
 
 
+class OneSlope:
+    """The slopes are one array, and in a batch of two pairs they would unpack."""
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:  # noqa: ARG002
+        return rejected - chosen
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> Any:  # noqa: ARG002
+        return 0.0 * chosen - 1.0
+
+
+class Mean(OneSlope):
+    """Value and slopes of the batch, and not of each pair."""
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:  # noqa: ARG002
+        return (rejected - chosen).mean()
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> Any:  # noqa: ARG002
+        return -np.float64(1.0), np.float64(1.0)
+
+
+@pytest.mark.parametrize("weights", [None, 1.0])
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (OneSlope(), r"^slopes of .* must return a tuple of two arrays, got ndarray$"),
+        (Mean(), r"^slopes of .* must return arrays of shape \(2,\), got float64 of shape \(\)$"),
+    ],
+    ids=["OneSlope", "Mean"],
+)
+def test_a_loss_of_ones_own_gives_one_number_per_pair(
+    loss: Any, message: str, weights: float | None
+) -> None:
+    logps = np.array([-1.0, -2.0]), np.array([-3.0, -1.0]), 0.0, 0.0
+    with pytest.raises(TypeError, match=message):
+        spoloss.pair_grad(loss, *logps, beta=0.1, weights=weights)
+    if isinstance(loss, Mean):
+        with pytest.raises(TypeError, match=r"must return arrays of shape \(2,\), got float64"):
+            spoloss.pair_loss(loss, *logps, beta=0.1, weights=weights)
+
+
 def test_arguments_that_a_loss_cannot_honour_do_not_exist() -> None:
     with pytest.raises(TypeError, match="unexpected keyword"):
         spoloss.dpo_loss(*four(), reward_gap=1.0, beta=0.1)  # type: ignore[call-arg]
