@@ -79,7 +79,8 @@ def linear_pair_loss(
       beta: passed to the loss, 1 / nats, > 0: a number or [P].
       reward_gap: known r_w - r_l, > 0: a number or [P]. It divides beta. None means 1.
       weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, even if it
-        contains nan. "mean" still divides by P. None means 1.
+        contains nan, which its log-probabilities then show. "mean" still divides by P. None means
+        1.
       nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
       average: use log-probabilities per token instead of sums, also for the reference.
       reduction: "mean", "sum" or "none" (the loss of each pair).
@@ -91,8 +92,8 @@ def linear_pair_loss(
       are constants.
 
     Raises:
-      TypeError: a dtype does not fit, an option is not a number, an argument is not a JAX array, or
-        `loss` is not a hashable loss object.
+      TypeError: a dtype does not fit, an option has another type, an argument is not a JAX array,
+        or `loss` is not a hashable loss object.
       ValueError: a shape or a number does not fit, or the mesh, its axes and the arrays do not fit
         together.
     """
@@ -137,7 +138,7 @@ def linear_spo_loss(
 
     h = (log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x)) is the margin, in
     nats (paper eq. 4). Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language
-    Model Alignment", 12 August 2025 ("the paper").
+    Model Alignment", arXiv:2508.07137v1 ("the paper").
 
     Args:
       head: how hidden states become logits.
@@ -252,7 +253,7 @@ def linear_squared_loss(
         l = (h - reward_gap / beta)^2, in nats^2
 
     Section 2.2 of Y. Tan, "A Stable and Principled Loss Function for Direct Language Model
-    Alignment", 12 August 2025, with the margin h in nats (eq. 4).
+    Alignment", arXiv:2508.07137v1, with the margin h in nats (eq. 4).
 
     Args:
       head: how hidden states become logits.

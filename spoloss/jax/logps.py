@@ -60,7 +60,7 @@ def sequence_logps(
 
     Raises:
       TypeError: `logits` or `token_weights` are not real floating, `labels` or `cu_seqlens` are not
-        integer, or an argument is not a JAX array.
+        integer, an argument is not a JAX array, or an option has another type.
       ValueError: a shape does not fit.
     """
     check_floating("logits", logits)
@@ -111,7 +111,8 @@ def linear_logps(
       respect to `token_weights`.
 
     Raises:
-      TypeError: a dtype does not fit, an option is not a number, or an argument is not a JAX array.
+      TypeError: a dtype does not fit, an option has another type, or an argument is not a JAX
+        array.
       ValueError: a shape or a number does not fit, `average` and `per_token` are both given, or the
         mesh, its axes and the arrays do not fit together.
     """

@@ -70,7 +70,8 @@ def linear_pair_loss(
       beta: passed to the loss, 1 / nats, > 0: a number or [P].
       reward_gap: known r_w - r_l, > 0: a number or [P]. It divides beta. None means 1.
       weights: factor of each pair: a number or [P]. A pair of weight 0 is left out, even if it
-        contains nan. "mean" still divides by P. None means 1.
+        contains nan, which its log-probabilities then show. "mean" still divides by P. None means
+        1.
       nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
       average: use log-probabilities per token instead of sums, also for the reference.
       reduction: "mean", "sum" or "none" (the loss of each pair).
@@ -81,7 +82,7 @@ def linear_pair_loss(
       `weights`, references and `token_weights`. The log-probabilities, [P] in nats, are detached.
 
     Raises:
-      TypeError: a dtype does not fit, an option is not a number, an argument is not a tensor, or
+      TypeError: a dtype does not fit, an option has another type, an argument is not a tensor, or
         the weight is a sharded DTensor.
       ValueError: a shape, device or number does not fit, a label is outside [0, V), a token weight
         is negative or not finite, ZeRO-3 has partitioned the weight, or the ranks of

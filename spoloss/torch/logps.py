@@ -65,7 +65,7 @@ def sequence_logps(
 
     Raises:
       TypeError: `logits` or `token_weights` are not real floating, `labels` or `cu_seqlens` are not
-        integer, or an argument is not a tensor.
+        integer, an argument is not a tensor, or an option has another type.
       ValueError: a shape or a device does not fit, or, on the CPU, `cu_seqlens` are out of order or
         a token weight is negative or not finite.
     """
@@ -118,7 +118,7 @@ def linear_logps(
       `token_weights`.
 
     Raises:
-      TypeError: a dtype does not fit, an option is not a number, an argument is not a tensor, or
+      TypeError: a dtype does not fit, an option has another type, an argument is not a tensor, or
         the weight is a sharded DTensor.
       ValueError: a shape, device or number does not fit, a label is outside [0, V), a token weight
         is negative or not finite, `cu_seqlens` are out of order, `average` and `per_token` are both
