@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ def prepare(head: Head, sides: Mapping[str, Completions]) -> Call:
     if head.vocab_parallel_group is not None:
         hidden = [side.hidden for side in sides.values()]
         shard = _join_shards(head.vocab_parallel_group, head, options, sequences, hidden)
-        options = options.sharded(shard)
+        options = replace(options, shard=shard)
     return Call(options, sequences)
 
 

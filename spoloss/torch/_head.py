@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,10 +35,6 @@ class HeadOptions:
     chunk_size: int | None
     dtype: torch.dtype | None
     shard: VocabShard | None = None
-
-    def sharded(self, shard: VocabShard) -> HeadOptions:
-        """The options of a head that is split over the vocabulary."""
-        return replace(self, shard=shard)
 
     def vocabulary(self, weight: Tensor) -> int:
         """V of the whole head. `weight` is this rank's part of it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -41,10 +41,6 @@ class Sequences:
     def count(self) -> int:
         """The number of sequences."""
         return len(self.targets.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-
-    def leaving_out(self, left_out: Tensor | None) -> Sequences:
-        """The same sequences, of which some have weight 0, [S]."""
-        return replace(self, left_out=left_out)
 
     def lengths(self) -> Tensor:
         """The number of tokens of each sequence, or the sum of their weights, [S]."""

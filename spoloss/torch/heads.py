@@ -6,6 +6,8 @@ is documented there, once.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def linear_pair_loss(
     like = _like_margins(chosen.hidden, call.sequences[0].count, numbers)
     _check_numbers(like, *numbers)
     left_out = zero_weights(weights, like)
-    sequences = [side.leaving_out(left_out) for side in call.sequences]
+    sequences = [replace(side, left_out=left_out) for side in call.sequences]
     constants = Constants(*numbers, torch.stack([side.lengths() for side in sequences]))
     objective = Objective(loss, nll_weight, reduction, average)
     inputs = Inputs(chosen.hidden, rejected.hidden, head.weight, head.bias)
