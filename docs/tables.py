@@ -153,20 +153,6 @@ def trainers(name: str) -> None:
     listed(({**row, "title": TRAINERS[row["way"]]} for row in measured(name)), columns)
 
 
-def compared(name: str) -> None:
-    """A version over another one, in time and memory, by head and shape of the batch."""
-    columns = {
-        "P x T": "{pairs} x {tokens}",
-        "head": "{head}",
-        "time": "{time_ratio:.3f}",
-        "quartiles": "{time_ratio_low:.3f} to {time_ratio_high:.3f}",
-        "rounds": "{rounds}",
-        "memory": "{memory_ratio:.3f}",
-    }
-    rows = sorted(measured(name), key=lambda row: row["tokens"])
-    listed(({**row, "head": HEADS[row["frozen"]]} for row in rows), columns)
-
-
 def core(name: str) -> None:
     """The losses against the same formulas written by hand."""
     columns = {"what": "{what}", "spoloss": "{ours:.4g}", "by hand": "{other:.4g}"}
