@@ -266,7 +266,7 @@ def _traffic(packet: Any, args: Any, outputs: list[FakeTensor]) -> int:
 
 
 def backward(root: Tensor) -> None:
-    """`root.backward()`. The engine asks for a CUDA stream, which a CPU build does not have."""
+    """`root.backward()`. The engine needs a CUDA stream, which a CPU build does not have."""
     order: list[Any] = []
 
     def visit(node: Any) -> None:

@@ -1,7 +1,8 @@
 """Device-dependent settings of the fused head: the size of its tiles, and its matrix products.
 
-CPUs and GPUs older than Ampere round half-precision products to half precision, so the fused head
-converts the factors to float32 first. Newer GPUs multiply half precision and sum in float32.
+CPUs and GPUs older than Ampere round half-precision products to half precision, as the model's own
+logits are. There, the sums of the gradients have factors in float32. Newer GPUs multiply half
+precision and sum in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matrix products of half-precision factors, without intermediate rounding to half precision."""
+"""Matrix products of half-precision factors, in float32 where the device allows it."""
 
 from __future__ import annotations
 

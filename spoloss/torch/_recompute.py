@@ -184,7 +184,7 @@ def _by_side(
 
 
 class Grads(NamedTuple):
-    """The gradients, None where not wanted; that by the hidden states is [rows, D]."""
+    """The gradients, None where not wanted. The one of the hidden states is [rows, D]."""
 
     hidden: Tensor | None
     weight: Tensor | None
