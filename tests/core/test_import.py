@@ -58,9 +58,11 @@ def touched(code: str, framework: str = "numpy") -> list[tuple[str, str]]:
     return ast.literal_eval(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
 
-WINGS = {"spoloss": "numpy", "spoloss.torch": "torch, torch.utils.checkpoint"}
-if (PACKAGE / "jax").is_dir():
-    WINGS["spoloss.jax"] = "jax.numpy"
+WINGS = {
+    "spoloss": "numpy",
+    "spoloss.torch": "torch, torch.utils.checkpoint",
+    "spoloss.jax": "jax.numpy",
+}
 
 
 @pytest.mark.parametrize("module", WINGS)
@@ -68,17 +70,7 @@ def test_an_import_touches_nothing(module: str) -> None:
     assert touched(f"import {module}", WINGS[module]) == []
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "open(__import__('os').devnull, 'w')",
-        "import socket; socket.socket().close()",
-        "os.environ.get('HOME')",
-        "os.environ['PATH']",
-        "os.system('true')",
-        "open('/etc/hostname' if os.path.exists('/etc/hostname') else os.devnull)",
-    ],
-)
+@pytest.mark.parametrize("code", ["open(os.devnull, 'w')", "os.environ['PATH']", "os.system('')"])
 def test_the_watch_sees_what_it_should(code: str) -> None:
     assert touched(code) != []
 
@@ -89,21 +81,10 @@ PICKLE = re.compile(
 )
 
 
-def unpickles(source: str) -> list[str]:
-    return PICKLE.findall(source)
-
-
 def test_nothing_that_users_run_loads_a_pickle() -> None:
     """A pickle runs code when it is loaded; models and tensors are safetensors."""
     files = [*PACKAGE.rglob("*.py"), *(ROOT / "docs").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
     files += [*(ROOT / "benchmarks").rglob("*.py"), ROOT / "README.md"]
     assert len(files) > 50
-    found = {str(path): unpickles(path.read_text()) for path in files}
+    found = {str(path): PICKLE.findall(path.read_text()) for path in files}
     assert {path: calls for path, calls in found.items() if calls} == {}
-
-
-@pytest.mark.parametrize(
-    "source", ["torch.load(path, 'cpu')", "x = pickle.loads(data)", "np.load(f, allow_pickle=True)"]
-)
-def test_the_pickle_check_sees_one(source: str) -> None:
-    assert unpickles(source)

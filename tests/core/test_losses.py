@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from helpers import checks, wrong
 from helpers.backends import BACKENDS, Backend
 from helpers.oracles import LOSSES, Oracle, spo
-from spoloss import DPO, SPO, Squared
+from spoloss import DPO, SPO
 
 NAMES = list(LOSSES)
 DTYPES = [np.float32, np.float64]
@@ -79,31 +79,6 @@ def test_derivatives(name: str) -> None:
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax", "mlx"])
 def test_no_nan_at_infinity(name: str, library: str) -> None:
     checks.check_no_nan_at_infinity(LOSSES[name][0], BACKENDS[library])
-
-
-def test_limits(backend: Backend) -> None:
-    at_inf = backend.array(np.array([-np.inf, np.inf]))
-    guard, slope = SPO(linear_below=-1.0), -0.5 * 2.0 * np.e
-    for loss, value, slopes in (
-        (SPO(), [np.inf, 0.0], [-np.inf, 0.0]),
-        (guard, [np.inf, 0.0], [slope, 0.0]),
-        (DPO(), [np.inf, 0.0], [-0.5, 0.0]),
-        (DPO(label_smoothing=0.1), [np.inf, np.inf], [-0.45, 0.05]),
-        (Squared(), [np.inf, np.inf], [-np.inf, np.inf]),
-    ):
-        np.testing.assert_array_equal(np.asarray(loss.value(at_inf, 0.5)), value)
-        np.testing.assert_allclose(
-            np.asarray(loss.slope(at_inf, 0.5)), slopes, rtol=backend.rtol(1e-15)
-        )
-
-
-def test_dpo_and_squared_anchors() -> None:
-    zero = np.array([0.0])
-    for beta in checks.BETAS:
-        assert DPO().value(zero, beta)[0] == pytest.approx(np.log(2.0), rel=1e-15)
-        assert DPO().slope(zero, beta)[0] == -beta / 2
-        assert Squared().value(zero, beta)[0] == pytest.approx(beta**-2, rel=1e-15)
-        assert Squared().slope(np.array([1.0 / beta]), beta)[0] == 0.0
 
 
 def test_objects_are_plain_values() -> None:

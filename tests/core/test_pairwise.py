@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import pytest
-
 from helpers.pairwise import pairwise
 
 OPTIONS: dict[str, list[Any]] = {
@@ -33,13 +31,3 @@ def test_every_two_values_meet() -> None:
     assert all(list(row) == list(OPTIONS) for row in rows)
     assert apart(rows) == []
     assert len(rows) < 20  # all combinations are 144, and 12 is the least there can be
-
-
-@pytest.mark.parametrize("lost", range(5))
-def test_every_row_is_needed(lost: int) -> None:
-    rows = pairwise(OPTIONS)
-    assert apart(rows[:lost] + rows[lost + 1 :]) != []
-
-
-def test_the_rows_are_the_same_at_each_call() -> None:
-    assert pairwise(OPTIONS) == pairwise(OPTIONS)

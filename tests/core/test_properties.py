@@ -38,6 +38,11 @@ losses = spo | dpo | st.just(Squared())
 fours = arrays(np.float64, (4, 6), elements=st.floats(-6.0, 0.0))
 """Four log-probabilities of six pairs."""
 
+
+def per_pair(elements: st.SearchStrategy[float]) -> st.SearchStrategy[np.ndarray]:
+    return arrays(np.float64, 6, elements=elements)
+
+
 by_library = pytest.mark.parametrize("library", DIFFERENTIABLE)
 in_each_library = pytest.mark.parametrize("library", BACKENDS)
 
@@ -82,22 +87,25 @@ def test_derivatives_by_margin_and_beta_are_limits_of_differences(
 
 
 @by_library
-@given(losses, fours, betas)
+@given(losses, fours, betas | per_pair(betas), st.sampled_from(("sum", "mean")))
 def test_the_gradients_of_the_four_are_s_minus_s_minus_s_and_s(
-    library: str, loss: Any, logps: np.ndarray, beta: float
+    library: str, loss: Any, logps: np.ndarray, beta: Any, reduction: str
 ) -> None:
     """So they add up to 0: no loss of the margin raises both completions."""
-    total = lambda *four: spoloss.pair_loss(loss, *four, beta=beta)  # noqa: E731
-    found = gradients(BACKENDS[library], total, *logps)
-    grad = spoloss.pair_grad(loss, *logps, beta=beta)
-    np.testing.assert_array_equal(grad.policy_rejected, -grad.policy_chosen)
-    scale = np.abs(grad.policy_chosen).max() + beta
+    backend = BACKENDS[library]
+    theirs = beta if isinstance(beta, float) else backend.array(beta)
+    total = lambda *four: spoloss.pair_loss(loss, *four, beta=theirs, reduction=reduction)  # noqa: E731
+    found = gradients(backend, total, *logps)
+    chosen, rejected = spoloss.pair_grad(loss, *logps, beta=beta, reduction=reduction)
+    s = loss.slope(spoloss.log_ratio_margin(*logps), beta) / (6 if reduction == "mean" else 1)
+    close(chosen, s, np.abs(s))
+    np.testing.assert_array_equal(rejected, -chosen)
     for got, sign in zip(found, (1.0, -1.0, -1.0, 1.0), strict=True):
-        close(got, sign * grad.policy_chosen, scale, library=library)
+        close(got, sign * s, np.abs(s).max() + np.max(beta), library=library)
 
 
 @by_library
-@given(fours, betas, arrays(np.float64, 6, elements=st.floats(-2.0, 2.0)))
+@given(fours, betas, per_pair(st.floats(-2.0, 2.0)))
 def test_a_loss_of_two_log_ratios_has_two_slopes_and_the_references_take_them_back(
     library: str, logps: np.ndarray, beta: float, weights: np.ndarray
 ) -> None:
@@ -333,7 +341,7 @@ def test_swapping_the_completions_negates_the_margin(loss: Any, logps: np.ndarra
 
 
 @in_each_library
-@given(losses, fours, st.permutations(range(6)), arrays(np.float64, 6, elements=st.floats(-2, 2)))
+@given(losses, fours, st.permutations(range(6)), per_pair(st.floats(-2.0, 2.0)))
 def test_a_batch_is_its_pairs_in_any_order_each_times_its_weight(
     library: str, loss: Any, logps: np.ndarray, order: list[int], weights: np.ndarray
 ) -> None:

@@ -85,12 +85,8 @@ def test_imports_run_downwards() -> None:
     ("name", "source"),
     [
         ("spoloss.losses", "from spoloss.pairs import spo_loss"),
-        ("spoloss.losses", "from spoloss import pairs"),
-        ("spoloss.losses", "import spoloss.losses"),
-        ("spoloss.losses", "from spoloss.torch.logps import sequence_logps"),
         ("spoloss.torch._head", "from spoloss.torch.logps import sequence_logps"),
         ("spoloss.torch._tiles", "from spoloss.torch._one_pass import one_pass"),
-        ("spoloss.torch.logps", "from spoloss.torch import linear_spo_loss"),
         ("spoloss.torch.logps", "from spoloss import spo_loss"),
     ],
 )
@@ -141,19 +137,6 @@ DOCUMENTED = documented()
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_every_argument_is_documented(name: str) -> None:
     assert undocumented(DOCUMENTED[name]) == set()
-
-
-def test_the_check_of_arguments_sees_one_that_is_missing() -> None:
-    assert len(DOCUMENTED) > 32
-
-    def function(beta: float, weights: float) -> None:  # noqa: D417
-        """Do it.
-
-        Args:
-          beta: a number.
-        """
-
-    assert undocumented(function) == {"weights"}
 
 
 def test_import_loads_no_framework() -> None:

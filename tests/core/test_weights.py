@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,36 +25,6 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "two-sided": lambda *a, **k: spoloss.pair_loss(TwoSided(), *a, **k),
 }
 WITH_GAP = ("spo", "spo, linear below", "squared", "two-sided")
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_numbers_and_arrays_are_the_same_weights(
-    name: str, reduction: str, backend: Backend
-) -> None:
-    logps = backend.arrays(*four())
-    for plain_function in FUNCTIONS[name][:2]:
-        function = functools.partial(plain_function, beta=0.1)
-        want = function(*logps, weights=backend.array(np.full(5, 2.5)), reduction=reduction)
-        for weights in (2.5, np.float64(2.5), backend.array(np.array(2.5))):
-            got = function(*logps, weights=weights, reduction=reduction)
-            np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-15)
-        plain = np.asarray(function(*logps, reduction=reduction))
-        np.testing.assert_allclose(np.asarray(want), 2.5 * plain, rtol=backend.rtol(1e-14))
-
-
-def test_negative_weights_are_factors_too(backend: Backend) -> None:
-    logps, weights = backend.arrays(*four()), np.array([1.0, -2.0, 0.5, -0.5, 3.0])
-    for loss, grad, _ in FUNCTIONS.values():
-        there = loss(*logps, weights=backend.array(weights), reduction="none", beta=0.1)
-        back = loss(*logps, weights=backend.array(-weights), reduction="none", beta=0.1)
-        np.testing.assert_array_equal(np.asarray(there), -np.asarray(back))
-        assert float(loss(*logps, weights=-1.0, beta=0.1)) == -float(loss(*logps, beta=0.1))
-        slopes = grad(
-            *logps, weights=backend.array(weights), reduction="none", beta=0.1
-        ).policy_chosen
-        plain = np.asarray(grad(*logps, reduction="none", beta=0.1).policy_chosen)
-        np.testing.assert_allclose(np.asarray(slopes), weights * plain, rtol=1e-14)
 
 
 AT_0 = {"policy_rejected": 0.0, "reference_chosen": 0.0, "reference_rejected": 0.0}
