@@ -18,6 +18,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.optimize import minimize
 
 import spoloss
 from helpers.backends import BACKENDS, DIFFERENTIABLE, gradients
@@ -189,6 +190,24 @@ def test_the_guard_is_the_tangent_below_x0_and_spo_above_it(
         close(slope, beta * steepness, beta)
         assert value <= at(plain.value, x, beta) * (1.0 + 1e-12) + 1e-12
     assert abs(slope) <= beta * max((1.0 - x0) * math.exp(-x0), E**-2) * (1.0 + 4.0 * EPS)
+
+
+@pytest.mark.parametrize(("k", "mean", "deviation"), [(3, 1.01, 0.36), (32, 0.94, 0.64)])
+def test_where_ranked_completions_lead(k: int, mean: float, deviation: float) -> None:
+    """The gaps of K ranked completions add up, so the x of their pairs cannot all be 1."""
+    better, worse = np.triu_indices(k, 1)
+
+    def of_scores(scores: np.ndarray) -> tuple[float, np.ndarray]:
+        x, gradient = scores[better] - scores[worse], np.zeros(k)
+        np.add.at(gradient, better, SPO().slope(x, 1.0))
+        np.add.at(gradient, worse, -SPO().slope(x, 1.0))
+        return float(SPO().value(x, 1.0).sum()), gradient
+
+    found = minimize(of_scores, -np.arange(k) / k, jac=True).x
+    x = found[better] - found[worse]
+    assert (x.mean(), x.std()) == pytest.approx((mean, deviation), abs=6e-3)
+    if k == 3:
+        assert sorted(x) == pytest.approx([0.76, 0.76, 1.52], abs=6e-3)
 
 
 # DPO: l = -log s(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +26,12 @@ from benchmarks.studies.sentiment_task import (
     SentimentFoundation,
     all_openings,
     compound,
-    distinct_2,
     draw_pairs,
     write_reviews,
 )
 from benchmarks.studies.store import open_store
 from benchmarks.studies.training import Pairs, pair_logps
 from helpers.alignment import rows_of
-from helpers.pages import RESULTS, measured
 from helpers.tiny_llama import write_tiny_llama
 
 pytestmark = [pytest.mark.extended, pytest.mark.usefixtures("one_thread")]
@@ -106,19 +103,6 @@ def test_answers_have_the_log_probabilities_of_the_whole_model(
     assert len(lengths) > 2
 
 
-def test_an_answer_ends_with_its_first_sentence(folder: str) -> None:
-    reference = reference_policy(folder)
-    ends = reference.base.ends
-    names = reference.base.tokenizer.convert_ids_to_tokens(ends.nonzero()[:, 0].tolist())
-    assert set(names) == {".", "!", "<end>", "<unk>"}
-    prompts = [reference.base.tokenizer(all_openings()[0])["input_ids"]]
-    written = write_answers(reference, prompts, 200, LENGTH, torch.Generator().manual_seed(0))
-    for tokens in written.tokens:
-        answer = tokens[tokens != IGNORED]
-        assert not ends[answer[:-1]].any()
-        assert len(answer) == LENGTH or ends[answer[-1]]
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_the_loss_of_a_batch_and_its_gradient(form: str, folder: str, pairs: Pairs) -> None:
     policy, arm, batch = nudged(reference_policy(folder)), Arm(form, 0.3), pairs[:6]
@@ -168,29 +152,6 @@ def test_pairs_are_of_one_opening_and_ordered_by_reward(folder: str, pairs: Pair
         strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
-
-
-def test_distinct_pairs_of_neighbours() -> None:
-    assert distinct_2(torch.tensor([[1, 2, 3], [1, 2, IGNORED]])) == pytest.approx(2 / 3)
-    assert distinct_2(torch.tensor([[1, 1, 1, 1]])) == pytest.approx(1 / 3)
-    assert distinct_2(torch.tensor([[1], [2]])) == 0.0
-
-
-def test_a_broken_policy_is_judged_without_a_crash(folder: str, tmp_path: Path) -> None:
-    foundation = tiny_foundation(folder)
-    store = open_store(tmp_path / "broken", {})
-    foundation.lay(0, store)
-    ground = foundation.load(store, 0)
-    found = ground.judge(nudged(ground.policy, math.inf), "broken")
-    assert np.shape(found["rewards"]) == (6, 4)
-    assert all(math.isnan(found[key]) for key in ("reward", "kl", "tokens", "distinct_2"))
-    sound = ground.judge(ground.policy, "sound")
-    assert sound["kl"] == pytest.approx(0.0, abs=1e-4)
-    assert 1.0 <= sound["tokens"] <= LENGTH
-    assert sound["reward"] == pytest.approx(np.mean(sound["rewards"]))
-    assert sound["reference_nll"] > 0.5
-    moved = ground.judge(nudged(ground.policy, 0.5), "moved")
-    assert moved["kl"] > 0.1
 
 
 # ------------------------------------------------------------------------- decided comparisons
@@ -283,12 +244,3 @@ def test_a_study_in_parts(folder: str, tmp_path: Path, capsys) -> None:
     assert [row["step"] for row in rows if row["policy"] == "dpo:0.4"] == ["1", "2"]
     assert float(rows[1]["reward"]) == pytest.approx(over[1]["reward"], abs=1e-5)
     assert "squared with known gaps" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("part", sentiment.PARTS.values(), ids=sentiment.PARTS)
-def test_the_published_results_are_of_these_settings(part: Part) -> None:
-    published = json.loads((RESULTS / "sentiment" / "settings.json").read_text())
-    assert published[part.name] == json.loads(json.dumps(part.settings()))
-    rows = measured(f"sentiment/{part.name}/policies.csv")
-    arms = {(row["policy"], int(row["seed"])) for row in rows if row["policy"] != "reference"}
-    assert arms == {(str(arm), seed) for arm in part.arms for seed in part.all_seeds}

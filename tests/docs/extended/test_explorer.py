@@ -152,20 +152,6 @@ def test_a_slider_moves_the_curves_that_depend_on_it(
     assert {name for name in ("spo", "dpo", "squared") if before[name] != after[name]} == moved
 
 
-def test_a_curve_passes_through_its_number(page: WebDriver) -> None:
-    show(page, beta=0.1, reach=30, margin=10)
-    zero = float(
-        page.find_element(By.CSS_SELECTOR, "#value line.zero[x1='46']").get_attribute("y1")
-    )
-    unit = page.execute_script(
-        "return [...document.querySelectorAll('#value .grid text')]"
-        ".find((t) => t.textContent === '1').getAttribute('y') - 4"
-    )
-    circle = page.find_element(By.CSS_SELECTOR, "#value circle.spo")
-    drawn = (zero - float(circle.get_attribute("cy"))) / (zero - unit)
-    assert drawn == pytest.approx(-1 / math.e, abs=1e-3)
-
-
 def test_the_address_keeps_the_settings(page: WebDriver) -> None:
     page.find_element(By.ID, "beta").send_keys(Keys.PAGE_UP)
     address, numbers = page.current_url, row(page, "squared")
