@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.record import RESULTS
 
-OURS = "spoloss"
+OURS = "spoloss_spo"
 PEERS = {  # from the top of the figure
     "full_logits": "full logits",
     "optax": "full logits, Optax",
@@ -58,7 +58,6 @@ def draw(path: Path, memory: str) -> None:
     """Two panels, time and memory, in an SVG beside the file; a dot is a shape of the batch."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    rows = [row for row in rows if float(row.get("ignored") or 0.0) == 0.0]
     panels = {"time": ratios(rows, "of_floor"), "growth of peak memory": ratios(rows, memory)}
     measured = [way for way in PEERS if any(way == key[0] for key in panels["time"])]
     if not measured:
@@ -69,7 +68,7 @@ def draw(path: Path, memory: str) -> None:
         for axes, (title, found) in zip(both, panels.items(), strict=True):
             _draw_panel(axes, found, measured, title)
         both[1].legend(loc="lower right")
-        figure.supxlabel("as a multiple of linear_dpo_loss (the line at 1)", fontsize=14)
+        figure.supxlabel("as a multiple of linear_spo_loss (the line at 1)", fontsize=14)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         plt.close(figure)
 

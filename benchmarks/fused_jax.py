@@ -3,23 +3,21 @@
     python -m benchmarks.fused_jax            results/fused_jax_cpu.csv and .svg
     python -m benchmarks.fused_jax --quick    a tiny shape, the table alone
 
-All ways of a problem are compiled first and then run in turn, round after round, odd rounds
-backwards. Right before each way runs the floor, the bare matrix products in tiles (the fastest of
-some tilings in a first trial), and a ratio is that of a way to the floor beside it: absolute times
-drift on a shared machine. The table has medians over the rounds. Memory is what XLA plans: the
-temporaries of the compiled program, without its inputs and outputs. The error is the largest of
-loss and gradients against float64. tokamax is left out: 0.0.12, the newest release, reduces over
-all tokens, so that it cannot give the log-probability of a sequence.
+All ways of a problem are compiled first and then take turns with the floor, as in
+`benchmarks.fused`; the floor is the bare matrix products in tiles, in the fastest of some tilings.
+Time is the clock's. Memory is what XLA plans: the temporaries of the compiled program, without its
+inputs and outputs. The error is the largest of loss and gradients against float64, where that does
+not take long.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, product
 from typing import Any
 
 import jax
@@ -28,22 +26,34 @@ import numpy as np
 
 from benchmarks.figure import draw
 from benchmarks.fused_jax_ways import (
+    DEFAULT_WAYS,
     WAYS,
+    Formula,
     Problem,
-    Way,
     checkpointed_logps,
     floors,
     make_problem,
     mean_loss,
 )
 from benchmarks.record import RESULTS, Others, Table, machine
+from benchmarks.turns import (
+    CHECK_FLOP,
+    FLOOR,
+    HEADS,
+    ROUNDS,
+    SHAPES,
+    Timed,
+    check_flop,
+    paced,
+    sizes,
+    summaries,
+    take_turns,
+    together,
+)
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "spoloss")
-SHAPES = ("16x64", "4x256", "2x1024", "1x4096")
-WIDTH, VOCAB, ROUNDS = 512, 32_000, 15
-FLOOR, SPO_WAY = "matmul_floor", "spoloss_spo"
+WIDTH, VOCAB = 512, 32_000
 MIB = 2**20
-HEADS = {"trained": False, "frozen": True}
 
 
 @dataclass(frozen=True)
@@ -58,18 +68,18 @@ class Cell:
     frozen: bool
 
 
-def gradients_of(way: Way, *, frozen: bool) -> Callable[[Problem], Any]:
-    """Loss and gradients of a way, by hidden states and, if it is trained, weight."""
+def gradients_of(loss: Callable[[Problem], Any], *, frozen: bool) -> Callable[[Problem], Any]:
+    """Loss and gradients with respect to hidden states and, if it is trained, weight."""
     wanted = ("chosen", "rejected") if frozen else ("chosen", "rejected", "weight")
 
     def run(problem: Problem) -> Any:
-        by = {name: getattr(problem, name) for name in wanted}
-        return jax.value_and_grad(lambda by: way(problem._replace(**by)))(by)
+        leaves = {name: getattr(problem, name) for name in wanted}
+        return jax.value_and_grad(lambda leaves: loss(problem._replace(**leaves)))(leaves)
 
     return run
 
 
-def exact(problem: Problem, *, frozen: bool) -> Any:
+def exact(problem: Problem, formula: Formula, *, frozen: bool) -> Any:
     """The solution in float64, tile by tile."""
     with jax.enable_x64(True):
         wide = problem._replace(
@@ -78,8 +88,8 @@ def exact(problem: Problem, *, frozen: bool) -> Any:
                 for name in ("chosen", "rejected", "weight", "reference")
             }
         )
-        way = lambda problem: mean_loss(checkpointed_logps(problem), problem)  # noqa: E731
-        return jax.tree.map(np.asarray, jax.jit(gradients_of(way, frozen=frozen))(wide))
+        loss = lambda problem: mean_loss(checkpointed_logps(problem), problem, formula)  # noqa: E731
+        return jax.tree.map(np.asarray, jax.jit(gradients_of(loss, frozen=frozen))(wide))
 
 
 def max_error(got: Any, want: Any) -> float:
@@ -88,74 +98,72 @@ def max_error(got: Any, want: Any) -> float:
     return max(jax.tree.leaves(jax.tree.map(error, got, want)))
 
 
-def seconds(run: Callable[[Problem], Any], problem: Problem) -> float:
-    """How long one call takes."""
-    start = time.perf_counter()
-    jax.block_until_ready(run(problem))
-    return time.perf_counter() - start
-
-
-def measure(problem: Problem, *, frozen: bool, rounds: int) -> dict[str, dict[str, Any]]:
-    """The columns of every way's row, and of the floor's, on one problem."""
-    tokens = problem.labels.size
-
-    def compiled(function: Callable[[Problem], Any]) -> Callable[[Problem], Any]:
-        program = jax.jit(function).lower(problem).compile()
-        seconds(program, problem)  # the first call is slow
-        return program
-
-    programs = {name: compiled(gradients_of(way, frozen=frozen)) for name, way in WAYS.items()}
-    tilings = {tiling: compiled(tiling) for tiling in floors(tokens, frozen=frozen)}
-    trials = {t: min(seconds(p, problem) for _ in range(2)) for t, p in tilings.items()}
-    tiling = min(trials, key=trials.__getitem__)
-    programs = {FLOOR: tilings[tiling], **programs}
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+def timed(run: Callable[[Problem], Any], problem: Problem) -> Timed:
+    """One call."""
     with Others() as others:
-        for turn in range(rounds):
-            for name in list(programs)[:: -1 if turn % 2 else 1]:
-                beside = seconds(programs[FLOOR], problem)
-                turns[name].append((seconds(programs[name], problem), beside))
-    want = exact(problem, frozen=frozen)
-    found = {}
+        start = time.perf_counter()
+        jax.block_until_ready(run(problem))
+        seconds = time.perf_counter() - start
+    return Timed(seconds, others.share)
+
+
+def compiled(function: Callable[[Problem], Any], problem: Problem) -> Any:
+    """The program of a function, warmed up."""
+    program = jax.jit(function).lower(problem).compile()
+    timed(program, problem)
+    return program
+
+
+def measure(floor: Cell, names: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
+    """The columns of the rows of one problem and head: the floor's, and those of other ways."""
+    size = floor.pairs, floor.tokens, floor.width, floor.vocab
+    problem = make_problem(*size)
+    tilings = floors(problem.labels.size, frozen=floor.frozen)
+    trials = {tiling: compiled(tiling, problem) for tiling in tilings}
+    tiling = min(tilings, key=lambda tiling: timed(trials[tiling], problem).seconds)
+    programs = {FLOOR: trials[tiling]}
+    for name in names:
+        programs[name] = compiled(gradients_of(WAYS[name].loss, frozen=floor.frozen), problem)
+    repeat = {name: partial(timed, program, problem) for name, program in programs.items()}
+    found: dict[str, dict[str, Any]] = dict(
+        summaries(take_turns(repeat.pop(FLOOR), repeat, rounds))
+    )
     for name, program in programs.items():
-        checked = name not in (FLOOR, SPO_WAY)  # the exact solution is DPO's
         planned = program.memory_analysis()
-        found[name] = {
-            "seconds": statistics.median(way for way, _ in turns[name]),
-            "of_floor": statistics.median(way / floor for way, floor in turns[name]),
-            "temp_mib": planned.temp_size_in_bytes / MIB,
-            "output_mib": planned.output_size_in_bytes / MIB,
-            "max_error": max_error(program(problem), want) if checked else None,
-            "rounds": rounds,
-            "others": others.share,
-        }
+        found[name]["temp_mib"] = planned.temp_size_in_bytes / MIB
+        found[name]["output_mib"] = planned.output_size_in_bytes / MIB
+    if check_flop(*size) <= CHECK_FLOP["cpu"]:
+        for formula, same in groupby(names, key=lambda name: WAYS[name].formula):
+            want = exact(problem, formula, frozen=floor.frozen)
+            for name in same:
+                found[name]["max_error"] = max_error(programs[name](problem), want)
     found[FLOOR]["note"] = f"tiles of {tiling.rows} tokens, {tiling.blocks} blocks"
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print and write."""
+    """Measure shape by shape; rows are printed and written as soon as these are complete."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="pairs x tokens, as 16x64")
-    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    parser.add_argument("--quick", action="store_true", help="one tiny shape; no file")
+    add = parser.add_argument
+    add("--shapes", nargs="+", default=SHAPES, metavar="PxT", help="pairs x tokens, such as 4x256")
+    add("--ways", nargs="+", choices=WAYS, default=DEFAULT_WAYS, help=", ".join(WAYS))
+    add("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: both")
+    add("--rounds", type=int, default=ROUNDS, help=f"two ratios each; default: {ROUNDS}")
+    add("--quick", action="store_true", help="one tiny shape; no file")
     options = parser.parse_args(argv)
     path = None if options.quick else RESULTS / f"fused_jax_{jax.default_backend()}.csv"
     table = Table(path, machine(*PACKAGES), Cell)
     shapes, size, rounds = options.shapes, (WIDTH, VOCAB), options.rounds
     if options.quick:
         shapes, size, rounds = ("4x128",), (32, 1024), 2
-    groups = [
-        Cell(FLOOR, *map(int, shape.split("x")), *size, frozen=HEADS[head])
-        for shape, head in product(shapes, options.heads)
+    cells = [
+        Cell(way, *sizes(shape), *size, frozen=HEADS[head])
+        for shape, head, way in product(shapes, options.heads, (FLOOR, *options.ways))
     ]
-    for group in table.todo(groups):
-        problem = make_problem(group.pairs, group.tokens, group.width, group.vocab)
-        found = measure(problem, frozen=group.frozen, rounds=rounds)
-        # The floor's row comes last: where it stands, the group is complete.
-        for way in (*WAYS, FLOOR):
-            table.add(replace(group, way=way), **found[way])
+    for floor, group in paced(together(table.missing(cells))):
+        found = measure(floor, [cell.way for cell in group if cell != floor], rounds)
+        for cell in group:
+            table.add(cell, **found[cell.way])
     if path is not None:
         draw(path, "temp_mib")
 

@@ -1,10 +1,10 @@
-"""The problem of `benchmarks.fused_jax`, and the ways from it to a mean preference loss."""
+"""The problem of `benchmarks.fused_jax`, the ways from it to a preference loss, its solution."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,9 +51,6 @@ class Problem(NamedTuple):
         return self.labels.reshape(-1, self.labels.shape[2])
 
 
-Way = Callable[[Problem], Array]
-
-
 def make_problem(pairs: int, tokens: int, width: int, vocab: int) -> Problem:
     """A random problem in float32, whose logits and hidden states have unit variance."""
     random = np.random.default_rng(0)
@@ -72,10 +69,55 @@ def make_problem(pairs: int, tokens: int, width: int, vocab: int) -> Problem:
     return problem._replace(reference=logps + jnp.stack([-nats, nats]))
 
 
-def mean_loss(logps: Array, problem: Problem) -> Array:
-    """DPO eq. 7 by hand, from log-probabilities [2, P]."""
-    chosen, rejected = logps - problem.reference
-    return -jax.nn.log_sigmoid(BETA * (chosen - rejected)).mean()
+# ------------------------------------------------------------------------------------- the losses
+
+
+def dpo(chosen: Array, rejected: Array) -> Array:
+    """DPO eq. 7 of the log-ratios [P] of both sides."""
+    return -jax.nn.log_sigmoid(BETA * (chosen - rejected))
+
+
+def spo(chosen: Array, rejected: Array) -> Array:
+    """SPO, paper eq. 6."""
+    x = BETA * (chosen - rejected)
+    return -x * jnp.exp(-x)
+
+
+def apo_down(chosen: Array, rejected: Array) -> Array:
+    """APO-down, as in TRL: a loss of the two log-ratios, not of their difference alone."""
+    return jax.nn.sigmoid(BETA * chosen) - jax.nn.sigmoid(BETA * (chosen - rejected)) + 1.0
+
+
+def kto(chosen: Array, rejected: Array) -> Array:
+    """KTO eq. 8 with the batch's mean log-ratio as its reference point: a loss of completions."""
+    ratios = jnp.stack([chosen, rejected])
+    point = lax.stop_gradient(jnp.maximum(ratios.mean(), 0.0))
+    return 1.0 - jax.nn.sigmoid(BETA * jnp.stack([ratios[0] - point, point - ratios[1]]))
+
+
+Formula = Callable[[Array, Array], Array]
+
+
+def mean_loss(logps: Array, problem: Problem, formula: Formula = dpo) -> Array:
+    """The mean loss of log-probabilities [2, P]."""
+    return formula(*(logps - problem.reference)).mean()
+
+
+class _APODown:
+    """`apo_down` as a pair loss of the package."""
+
+    @staticmethod
+    def value(chosen: Array, rejected: Array, beta: float) -> Array:
+        return jax.nn.sigmoid(beta * chosen) - jax.nn.sigmoid(beta * (chosen - rejected)) + 1.0
+
+    @staticmethod
+    def slopes(chosen: Array, rejected: Array, beta: float) -> tuple[Array, Array]:
+        alone, both = jax.nn.sigmoid(beta * chosen), jax.nn.sigmoid(beta * (chosen - rejected))
+        apart = beta * both * (1.0 - both)
+        return beta * alone * (1.0 - alone) - apart, apart
+
+
+# --------------------------------------------------------------------------------------- the ways
 
 
 def by_pair(logps: Array, problem: Problem) -> Array:
@@ -139,24 +181,41 @@ def easydel(problem: Problem) -> Array:
 
 
 def spoloss(loss: Any, problem: Problem) -> Array:
-    """This package, in one pass."""
-    sides = problem.chosen, problem.rejected
-    if hasattr(wing, "Head"):
-        both = map(functools.partial(wing.Completions, shift=False), sides, problem.labels)
-        given = wing.Head(problem.weight), *both
-        return wing.linear_pair_loss(loss, *given, *problem.reference, beta=BETA).loss
-    given = *sides, problem.weight, *problem.labels, *problem.reference
-    return wing.linear_pair_loss(loss, *given, beta=BETA, shift=False).loss  # version 0.2
+    """This package in one pass, for a loss of pairs."""
+    given = wing.Head(problem.weight), *_completions(problem), *problem.reference
+    return wing.linear_pair_loss(loss, *given, beta=BETA).loss
 
 
-WAYS: dict[str, Way] = {
-    "full_logits": full_logits,
-    "optax": optax_cross_entropy,
-    "scan_checkpoint": scan_and_checkpoint,
-    "easydel": easydel,
-    "spoloss": functools.partial(spoloss, DPO()),
-    "spoloss_spo": functools.partial(spoloss, SPO()),
+def spoloss_logps(formula: Formula, problem: Problem) -> Array:
+    """This package for any loss of log-probabilities."""
+    head = wing.Head(problem.weight)
+    logps = [wing.linear_logps(head, each) for each in _completions(problem)]
+    return mean_loss(jnp.stack(logps), problem, formula)
+
+
+def _completions(problem: Problem) -> list[wing.Completions]:
+    sides = zip((problem.chosen, problem.rejected), problem.labels, strict=True)
+    return [wing.Completions(hidden, labels, shift=False) for hidden, labels in sides]
+
+
+class Way(NamedTuple):
+    """A way to the mean loss, and the formula of the loss."""
+
+    loss: Callable[[Problem], Array]
+    formula: Formula = dpo
+
+
+WAYS = {
+    "full_logits": Way(full_logits),
+    "optax": Way(optax_cross_entropy),
+    "scan_checkpoint": Way(scan_and_checkpoint),
+    "easydel": Way(easydel),
+    "spoloss": Way(partial(spoloss, DPO())),
+    "spoloss_spo": Way(partial(spoloss, SPO()), spo),
+    "spoloss_apo_down": Way(partial(spoloss, _APODown()), apo_down),
+    "spoloss_kto": Way(partial(spoloss_logps, kto), kto),
 }
+DEFAULT_WAYS = ("full_logits", "optax", "spoloss_spo", "spoloss_apo_down", "spoloss_kto")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from benchmarks.fused_problem import (
     mean_loss,
     spo,
 )
+from benchmarks.turns import FLOOR
 
 FLOOR_ROWS = (None, 256, 512, 1024)
 """Heights of the floor's row tiles that are tried; None is all rows in one piece."""
@@ -239,7 +240,6 @@ class Way:
     note: str = ""
 
 
-FLOOR = "matmul_floor"
 WAYS = {
     FLOOR: Way(partial(floor, None)),
     "full_logits": Way(full_logits),
@@ -263,3 +263,8 @@ WAYS = {
     "spoloss_apo_down": Way(partial(spoloss, apo_down), apo_down),
     "spoloss_kto": Way(partial(spoloss, kto), kto),
 }
+CPU_WAYS = (
+    *(FLOOR, "full_logits", "trl", "liger_compiled"),
+    *("spoloss_spo", "spoloss_apo_down", "spoloss_kto"),
+)
+"""The fastest of each library, and a loss of the margin, of the log-ratios, of completions."""

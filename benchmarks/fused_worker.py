@@ -10,16 +10,18 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from benchmarks.fused_problem import Problem, max_error, random_problem, real_problem
-from benchmarks.fused_ways import FLOOR, FLOOR_ROWS, WAYS, Step, Way, floor
+from benchmarks.fused_ways import FLOOR_ROWS, WAYS, Step, Way, floor
 from benchmarks.record import Others
+from benchmarks.turns import FLOOR, Timed
 
 SETTLE_SECONDS = 0.05
 """The other process's threads spin for a moment after its turn, so a turn starts later."""
@@ -59,30 +61,24 @@ class Apart:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
+    def start(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Call `function(*args)` in the process; its result comes later."""
+        return self._pool.submit(function, *args)
+
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """What `function(*args)` returns in the process."""
-        return self._pool.submit(function, *args).result()
+        return self.start(function, *args).result()
 
 
 # ------------------------------------------------------------------------------------- the gauges
 
 
-class Timed(NamedTuple):
-    """What one call took.
-
-    Attributes:
-      seconds: with one CPU thread the processor time of this process, which other processes hardly
-        disturb; with several, where waiting takes processor time as well, the time by the clock;
-        on a GPU the time between two events.
-      others: the share of the processor's cores that other processes took meanwhile.
-    """
-
-    seconds: float
-    others: float
-
-
 class HostGauge:
-    """Time of the CPU, memory by the peak that Linux keeps for a process."""
+    """Time of the CPU, memory by the peak that Linux keeps for a process.
+
+    With one thread, time is the processor's of this process, which other processes hardly disturb;
+    with several, where waiting takes processor time as well, it is the clock's.
+    """
 
     def reset(self) -> None:
         """Forget the peak so far, so that growth counts from what is held now."""
@@ -132,13 +128,18 @@ class CardGauge:
         return (torch.cuda.max_memory_allocated() - self._before) / 2**20
 
     def timed(self, call: Callable[[], object]) -> Timed:
-        """How long one call takes on the GPU."""
+        """How long one call takes on the GPU, after one that reserves the memory.
+
+        A process that waits for its turn holds none of it.
+        """
+        call()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with Others() as others:
             start.record()
             call()
             end.record()
             torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         return Timed(start.elapsed_time(end) / 1e3, others.share)
 
 
@@ -153,6 +154,11 @@ class _Bench:
     step: Step
     problem: Problem
     gauge: HostGauge | CardGauge
+
+    def solve(self) -> Tensor:
+        """Forward and backward once; returns the loss."""
+        self.problem.clear()
+        return self.step(self.problem)
 
 
 _benches: list[_Bench] = []
@@ -204,7 +210,7 @@ def timed() -> Timed:
     (bench,) = _benches
     bench.problem.clear()
     time.sleep(SETTLE_SECONDS)
-    return bench.gauge.timed(lambda: bench.step(bench.problem))
+    return bench.gauge.timed(bench.solve)
 
 
 def growth_mib() -> float | None:
@@ -212,16 +218,14 @@ def growth_mib() -> float | None:
     (bench,) = _benches
     bench.problem.clear()
     bench.gauge.reset()
-    bench.step(bench.problem)
+    bench.solve()
     return bench.gauge.growth_mib()
 
 
 def error() -> float:
     """The largest error of loss and gradients against full logits in float64. Slow."""
     (bench,) = _benches
-    bench.problem.clear()
-    loss = bench.step(bench.problem).item()
-    return max_error(bench.problem, loss, bench.way.formula)
+    return max_error(bench.problem, bench.solve().item(), bench.way.formula)
 
 
 def _problem_of(cell: Cell, states: Path | None) -> Problem:
@@ -237,8 +241,8 @@ def _choose_height(bench: _Bench) -> str:
     heights = [rows for rows in FLOOR_ROWS if rows is None or rows < count]
 
     def seconds(rows: int | None) -> float:
-        step = floor(rows)
-        return min(bench.gauge.timed(lambda: step(bench.problem)).seconds for _ in range(3))
+        bench.step = floor(rows)
+        return min(bench.gauge.timed(bench.solve).seconds for _ in range(2))
 
     seconds(heights[0])  # the first products of a process are slow
     rows = min(heights, key=seconds)

@@ -9,13 +9,14 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 MOST_OTHERS = 0.1
 """A row is not written if other processes took more than this share of the cores."""
+T = TypeVar("T")
 
 
 # -------------------------------------------------------------------------------- the result file
@@ -38,12 +39,16 @@ class Table:
         print(f"# {title}")
 
     def todo(self, cells: Sequence[Any]) -> Iterator[Any]:
-        """The cells that have no row yet, behind a progress bar."""
+        """`missing`, behind a progress bar."""
+        return iter(tqdm(self.missing(cells), unit="row", disable=None))
+
+    def missing(self, cells: Sequence[T]) -> list[T]:
+        """The cells that have no row yet."""
         found = {self._key_of(row) for row in self.rows}
         left = [cell for cell in cells if self._key_of(_texts(asdict(cell))) not in found]
         if len(left) < len(cells):
             tqdm.write(f"{self.path}: {len(cells) - len(left)} of {len(cells)} rows are there")
-        return iter(tqdm(left, unit="row", disable=None))
+        return left
 
     def add(self, cell: Any, **found: Any) -> None:
         """Print a row, and write it to the file.

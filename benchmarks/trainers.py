@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -228,39 +229,43 @@ def train(cell: Cell, model: str, steps: int) -> Measured:
 # ----------------------------------------------------------------------------------- the command
 
 
-def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """The columns of a cell's row: its rounds beside those of TRL's own loss."""
-    pair = (cell, replace(cell, way=BASIS))
-    found: list[tuple[Measured, Measured]] = []
-    for turn in range(options.rounds):
-        took = {}
-        for each in dict.fromkeys(pair[:: -1 if turn % 2 else 1]):
-            with Apart() as process:
-                took[each] = process.call(train, each, options.model, options.steps)
-        found.append((took[pair[0]], took[pair[1]]))
+def measure(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, list[Measured]]:
+    """Every way and TRL's own loss, once in each round, odd rounds backwards."""
+    basis = replace(cells[0], way=BASIS)
+    found: dict[Cell, list[Measured]] = {cell: [] for cell in dict.fromkeys([basis, *cells])}
+    turns = [cell for turn in range(options.rounds) for cell in list(found)[:: 1 - 2 * (turn % 2)]]
+    for cell in tqdm(turns, unit="process", disable=None):
+        with Apart() as process:
+            found[cell].append(process.call(train, cell, options.model, options.steps))
+    return found
+
+
+def summary(ours: Sequence[Measured], trl: Sequence[Measured]) -> dict[str, Any]:
+    """The columns of a way's row: medians, and medians of the ratios to TRL in the same round."""
 
     def ratio(name: str) -> float:
-        return statistics.median(getattr(a, name) / getattr(b, name) for a, b in found)
+        both = zip(ours, trl, strict=True)
+        return statistics.median(getattr(a, name) / getattr(b, name) for a, b in both)
 
     return {
-        "rounds": options.rounds,
-        "seconds": statistics.median(ours.seconds for ours, _ in found),
+        "rounds": len(ours),
+        "seconds": statistics.median(each.seconds for each in ours),
         "of_trl": ratio("seconds"),
-        "memory_mib": round(statistics.median(ours.memory_mib for ours, _ in found)),
+        "memory_mib": round(statistics.median(each.memory_mib for each in ours)),
         "memory_of_trl": ratio("memory_mib"),
-        "others": statistics.fmean(each.others for pair in found for each in pair),
+        "others": statistics.fmean(each.others for each in (*ours, *trl)),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure way after way; each is printed and written as soon as it is complete."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="a folder or a name that Transformers loads")
     add("--pairs", type=int, default=2, help="pairs of a batch; default: %(default)s")
     add("--tokens", type=int, default=256, help="tokens of a sequence; default: %(default)s")
     add("--prompt", type=int, default=64, help="of which prompt; default: %(default)s")
-    add("--steps", type=int, default=3, help="of a process, the first not timed; default: 3")
+    add("--steps", type=int, default=2, help="of a process, the first not timed; default: 2")
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     add("--output", type=Path, default=RESULTS, help=f"a folder; default: {RESULTS.name}")
@@ -272,11 +277,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = None if options.quick else options.output / "trainers_cpu.csv"
     title = f"{Path(options.model).name}, float32, {machine(*PACKAGES)}"
     table = Table(path, title, Cell)
-    for cell in table.todo([Cell(way, *shape) for way in options.ways]):
-        try:
-            table.add(cell, **measure(cell, options))
-        except ModuleNotFoundError as problem:
-            table.add(cell, note=f"not installed: {problem}")
+    cells = table.missing([Cell(way, *shape) for way in options.ways])
+    found = measure(cells, options) if cells else {}
+    for cell in cells:
+        table.add(cell, **summary(found[cell], found[replace(cell, way=BASIS)]))
 
 
 if __name__ == "__main__":

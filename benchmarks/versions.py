@@ -24,11 +24,10 @@ import numpy as np
 
 from benchmarks.fused_worker import Apart, Cell, growth_mib, set_up, timed, use_checkout
 from benchmarks.record import RESULTS, Table, machine
+from benchmarks.turns import HEADS, SHAPES, sizes
 
 ROOT = Path(__file__).parents[1]
-SHAPES = ("16x64", "4x256", "2x1024", "1x4096")
 SIZE = (512, 32_000, "float32", "cpu")
-HEADS = {"trained": False, "frozen": True}
 ROUNDS, MEMORY_PROCESSES = 15, 3
 
 
@@ -105,9 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"{this} over {other}, {machine('torch')}"
     table = Table(options.output / f"compare_{other}.csv", title, VersionCell)
     cells = [
-        VersionCell("spoloss_spo", pairs, tokens, *SIZE, HEADS[head], options.threads)
+        VersionCell("spoloss_spo", *sizes(shape), *SIZE, HEADS[head], options.threads)
         for shape, head in product(options.shapes, options.heads)
-        for pairs, tokens in [map(int, shape.split("x"))]
     ]
     for cell in table.todo(cells):
         table.add(cell, **measure(cell, checkouts, options.rounds))

@@ -22,24 +22,26 @@ from cogapp import Cog
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+OURS = {
+    "spoloss": "**`linear_dpo_loss`**",
+    "spoloss_spo": "**`linear_spo_loss`**",
+    "spoloss_apo_down": "**`linear_pair_loss`, APO-down**",
+    "spoloss_kto": "**`linear_logps`, then KTO**",
+}
 WAYS = {
     "full_logits": "full logits, `F.cross_entropy`",
     "trl": "TRL, chunked log-probabilities",
     "liger": "Liger fused DPO, eager (a)",
     "liger_compiled": "Liger fused DPO, compiled (a)",
     "torch_linear_ce": "`F.linear_cross_entropy`",
-    "spoloss": "**`linear_dpo_loss`**",
-    "spoloss_spo": "**`linear_spo_loss`**",
-    "spoloss_apo_down": "**`linear_pair_loss`, APO-down**",
-    "spoloss_kto": "**`linear_logps`, then KTO**",
+    **OURS,
 }
 JAX_WAYS = {
     "full_logits": "full logits, `log_softmax`",
     "optax": "full logits, Optax's cross-entropy",
     "scan_checkpoint": "scan over tokens and `jax.checkpoint`",
     "easydel": "EasyDeL's chunks, written out",
-    "spoloss": "**`linear_dpo_loss`**",
-    "spoloss_spo": "**`linear_spo_loss`**",
+    **OURS,
 }
 TRAINERS = {
     "no_head": "both models without their heads (a)",
@@ -130,13 +132,13 @@ def fused(name: str, *, frozen: bool) -> None:
     PyTorch's memory is the growth of the peak, JAX's the temporaries of the compiled program.
     """
     rows = [row for row in measured(name) if row["frozen"] == str(frozen) and row["of_floor"] != ""]
-    ways, memory = (JAX_WAYS, "temp_mib") if "temp_mib" in rows[0] else (WAYS, "memory_mib")
-    fewest = min(row.get("ignored", 0) for row in rows)  # others ignore labels in addition
+    jax = any("temp_mib" in row for row in rows)
+    ways, memory = (JAX_WAYS, "temp_mib") if jax else (WAYS, "memory_mib")
     cells = {
         (title, (row["tokens"], row["pairs"])): f"{row['of_floor']:.2f} / {row[memory]:.0f}"
         for way, title in ways.items()
         for row in rows
-        if row["way"] == way and row.get("ignored", 0) == fewest
+        if row["way"] == way
     }
     pivoted("head frozen" if frozen else "head trained", "{0[1]} x {0[0]}", cells)
 

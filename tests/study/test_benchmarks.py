@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,10 +14,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import accuracy, fused, fused_problem, fused_ways, fused_worker, record, versions
+from benchmarks import (
+    accuracy,
+    fused,
+    fused_problem,
+    fused_ways,
+    fused_worker,
+    record,
+    turns,
+    versions,
+)
 from benchmarks.fused_problem import IGNORED
-from benchmarks.fused_ways import FLOOR
-from benchmarks.fused_worker import Cell, HostGauge, Timed
+from benchmarks.fused_worker import Cell, HostGauge
+from benchmarks.turns import FLOOR, Timed
 from helpers.pages import ROOT
 
 pytestmark = pytest.mark.extended
@@ -121,13 +131,22 @@ def test_a_real_head_is_the_models_own(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------- from turns to a file
 
 
-def test_a_row_has_medians_of_the_ratios_to_the_floor_beside() -> None:
-    # The machine becomes slower from turn to turn.
-    turns = [(Timed(r * 2.0**i, 0.0), Timed(2.0**i, 0.2)) for i, r in enumerate((1.2, 1.3, 9.0))]
-    row = fused.summary(turns, [3.0, 4.0, 103.0])
-    assert (row["of_floor"], row["seconds"], row["memory_mib"]) == (1.3, 2.6, 4.0)
-    assert (row["of_floor_low"], row["of_floor_high"]) == pytest.approx((1.25, 5.15))
-    assert row["others"] == pytest.approx(0.1)
+def test_a_row_has_medians_of_the_ratios_to_the_floor_on_both_sides() -> None:
+    # The machine becomes slower by a tenth with every repetition.
+    drift = (1.1**i for i in itertools.count())
+    repeat = lambda seconds, others: lambda: Timed(seconds * next(drift), others)  # noqa: E731
+    ways = {"a": repeat(3.0, 0.1), "b": repeat(5.0, 0.1)}
+    turned = turns.take_turns(repeat(2.0, 0.0), ways, 2)
+    rows = turns.summaries(turned)
+    assert {name: row["ratios"] for name, row in rows.items()} == {FLOOR: 4, "a": 4, "b": 4}
+    assert rows["a"]["of_floor"] == pytest.approx(1.5 * (1.1 + 1 / 1.1) / 2)
+    assert rows["b"]["of_floor_low"] == pytest.approx(2.5 / 1.1)
+    assert rows["b"]["of_floor_high"] == pytest.approx(2.5 * 1.1)
+    assert rows["a"]["seconds"] == pytest.approx(
+        3.0 * (1.1 + 1.1**7) / 2
+    )  # second, and last but one
+    assert rows[FLOOR]["of_floor"] == pytest.approx(1 / 1.1**2)
+    assert rows["a"]["others"] == rows[FLOOR]["others"] == pytest.approx(0.8 / 24)
 
 
 @dataclass(frozen=True)
@@ -155,8 +174,7 @@ def test_a_file_grows_and_refuses_a_busy_machine(tmp_path: Path) -> None:
 
 def test_a_run_writes_what_it_measured(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(record, "MOST_OTHERS", 1.0)
-    monkeypatch.setattr(fused, "CPU_SIZE", fused.QUICK_SIZE)
-    monkeypatch.setattr(fused, "PROCESSES", 1)
+    monkeypatch.setitem(fused.SETTINGS, "cpu", fused.QUICK)
     ways = ["matmul_floor", "spoloss", "cut_cross_entropy"]
     options = ["--shapes", "2x8", "--heads", "trained", "--rounds", "2", "--output", str(tmp_path)]
     fused.main([*options, "--ways", *ways])
