@@ -160,12 +160,6 @@ def torch_grad(subject: Subject, constant: bool) -> None:
     check_first(torch.func.grad(lambda pc: function(pc).sum())(chosen), subject, constant)
 
 
-def torch_jacrev(subject: Subject, constant: bool) -> None:
-    function, chosen = of_chosen(subject, torch.tensor)
-    got = torch.func.jacrev(function)(chosen)
-    check_first(got.diagonal() if got.ndim == 2 else got, subject, constant)
-
-
 def torch_hessian(subject: Subject, constant: bool) -> None:
     function, chosen = of_chosen(subject, torch.tensor)
     got = torch.func.hessian(lambda pc: function(pc).sum())(chosen)
@@ -192,7 +186,6 @@ TORCH: dict[str, Transform] = {
     "compile dynamic": lambda subject, _: torch_compile(subject, dynamic=True, graphs=1),
     "grad": torch_grad,
     "vmap": lambda subject, _: check_vmap(subject, torch.func.vmap, torch.tensor),
-    "jacrev": torch_jacrev,
     "hessian": torch_hessian,
     "gradcheck and gradgradcheck": torch_gradchecks,
 }

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def measured(name: str) -> list[dict[str, str]]:
-    """The rows of a committed CSV file, the line about the machine left out."""
-    with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
 def table_below(text: str, heading: str) -> tuple[list[str], dict[str, list[str]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 
 from spoloss import SPO
 from spoloss._arrays import detach, namespace, quiet
-from spoloss.losses import PairLoss, pairwise
 
 _RIGHT = SPO()
 
@@ -97,62 +95,3 @@ class Clamped:
 
     def slope(self, margin: Any, beta: Any) -> Any:
         return _RIGHT.slope(namespace(margin).clip(margin, -20.0, None), beta)
-
-
-Method = Callable[[PairLoss, Any, Any, Any], Any]
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A right loss of the two log-ratios with something wrong in it."""
-
-    loss: PairLoss
-    value_of: Method
-    slopes_of: Method
-
-    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        return self.value_of(self.loss, chosen, rejected, beta)
-
-    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        return self.slopes_of(self.loss, chosen, rejected, beta)  # type: ignore[no-any-return]
-
-
-def _value(loss: PairLoss, c: Any, r: Any, b: Any) -> Any:
-    return loss.value(c, r, b)
-
-
-def _slopes(loss: PairLoss, c: Any, r: Any, b: Any) -> Any:
-    return loss.slopes(c, r, b)
-
-
-def _times(factor: Any, slopes: tuple[Any, Any]) -> tuple[Any, Any]:
-    return factor * slopes[0], factor * slopes[1]
-
-
-CONSISTENT: dict[str, tuple[Method, Method]] = {
-    "sign": (
-        lambda m, c, r, b: -m.value(c, r, b),
-        lambda m, c, r, b: _times(-1.0, m.slopes(c, r, b)),
-    ),
-    "sides swapped": (
-        lambda m, c, r, b: m.value(r, c, b),
-        lambda m, c, r, b: m.slopes(r, c, b)[::-1],
-    ),
-    "beta lost": (
-        lambda m, c, r, _: m.value(c, r, 1.0),
-        lambda m, c, r, _: m.slopes(c, r, 1.0),
-    ),
-}
-"""Wrong in value and slopes alike: no check of the one against the other sees these."""
-
-INCONSISTENT: dict[str, tuple[Method, Method]] = {
-    "sign of the slopes": (_value, lambda m, c, r, b: _times(-1.0, m.slopes(c, r, b))),
-    "one slope lost": (_value, lambda m, c, r, b: (m.slopes(c, r, b)[0], 0.0 * r)),
-    "value cut": (lambda m, c, r, b: m.value(detach(c), r, b) + 0.0 * c, _slopes),
-}
-
-
-def broken(loss: Any) -> dict[str, Broken]:
-    """All of them, of one loss."""
-    every = CONSISTENT | INCONSISTENT
-    return {what: Broken(pairwise(loss), *methods) for what, methods in every.items()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.studies import InputError, judged_pairs, real_pairs
+from benchmarks.studies import real_pairs
 from benchmarks.studies.judged_pairs import FOLDS, Material
 from benchmarks.studies.pretrained import IGNORED
 from benchmarks.studies.real_pairs import PairMean
@@ -136,32 +136,3 @@ def test_a_lead_is_counted_pair_by_pair() -> None:
     ours, theirs, *_ = real_pairs.arm_rows([fold], ["a", "b", "c", "d"])
     assert (ours["accuracy"], ours["lead"], theirs["lead_error"]) == (0.5, 0.0, 0.0)
     assert ours["lead_error"] == pytest.approx(math.sqrt(2) / 4)
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ({"reward_gap": -1.0}, "the gap -1.0 of"),
-        ({"reward_gap": None}, "p_chosen"),
-        ({}, "at least 10 pairs of at least 5 prompts, got 1 of 1"),
-    ],
-)
-def test_pairs_without_gaps_or_prompts_are_refused(
-    tmp_path: Path, line: dict[str, object], words: str
-) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text(json.dumps(lines()[0] | line) + "\n")
-    with pytest.raises(InputError, match=words):
-        judged_pairs.read_once(file)
-
-
-def test_a_probability_is_a_gap_and_long_texts_are_cut(material: Material) -> None:
-    given = {"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.8}
-    assert judged_pairs.parse(given).reward_gap == pytest.approx(math.log(4.0))
-    long = judged_pairs.Pair("a " * 200 + "?", "road " * 100, "small", 1.0)
-    (chosen, rejected), cut = judged_pairs.encode(long, material.base.tokenizer)
-    assert cut
-    assert len(chosen.ids) == len(chosen.labels) == judged_pairs.LENGTH
-    assert (
-        chosen.labels.count(IGNORED) == rejected.labels.count(IGNORED) == judged_pairs.LENGTH // 2
-    )

@@ -119,19 +119,6 @@ def mean_loss_by_hand(
     return (torch.tensor(pairs.weights) * losses[name]).sum()
 
 
-def test_divergence_is_told(world) -> None:
-    tables = tabular.adam(lambda table: table * np.inf, world.reference, (3, 4))
-    assert all(np.isnan(table).all() for table in tables)
-    good = tabular.Outcome(1.0, 0.1, 0.2, 0.5)
-    bad = tabular.Outcome(math.nan, math.nan, math.nan, 0.5)
-    row = tabular.summarise("clean", 1.0, "some", [good, bad, good])
-    assert (row["diverged"], row["kl_endless"]) == (1, 0.5)
-    assert math.isnan(row["kl"])
-    other = tabular.Outcome(3.0, 0.1, 0.2, math.inf)
-    row = tabular.summarise("clean", 1.0, "some", [good, other])
-    assert (row["kl"], row["kl_error"], row["kl_endless"]) == (2.0, pytest.approx(1.0), math.inf)
-
-
 # -------------------------------------------------------------------------------------- the minima
 
 

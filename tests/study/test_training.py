@@ -15,7 +15,7 @@ from benchmarks.studies.arms import FORMS, Arm, Logps, parse_arm
 from benchmarks.studies.evaluation import best_of, find_limits, tilt, win_rate
 from benchmarks.studies.experiment import labelled_for, wrong_labels
 from benchmarks.studies.language import all_prompts
-from benchmarks.studies.language_task import judge, write_corpus
+from benchmarks.studies.language_task import write_corpus
 from benchmarks.studies.training import Answers, Pairs, Stage
 from helpers.alignment import policy_of
 
@@ -38,17 +38,6 @@ def test_win_rate_is_over_all_pairs_of_unequal_number() -> None:
     # Equal numbers left out: a text never meets the one that was drawn along with it.
     assert win_rate(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])) == 0.5
     assert math.isnan(win_rate(ours, np.full((2, 3), np.nan)))
-
-
-def test_identical_policies_do_not_share_random_numbers() -> None:
-    policy = policy_of("twins")
-    prompts = all_prompts()[:32]
-    answers = [judge(policy, policy, prompts, 16, name) for name in ("one", "other", "one")]
-    assert answers[0] == answers[2]
-    one, other = (np.array(each["rewards"]) for each in answers[:2])
-    assert (one == other).mean() < 0.05
-    assert abs(win_rate(one, other) - 0.5) < 4 * 0.5 / math.sqrt(one.size)
-    assert answers[0]["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
 def test_limits_of_a_coin() -> None:
@@ -175,18 +164,6 @@ def train(arm: str, stage: Stage, looks: list[int] | None = None) -> training.Tr
         0,
         lambda step, _: seen.append(step),
     )
-
-
-def test_training_widens_margins_and_repeats_itself() -> None:
-    looks: list[int] = []
-    stage = Stage(pairs=16, steps=12, batch=8, lr=1e-3)
-    first, second = train("spo:0.1", stage, looks), train("spo:0.1", stage)
-    assert looks == list(range(1, 13))
-    assert first.grad_norms == pytest.approx(second.grad_norms, rel=1e-3)
-    pc, pr, rc, rr = training.pair_logps(first.policy, some_pairs(16))
-    assert ((pc - rc) - (pr - rr)).mean() > 1.0
-    assert first.stopped_at is None
-    assert len(first.grad_norms) == 12
 
 
 def test_a_run_stops_at_the_first_loss_that_is_not_finite() -> None:
