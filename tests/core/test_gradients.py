@@ -46,8 +46,8 @@ def exact_prob_grad(
 
 
 @pytest.mark.parametrize("name", PROB_GRADS)
-def test_equations_7_and_8(name: str, backend: Backend) -> None:
-    """With a beta and a gap per pair."""
+@pytest.mark.parametrize("beta", [1.0, np.repeat([0.1, 1.0, 2.0], 5)], ids=["number", "per pair"])
+def test_equations_7_and_8(name: str, beta: Any, backend: Backend) -> None:
     function, options = PROB_GRADS[name]
     rows = [
         [-10.0, -5000.0, -12.0, -11.0],
@@ -57,11 +57,12 @@ def test_equations_7_and_8(name: str, backend: Backend) -> None:
         [-100.0, -120.0, -100.0, -100.0],
     ]
     columns = np.tile(rows, (3, 1)).T
-    each = {"beta": np.repeat([0.1, 1.0, 2.0], 5)}
+    each = {"beta": beta * np.ones(15)}
     if name == "spo with a gap":
         each["reward_gap"] = np.linspace(0.4, 2.5, 15)
-    arrays = {key: backend.array(array) for key, array in each.items()}
-    found = function(*backend.arrays(*columns), **arrays, **options)
+    given = {key: backend.array(array) for key, array in each.items()}
+    given |= {"beta": beta} if isinstance(beta, float) else {}
+    found = function(*backend.arrays(*columns), **given, **options)
     for i, row in enumerate(columns.T):
         parameters = {key: float(array[i]) for key, array in each.items()}
         exact = exact_prob_grad(row, spo=name.startswith("spo"), **parameters, **options)
