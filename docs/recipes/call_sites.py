@@ -1,13 +1,13 @@
 """SPO in trainers with a built-in loss: one line for each, which replaces the loss.
 
-Tested against the call sites of these commits, not with whole runs of the trainers:
+Tested against the call sites of these releases, not with whole runs of the trainers:
 
-| trainer | commit | where it calls its loss |
+| trainer | release | where it calls its loss |
 |---|---|---|
-| OpenRLHF | 3c3be62 | openrlhf/trainer/dpo_trainer.py, line 166 |
-| LLaMA-Factory v0 | ff6d4d1 | src/llamafactory/train/dpo/trainer.py, line 206 |
-| LLaMA-Factory v1 | ff6d4d1 | src/llamafactory/v1/trainers/dpo_trainer.py, line 325 |
-| open-instruct | e6c3044 | open_instruct/dpo_utils.py, line 657 |
+| OpenRLHF | 0.11.2 | openrlhf/trainer/dpo_trainer.py, lines 166 and 281 |
+| LLaMA-Factory v0 | 0.9.5 | src/llamafactory/train/dpo/trainer.py, line 206 |
+| LLaMA-Factory v1 | none (commit ff6d4d1) | src/llamafactory/v1/trainers/dpo_trainer.py, line 325 |
+| open-instruct | 0.3.0 | open_instruct/dpo_utils.py, line 657 |
 
 Divide the trainer's beta by 4, because SPO(beta) acts like DPO(4 * beta). Pitfall: options of the
 replaced loss are silently ignored, such as label smoothing in all four and the IPO switch in

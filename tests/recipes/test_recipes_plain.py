@@ -6,8 +6,10 @@ The gradient of a step is what reaches the optimizer.
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,11 +155,11 @@ def test_numpy_runs_without_other_libraries() -> None:
 # ---------------------------------------------------------------------------------- call sites
 
 # The shape of each trainer's call: what it passes, unpacks and does with the result. These classes
-# are written from the commits that the recipe names, so they do not see what a trainer changes.
+# are written from the releases that the recipe names, so they do not see what a trainer changes.
 
 
 class OpenRLHFCall:
-    """openrlhf/trainer/dpo_trainer.py at 3c3be62: lines 64 and 163 to 197."""
+    """openrlhf/trainer/dpo_trainer.py of OpenRLHF 0.11.2: lines 64 and 163 to 197."""
 
     beta = BETA
 
@@ -168,7 +170,7 @@ class OpenRLHFCall:
 
 
 class LlamaFactoryV0Call:
-    """src/llamafactory/train/dpo/trainer.py at ff6d4d1: lines 206 to 216 and 283 to 301."""
+    """src/llamafactory/train/dpo/trainer.py of 0.9.5: lines 206 to 216 and 283 to 301."""
 
     beta = BETA
 
@@ -187,7 +189,7 @@ class LlamaFactoryV1Call:
 
 
 class OpenInstructCall:
-    """open_instruct/dpo_utils.py at e6c3044: lines 654 to 664."""
+    """open_instruct/dpo_utils.py of 0.3.0: lines 654 to 664."""
 
     def step(self, *logps: Tensor) -> tuple[Tensor, ...]:
         losses, *rewards = self.dpo_loss(*logps, beta=BETA, label_smoothing=0.0)
@@ -206,9 +208,14 @@ CALLS = {
 def test_shape_of_call(name) -> None:
     site = CALLS[name]()
     getattr(load("call_sites"), name)(CALLS[name] if name == "llama_factory_v0" else site)
+    check_call(site.step)
+
+
+def check_call(step: Callable[..., tuple[Any, ...]]) -> None:
+    """A trainer's step returns the mean of SPO, and the rewards of DPO without a gradient."""
     torch.manual_seed(0)
     logps = [(-20.0 - 5.0 * torch.rand(4)).requires_grad_() for _ in range(4)]
-    loss, *rewards = site.step(*logps)
+    loss, *rewards = step(*logps)
     x = BETA * (logps[0] - logps[1] - logps[2] + logps[3])
     expected = (-x * torch.exp(-x)).mean()
     torch.testing.assert_close(loss, expected)
@@ -217,6 +224,66 @@ def test_shape_of_call(name) -> None:
     of_dpo = [BETA * (logps[i] - logps[i + 2]).detach() for i in range(2)]
     torch.testing.assert_close(rewards, of_dpo)
     assert not any(reward.requires_grad for reward in rewards)
+
+
+# ------------------------------------------------------------------------------------- ms-swift
+
+
+class MsSwiftCall:
+    """swift/rlhf_trainers/dpo_trainer.py of ms-swift 4.6.0: lines 87 to 90, 228 and 397 to 410."""
+
+    beta = BETA
+    label_smoothing, reference_free, f_divergence_type = 0.0, False, "reverse_kl"
+
+    def dpo_loss(self, *arguments: Any) -> tuple[Any, ...]:
+        return arguments
+
+    def step(self, loss_type: str, *logps: Tensor) -> tuple[Any, ...]:
+        losses, chosen_rewards, rejected_rewards = self.dpo_loss(*logps, loss_type, {})
+        return losses.mean(), chosen_rewards, rejected_rewards
+
+
+@pytest.fixture
+def ms_swift_trainer(monkeypatch: pytest.MonkeyPatch) -> type[MsSwiftCall]:
+    """The class that ms-swift finds in its table after it has imported the plugin."""
+    table = {"dpo": "swift.rlhf_trainers.DPOTrainer"}
+    stand_ins = {
+        "swift": {},
+        "swift.rlhf_trainers": {"DPOTrainer": MsSwiftCall},
+        "swift.trainers": {"TrainerFactory": SimpleNamespace(TRAINER_MAPPING=table)},
+    }
+    for name, contents in stand_ins.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "ms_swift", raising=False)
+    load("ms_swift")
+    module_name, _, class_name = table["dpo"].rpartition(".")
+    return getattr(sys.modules.pop(module_name), class_name)
+
+
+def test_ms_swift(ms_swift_trainer) -> None:
+    check_call(partial(ms_swift_trainer().step, "spo"))
+
+
+def test_ms_swift_keeps_its_other_losses(ms_swift_trainer) -> None:
+    call = (*range(4), "sft", {})
+    assert ms_swift_trainer().dpo_loss(*call) == call
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("label_smoothing", 0.1),
+        ("reference_free", True),
+        ("f_divergence_type", "js_divergence"),
+    ],
+)
+def test_ms_swift_refuses_options_of_other_losses(ms_swift_trainer, name, value) -> None:
+    trainer = ms_swift_trainer()
+    setattr(trainer, name, value)
+    with pytest.raises(ValueError, match=name):
+        trainer.step("spo", *torch.zeros(4, 2))
 
 
 # ------------------------------------------------------------------------------------- the files
