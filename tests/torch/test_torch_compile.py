@@ -164,7 +164,8 @@ def test_compiled_autograd_over_the_eager_loss(*, trained: bool) -> None:
 
     @torch.compiler.disable
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return flat_spo(hidden, hidden, weight, *labels, 0.0, 0.0, beta=0.01).loss
+        of_pairs = flat_spo(hidden, hidden, weight, *labels, 0.0, 0.0, beta=0.01).loss
+        return of_pairs + flat_logps(hidden, weight, labels[0]).mean()
 
     def gradients(step: Callable[..., None], factor: float) -> list[Tensor | None]:
         leaves = (HIDDEN[0].detach() * factor, WEIGHT.detach() + factor)
