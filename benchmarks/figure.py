@@ -27,7 +27,6 @@ PEERS = {  # from the top of the figure
     "torch_linear_ce": "F.linear_cross_entropy",
     "cut_cross_entropy": "cut-cross-entropy",
     "scan_checkpoint": "scan and checkpoint",
-    "easydel": "EasyDeL's chunks",
 }
 LOOKS = {
     False: {"marker": "o", "color": "#1f63b5", "label": "head trained"},

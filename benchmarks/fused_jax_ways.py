@@ -19,8 +19,6 @@ from spoloss import DPO, SPO
 BETA = 0.1
 ROWS = 512
 """Tokens of a tile of those ways that choose it: 62.5 MiB of float32 logits at V = 32,000."""
-BLOCK = 4096
-"""Vocabulary entries of a block where the vocabulary is cut, too."""
 
 
 class Problem(NamedTuple):
@@ -83,9 +81,9 @@ def spo(chosen: Array, rejected: Array) -> Array:
     return -x * jnp.exp(-x)
 
 
-def apo_down(chosen: Array, rejected: Array) -> Array:
+def apo_down(chosen: Array, rejected: Array, beta: float = BETA) -> Array:
     """APO-down, as in TRL: a loss of the two log-ratios, not of their difference alone."""
-    return jax.nn.sigmoid(BETA * chosen) - jax.nn.sigmoid(BETA * (chosen - rejected)) + 1.0
+    return jax.nn.sigmoid(beta * chosen) - jax.nn.sigmoid(beta * (chosen - rejected)) + 1.0
 
 
 def kto(chosen: Array, rejected: Array) -> Array:
@@ -106,9 +104,7 @@ def mean_loss(logps: Array, problem: Problem, formula: Formula = dpo) -> Array:
 class _APODown:
     """`apo_down` as a pair loss of the package."""
 
-    @staticmethod
-    def value(chosen: Array, rejected: Array, beta: float) -> Array:
-        return jax.nn.sigmoid(beta * chosen) - jax.nn.sigmoid(beta * (chosen - rejected)) + 1.0
+    value = staticmethod(apo_down)
 
     @staticmethod
     def slopes(chosen: Array, rejected: Array, beta: float) -> tuple[Array, Array]:
@@ -158,28 +154,6 @@ def scan_and_checkpoint(problem: Problem) -> Array:
     return mean_loss(checkpointed_logps(problem), problem)
 
 
-def easydel(problem: Problem) -> Array:
-    """EasyDeL's way, written out: chunks of the sequence checkpointed, log-sum-exp by blocks."""
-    hidden, labels = problem.hidden, problem.flat_labels
-    length = min(hidden.shape[1], max(1, ROWS // len(hidden)))
-    chunks = hidden.reshape(len(hidden), -1, length, hidden.shape[2]).swapaxes(0, 1)
-    chunk_labels = labels.reshape(len(hidden), -1, length).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-        states, ids = chunk
-        logits = states @ problem.weight.T
-        found = jnp.take_along_axis(logits, ids[..., None], axis=2)[..., 0]
-        total = jnp.full(ids.shape, -jnp.inf)
-        for start in range(0, logits.shape[2], BLOCK):
-            block = logits[..., start : start + BLOCK]
-            total = jnp.logaddexp(total, jax.nn.logsumexp(block, axis=-1))
-        return None, found - total
-
-    _, logps = lax.scan(step, None, (chunks, chunk_labels))
-    return mean_loss(by_pair(logps.swapaxes(0, 1).reshape(labels.shape), problem), problem)
-
-
 def spoloss(loss: Any, problem: Problem) -> Array:
     """This package in one pass, for a loss of pairs."""
     given = wing.Head(problem.weight), *_completions(problem), *problem.reference
@@ -209,7 +183,6 @@ WAYS = {
     "full_logits": Way(full_logits),
     "optax": Way(optax_cross_entropy),
     "scan_checkpoint": Way(scan_and_checkpoint),
-    "easydel": Way(easydel),
     "spoloss": Way(partial(spoloss, DPO())),
     "spoloss_spo": Way(partial(spoloss, SPO()), spo),
     "spoloss_apo_down": Way(partial(spoloss, _APODown()), apo_down),

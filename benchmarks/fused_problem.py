@@ -178,9 +178,9 @@ def spo(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -x * torch.exp(-x)
 
 
-def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
+def apo_down(chosen: Tensor, rejected: Tensor, beta: float = BETA) -> Tensor:
     """APO-down, as in TRL: a loss of the two log-ratios, not of their difference alone."""
-    return torch.sigmoid(BETA * chosen) - torch.sigmoid(BETA * (chosen - rejected)) + 1.0
+    return torch.sigmoid(beta * chosen) - torch.sigmoid(beta * (chosen - rejected)) + 1.0
 
 
 def kto(chosen: Tensor, rejected: Tensor) -> Tensor:

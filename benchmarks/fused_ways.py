@@ -86,9 +86,7 @@ def _dpo_of(token_logps: Callable[[Problem], Tensor]) -> Step:
 class _APODown:
     """`apo_down` as a pair loss of the package."""
 
-    @staticmethod
-    def value(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-        return torch.sigmoid(beta * chosen) - torch.sigmoid(beta * (chosen - rejected)) + 1.0
+    value = staticmethod(apo_down)
 
     @staticmethod
     def slopes(chosen: Tensor, rejected: Tensor, beta: float) -> tuple[Tensor, Tensor]:

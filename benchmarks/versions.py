@@ -3,11 +3,11 @@
     python -m benchmarks.versions ../base                 results/compare_<commit>.csv
     python -m benchmarks.versions ../base --shapes 4x256 --heads frozen
 
-Each version has one process for all repetitions of a cell, and these take turns: a round is this
-version, the other, the other, this one. A round gives one ratio, in which a slow drift of the
-machine cancels; the median over the rounds and their quartiles are reported. Memory is the growth
-of a fresh process's peak over what it held before the call, gradients included, as a median of
-several processes. The other checkout needs version 0.2 or later.
+Each version has one process for all repetitions of a cell, and the two take turns: a repetition of
+this version gives a ratio to either repetition of the other beside it, in which a slow drift of the
+machine cancels. The median of the ratios and their quartiles are reported. Memory is the growth of
+a fresh process's peak over what it held before the call, gradients included, as a median of several
+processes. The other checkout needs version 0.2 or later.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.fused_worker import Apart, Cell, growth_mib, set_up, timed, use_checkout
 from benchmarks.record import RESULTS, Table, machine
-from benchmarks.turns import HEADS, SHAPES, sizes
+from benchmarks.turns import HEADS, ROUNDS, SHAPES, sizes, summaries, take_turns
 
 ROOT = Path(__file__).parents[1]
 SIZE = (512, 32_000, "float32", "cpu")
-ROUNDS, MEMORY_PROCESSES = 15, 3
+MEMORY_PROCESSES = 3
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,16 @@ def measure(cell: VersionCell, checkouts: Sequence[Path], rounds: int) -> dict[s
             process.call(use_checkout, checkout)
             process.call(set_up, cell, cell.threads)
             process.call(timed)  # the first call is slower
-        turns = (this, other, other, this)
-        found = [[process.call(timed) for process in turns] for _ in range(rounds)]
-    ratios = [(a.seconds + d.seconds) / (b.seconds + c.seconds) for a, b, c, d in found]
-    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-    return {
-        "rounds": rounds,
+        ways = {cell.way: partial(this.call, timed)}
+        found = summaries(take_turns(partial(other.call, timed), ways, rounds))[cell.way]
+    low, middle, high = (found.pop(f"of_floor{end}") for end in ("_low", "", "_high"))
+    return found | {
         "time_ratio": middle,
         "time_ratio_low": low,
         "time_ratio_high": high,
-        "seconds": statistics.median(turn.seconds for a, _, _, d in found for turn in (a, d)),
-        "other_seconds": statistics.median(turn.seconds for _, b, c, _ in found for turn in (b, c)),
         "memory_ratio": memory[0] / memory[1],
         "memory_mib": memory[0],
         "other_memory_mib": memory[1],
-        "others": statistics.fmean(turn.others for turns in found for turn in turns),
     }
 
 

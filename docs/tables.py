@@ -40,7 +40,6 @@ JAX_WAYS = {
     "full_logits": "full logits, `log_softmax`",
     "optax": "full logits, Optax's cross-entropy",
     "scan_checkpoint": "scan over tokens and `jax.checkpoint`",
-    "easydel": "EasyDeL's chunks, written out",
     **OURS,
 }
 TRAINERS = {
