@@ -7,18 +7,11 @@ policy rejected, reference chosen, reference rejected.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from spoloss._arrays import (
-    check_positive,
-    conform,
-    detach,
-    filled,
-    is_number,
-    namespace,
-    per_pair,
-)
-from spoloss.losses import PairLoss
+from spoloss._arrays import check_positive, conform, detach, filled, is_number, namespace, per_pair
+from spoloss.losses import MarginLoss, PairLoss, pairwise
 
 LOGPS = (
     "policy_chosen_logps",
@@ -77,8 +70,9 @@ def _of_each_pair(method: str, loss: PairLoss, found: Any, like: Any) -> Any:
 
 
 class Inputs(NamedTuple):
-    """What a loss is evaluated at, and how its values are weighted."""
+    """A loss, what it is evaluated at, and how the results are weighted."""
 
+    loss: PairLoss
     chosen: Any
     rejected: Any
     beta: Any
@@ -87,24 +81,32 @@ class Inputs(NamedTuple):
     left_out: Any
     """Which pairs have weight 0 and a value or a derivative that is not finite."""
 
-    def weigh(self, values: Any) -> Any:
-        """One number per pair, times the pair's weight."""
+    def values(self) -> Any:
+        """The loss of each pair, times the pair's weight."""
+        return self._weigh(value_of(self.loss, self.chosen, self.rejected, self.beta))
+
+    def slopes(self) -> Iterator[Any]:
+        """The two slopes of each pair, times the pair's weight."""
+        return map(self._weigh, slopes_of(self.loss, self.chosen, self.rejected, self.beta))
+
+    def _weigh(self, numbers: Any) -> Any:
         if self.weights is None:
-            return values
-        return self.weights * namespace(values).where(self.left_out, 0.0, values)
+            return numbers
+        return self.weights * namespace(numbers).where(self.left_out, 0.0, numbers)
 
 
 def inputs(
-    loss: PairLoss, ratios: tuple[Any, Any], beta: Any, reward_gap: Any, weights: Any
+    given: MarginLoss | PairLoss, logps: tuple[Any, ...], beta: Any, reward_gap: Any, weights: Any
 ) -> Inputs:
     """The log-ratios, beta and weight of each pair, with usual numbers for those left out.
 
     0 * inf and 0 * nan are nan, also in derivatives. A pair of weight 0 that is finite keeps its
     log-ratios, because the derivative with respect to its weight is its loss.
     """
+    loss, ratios = pairwise(given), log_ratios(*logps)
     like = ratios[0]
     if weights is None:
-        return Inputs(*ratios, beta_for_gap(beta, reward_gap, like), None, None)
+        return Inputs(loss, *ratios, beta_for_gap(beta, reward_gap, like), None, None)
     xp = namespace(like)
     weights = per_pair("weights", weights, like, positive=False)
     if is_number(weights):
@@ -115,7 +117,7 @@ def inputs(
         value if value is None or is_number(value) else xp.where(left_out, stand_in, value)
         for value, stand_in in zip((*ratios, beta, reward_gap), (-1.0, -1.0, 1.0, 1.0), strict=True)
     )
-    return Inputs(chosen, rejected, beta_for_gap(beta, reward_gap, like), weights, left_out)
+    return Inputs(loss, chosen, rejected, beta_for_gap(beta, reward_gap, like), weights, left_out)
 
 
 def _usable(loss: PairLoss, ratios: tuple[Any, Any], beta: Any, reward_gap: Any) -> Any:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, check_reduction, quiet, shares
-from spoloss._inputs import inputs, log_ratios, slopes_of
-from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
+from spoloss._inputs import inputs
+from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared
 from spoloss.pairs import IPO_GAP
 
 
@@ -38,60 +38,37 @@ def spo_grad(
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
-    """The gradient of `spo_loss` with respect to the log-probabilities, in closed form.
+    """The gradient of `spo_loss` (arXiv:2508.07137v1, eq. 6), in closed form.
 
         dl/dh = (beta / reward_gap) * (x - 1) * e^(-x),   x = beta * h / reward_gap
 
-    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
-    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
-    and pi_ref the reference.
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
+    y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference (eq. 4).
 
-    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
-    to `policy_rejected_logps`. l is the paper's eq. 6, l = -x * e^(-x).
-
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
-    arXiv:2508.07137v1 ("the paper").
-
-    Under `jax.jit`, `linear_below` and `reduction` are static arguments.
+    It is the derivative with respect to `policy_chosen_logps`. The one with respect to
+    `policy_rejected_logps` is -dl/dh.
 
     Args:
-      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
-      policy_rejected_logps: log pi(y_l). Shape [B].
-      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
-      beta: Inverse of the target margin for a reward gap of 1, in 1 / nats, > 0. A number, or an
-        array that is 0-d or of shape [B].
-      reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
-        reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1.
-      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent at x0, with a
-        constant gradient. None is equation 6 as published.
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. The gradient
-        of a pair of weight 0 is 0, even if the pair holds nan or inf. None means 1.
-      reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
-        each pair's own loss. "mean" divides by B, not by the sum of the weights.
+      policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
+      policy_rejected_logps: log pi(y_l), nats, [B].
+      reference_chosen_logps: log pi_ref(y_w), nats, [B]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
+      beta: inverse of the target margin for a reward gap of 1, 1 / nats, > 0: a number or [B].
+      reward_gap: known difference of the rewards, r_w - r_l > 0: a number or [B]. None means 1.
+      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent (see `SPO`).
+      weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
+      reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each. The derivatives with respect to
-      the reference's log-probabilities are their negatives. float64 if any of the four
-      log-probabilities is float64, else float32.
+      PairGrad(policy_chosen, policy_rejected), [B] each, as `pair_grad`.
 
     Raises:
-      TypeError: An array is not real floating point, or from another library than the first, or
-        `linear_below` is not a number.
-      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
-        `reduction` is unknown.
+      TypeError: as `pair_grad`, or `linear_below` is not a number.
+      ValueError: as `pair_grad`, or `linear_below` is out of range.
     """
-    return pair_grad(
-        SPO(linear_below),
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta=beta,
-        reward_gap=reward_gap,
-        weights=weights,
-        reduction=reduction,
-    )
+    policies = policy_chosen_logps, policy_rejected_logps
+    references = reference_chosen_logps, reference_rejected_logps
+    return _grad(SPO(linear_below), *policies, *references, beta, reward_gap, weights, reduction)
 
 
 def dpo_grad(
@@ -105,55 +82,36 @@ def dpo_grad(
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
-    """The gradient of `dpo_loss` with respect to the log-probabilities, in closed form.
+    """The gradient of `dpo_loss` (arXiv:2305.18290, eq. 7), in closed form.
 
         dl/dh = -beta * ((1 - e) * s(-x) - e * s(x)),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
 
-    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
-    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
-    and pi_ref the reference.
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
+    y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference.
 
-    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
-    to `policy_rejected_logps`. l is the loss of eq. 7 in
-    arXiv:2305.18290, which is -log s(x) for e = 0.
-
-    Under `jax.jit`, `label_smoothing` and `reduction` are static arguments.
+    It is the derivative with respect to `policy_chosen_logps`. The one with respect to
+    `policy_rejected_logps` is -dl/dh.
 
     Args:
-      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
-      policy_rejected_logps: log pi(y_l). Shape [B].
-      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
-      beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
-        0-d or of shape [B].
-      label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels
-        (conservative DPO).
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. The gradient
-        of a pair of weight 0 is 0, even if the pair holds nan or inf. None means 1.
-      reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
-        each pair's own loss. "mean" divides by B, not by the sum of the weights.
+      policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
+      policy_rejected_logps: log pi(y_l), nats, [B].
+      reference_chosen_logps: log pi_ref(y_w), nats, [B]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
+      beta: strength of the pull to the reference, 1 / nats, > 0: a number or [B].
+      label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels.
+      weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
+      reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each. The derivatives with respect to
-      the reference's log-probabilities are their negatives. float64 if any of the four
-      log-probabilities is float64, else float32.
+      PairGrad(policy_chosen, policy_rejected), [B] each, as `pair_grad`.
 
     Raises:
-      TypeError: An array is not real floating point, or from another library than the first, or
-        `label_smoothing` is not a number.
-      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
-        `reduction` is unknown.
+      TypeError: as `pair_grad`, or `label_smoothing` is not a number.
+      ValueError: as `pair_grad`, or `label_smoothing` is out of range.
     """
-    return pair_grad(
-        DPO(label_smoothing),
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta=beta,
-        weights=weights,
-        reduction=reduction,
-    )
+    policies = policy_chosen_logps, policy_rejected_logps
+    references = reference_chosen_logps, reference_rejected_logps
+    return _grad(DPO(label_smoothing), *policies, *references, beta, None, weights, reduction)
 
 
 def squared_grad(
@@ -167,58 +125,36 @@ def squared_grad(
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
-    """The gradient of `squared_loss` with respect to the log-probabilities, in closed form.
+    """The gradient of `squared_loss` (arXiv:2508.07137v1, section 2.2), in closed form.
 
         dl/dh = 2 * (h - reward_gap / beta), in nats
 
-    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
-    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
-    and pi_ref the reference.
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
+    y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference (eq. 4).
 
-    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
-    to `policy_rejected_logps`. l = (h - reward_gap / beta)^2 is in
-    the paper's section 2.2.
-
-    Source: Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
-    arXiv:2508.07137v1 ("the paper").
-
-    Under `jax.jit`, `reduction` is a static argument.
+    It is the derivative with respect to `policy_chosen_logps`. The one with respect to
+    `policy_rejected_logps` is -dl/dh.
 
     Args:
-      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
-      policy_rejected_logps: log pi(y_l). Shape [B].
-      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
-      beta: Inverse of the target margin for a reward gap of 1, in 1 / nats, > 0. A number, or an
-        array that is 0-d or of shape [B].
-      reward_gap: Known difference of the two rewards, r_w - r_l > 0, which moves the target to
-        reward_gap / beta. A number, or an array that is 0-d or of shape [B]. None means 1.
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. The gradient
-        of a pair of weight 0 is 0, even if the pair holds nan or inf. None means 1.
-      reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
-        each pair's own loss. "mean" divides by B, not by the sum of the weights.
+      policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
+      policy_rejected_logps: log pi(y_l), nats, [B].
+      reference_chosen_logps: log pi_ref(y_w), nats, [B]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
+      beta: inverse of the target margin for a reward gap of 1, 1 / nats, > 0: a number or [B].
+      reward_gap: known difference of the rewards, r_w - r_l > 0: a number or [B]. None means 1.
+      weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
+      reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each. The derivatives with respect to
-      the reference's log-probabilities are their negatives. float64 if any of the four
-      log-probabilities is float64, else float32.
+      PairGrad(policy_chosen, policy_rejected), [B] each, as `pair_grad`.
 
     Raises:
-      TypeError: An array is not real floating point, or from another library than the first.
-      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
-        `reduction` is unknown.
+      TypeError: as `pair_grad`.
+      ValueError: as `pair_grad`.
     """
-    return pair_grad(
-        Squared(),
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta=beta,
-        reward_gap=reward_gap,
-        weights=weights,
-        reduction=reduction,
-    )
+    policies = policy_chosen_logps, policy_rejected_logps
+    references = reference_chosen_logps, reference_rejected_logps
+    return _grad(Squared(), *policies, *references, beta, reward_gap, weights, reduction)
 
 
 def ipo_grad(
@@ -231,56 +167,37 @@ def ipo_grad(
     weights: ArrayT | float | None = None,
     reduction: str = "mean",
 ) -> PairGrad:
-    """The gradient of `ipo_loss` with respect to the log-probabilities, in closed form.
+    """The gradient of `ipo_loss` (arXiv:2310.12036, eq. 17), in closed form.
 
         dl/dh = 2 * (h - 1 / (2 * beta)), in nats
 
-    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
-    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
-    and pi_ref the reference.
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
+    y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference.
 
-    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
-    to `policy_rejected_logps`. l = (h - 1 / (2 * beta))^2 is eq. 17
-    in arXiv:2310.12036.
-
-    Under `jax.jit`, `reduction` is a static argument.
+    It is the derivative with respect to `policy_chosen_logps`. The one with respect to
+    `policy_rejected_logps` is -dl/dh.
 
     Args:
-      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
-      policy_rejected_logps: log pi(y_l). Shape [B].
-      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
-      beta: Half of the inverse of the target margin, in 1 / nats, > 0. A number, or an array that
-        is 0-d or of shape [B].
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. The gradient
-        of a pair of weight 0 is 0, even if the pair holds nan or inf. None means 1.
-      reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
-        each pair's own loss. "mean" divides by B, not by the sum of the weights.
+      policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
+      policy_rejected_logps: log pi(y_l), nats, [B].
+      reference_chosen_logps: log pi_ref(y_w), nats, [B]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
+      beta: half of the inverse of the target margin, 1 / nats, > 0: a number or [B].
+      weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
+      reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each. The derivatives with respect to
-      the reference's log-probabilities are their negatives. float64 if any of the four
-      log-probabilities is float64, else float32.
+      PairGrad(policy_chosen, policy_rejected), [B] each, as `pair_grad`.
 
     Raises:
-      TypeError: An array is not real floating point, or from another library than the first.
-      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
-        `reduction` is unknown.
+      TypeError: as `pair_grad`.
+      ValueError: as `pair_grad`.
     """
-    return pair_grad(
-        Squared(),
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta=beta,
-        reward_gap=IPO_GAP,
-        weights=weights,
-        reduction=reduction,
-    )
+    policies = policy_chosen_logps, policy_rejected_logps
+    references = reference_chosen_logps, reference_rejected_logps
+    return _grad(Squared(), *policies, *references, beta, IPO_GAP, weights, reduction)
 
 
-@quiet
 def pair_grad(
     loss: MarginLoss | PairLoss,
     policy_chosen_logps: ArrayT,
@@ -298,45 +215,45 @@ def pair_grad(
         (dl/du_w, dl/du_l) = loss.slopes(u_w, u_l, b),   b = beta / reward_gap
 
     u_w = log pi(y_w) - log pi_ref(y_w) and u_l = log pi(y_l) - log pi_ref(y_l) are the log-ratios,
-    in nats: y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy and
-    pi_ref the reference. For a loss of the margin h = u_w - u_l the two slopes are dl/dh and
-    -dl/dh, with dl/dh = loss.slope(h, b).
+    in nats: y_w is the chosen completion, y_l the rejected one, pi the policy and pi_ref the
+    reference. For a loss of the margin h = u_w - u_l they are dl/dh and -dl/dh, with
+    dl/dh = loss.slope(h, b).
 
     The function needs no automatic differentiation, so it serves NumPy, and as a check of others.
-
     Under `jax.jit`, `loss` and `reduction` are static arguments.
 
     Args:
-      loss: `SPO(...)`, `DPO(...)`, `Squared()`, or an object of your own (see `MarginLoss` and
-        `PairLoss`).
-      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
-      policy_rejected_logps: log pi(y_l). Shape [B].
-      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
-      beta: Passed to `loss`, in 1 / nats, > 0. A number, or an array that is 0-d or of shape [B].
-      reward_gap: Known difference of the two rewards, r_w - r_l > 0, by which beta is divided. A
-        number, or an array that is 0-d or of shape [B]. None means 1.
-      weights: Factor of each pair: a number, or an array that is 0-d or of shape [B]. The gradient
-        of a pair of weight 0 is 0, even if the pair holds nan or inf. None means 1.
+      loss: `SPO(...)`, `DPO(...)`, `Squared()`, or your own `MarginLoss` or `PairLoss`.
+      policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
+      policy_rejected_logps: log pi(y_l), nats, [B].
+      reference_chosen_logps: log pi_ref(y_w), nats, [B]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
+      beta: passed to the loss, 1 / nats, > 0: a number, or an array, 0-d or [B].
+      reward_gap: known r_w - r_l, > 0, which divides beta: a number, or an array, 0-d or [B]. None
+        means 1.
+      weights: factor of each pair: a number, or an array, 0-d or [B]. The gradient of a pair of
+        weight 0 is 0, even if the pair holds nan or inf. None means 1.
       reduction: "mean" or "sum" for the gradient of the reduced loss, "none" for the gradient of
         each pair's own loss. "mean" divides by B, not by the sum of the weights.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected) of shape [B] each. The derivatives with respect to
-      the reference's log-probabilities are their negatives. float64 if any of the four
-      log-probabilities is float64, else float32.
+      PairGrad(policy_chosen, policy_rejected), [B] each. The derivatives with respect to the
+      reference's log-probabilities are their negatives. float64 if any of the four is, else
+      float32.
 
     Raises:
-      TypeError: An array is not real floating point, or from another library than the first, or
-        `loss` is not a loss object.
-      ValueError: The shapes differ, a number is out of range (arrays are not inspected), or
-        `reduction` is unknown.
+      TypeError: as `pair_loss`.
+      ValueError: as `pair_loss`.
     """
-    of_pairs = pairwise(loss)
+    policies = policy_chosen_logps, policy_rejected_logps
+    references = reference_chosen_logps, reference_rejected_logps
+    return _grad(loss, *policies, *references, beta, reward_gap, weights, reduction)
+
+
+@quiet
+def _grad(
+    loss: Any, pc: Any, pr: Any, rc: Any, rr: Any, beta: Any, gap: Any, w: Any, reduction: str
+) -> PairGrad:
     check_reduction(reduction)
-    logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
-    pairs = inputs(
-        of_pairs, log_ratios(*logps, reference_rejected_logps), beta, reward_gap, weights
-    )
-    slopes = slopes_of(of_pairs, pairs.chosen, pairs.rejected, pairs.beta)
-    return PairGrad(*(shares(pairs.weigh(slope), reduction) for slope in slopes))
+    slopes = inputs(loss, (pc, pr, rc, rr), beta, gap, w).slopes()
+    return PairGrad(*(shares(slope, reduction) for slope in slopes))

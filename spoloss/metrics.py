@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from spoloss._arrays import (
-    ArrayT,
-    cast,
-    detach,
-    filled,
-    is_number,
-    namespace,
-    per_pair,
-    quiet,
-    reduce,
-)
+from spoloss._arrays import ArrayT, cast, detach, filled, namespace, per_pair, quiet, reduce
 from spoloss.pairs import implicit_rewards
 
 
@@ -31,9 +19,8 @@ def preference_metrics(
 ) -> dict[str, ArrayT]:
     """Metrics of a batch of pairs for logging, under the names that TRL uses.
 
-    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats
-    (paper eq. 4): y_w is the chosen completion of a pair and y_l the rejected one, pi is the policy
-    and pi_ref the reference.
+    h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
+    y_w is the chosen completion, y_l the rejected one, pi the policy and pi_ref the reference.
 
     | key | mean over the pairs of |
     |---|---|
@@ -50,35 +37,27 @@ def preference_metrics(
     here a batch that is half padding would then show half the accuracy.
 
     Args:
-      policy_chosen_logps: log pi(y_w) of each pair, summed over the tokens, in nats. Shape [B].
-      policy_rejected_logps: log pi(y_l). Shape [B].
-      reference_chosen_logps: log pi_ref(y_w). Shape [B], or the number 0.0 for no reference.
-      reference_rejected_logps: log pi_ref(y_l). Shape [B], or 0.0.
-      beta: Strength of the pull to the reference, in 1 / nats, > 0. A number, or an array that is
-        0-d or of shape [B].
-      reward_gap: Known difference of the two rewards, r_w - r_l, which is the target of x. A
-        number, or an array that is 0-d or of shape [B]. None means 1.
-      weights: Weight of each pair in the means: a number, or an array that is 0-d or of shape [B].
-        A pair of weight 0 is left out, even if its log-probabilities, beta or reward gap are nan or
-        inf. None means 1.
+      policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
+      policy_rejected_logps: log pi(y_l), nats, [B].
+      reference_chosen_logps: log pi_ref(y_w), nats, [B]; 0.0 for no reference.
+      reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
+      beta: strength of the pull to the reference, 1 / nats, > 0: a number or [B].
+      reward_gap: known r_w - r_l, the target of x: a number or [B]. None means 1.
+      weights: weight of each pair in the means: a number or [B]. 0 leaves a pair out, even if its
+        log-probabilities, beta or reward gap are nan or inf. None means 1.
 
     Returns:
-      A dict from each key to a 0-d array, on the device of the log-probabilities. The function does
-      not synchronise with the device. Automatic differentiation treats the arrays as constants.
-      float64 if any of the four log-probabilities is float64, else float32. nan for an empty batch
-      or for weights that sum to 0.
+      A dict of 0-d arrays on the device of the log-probabilities, without a synchronisation.
+      Automatic differentiation treats them as constants. float64 if any of the four is, else
+      float32. nan for an empty batch or for weights that sum to 0.
 
     Raises:
-      TypeError: An array is not real floating point, or from another library than the first.
-      ValueError: The shapes differ, or a number is out of range (arrays are not inspected).
+      TypeError: an array is not real floating point, or from another library than the first.
+      ValueError: the shapes differ, or a number is out of range (arrays are not inspected).
     """
-    chosen, rejected = implicit_rewards(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta=beta,
-    )
+    policies = policy_chosen_logps, policy_rejected_logps
+    references = reference_chosen_logps, reference_rejected_logps
+    chosen, rejected = implicit_rewards(*policies, *references, beta=beta)
     margins = chosen - rejected
     target = 1.0 if reward_gap is None else per_pair("reward_gap", reward_gap, chosen)
     values = {
@@ -95,8 +74,7 @@ def preference_metrics(
     values = {key: cast(xp, value, chosen.dtype) for key, value in values.items()}
     if weights is None:
         return {key: reduce(value, "mean") for key, value in values.items()}
-    factors: Any = per_pair("weights", weights, chosen, positive=False)
-    factors = filled(chosen, factors) if is_number(factors) else detach(factors)
+    factors = detach(per_pair("weights", weights, chosen, positive=False) * filled(chosen, 1.0))
     total = reduce(factors, "mean")
     return {
         # factors * value alone would be nan for a padded pair, because 0 * nan is nan.
