@@ -9,16 +9,11 @@ import importlib.metadata
 import re
 import shutil
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
-
-if TYPE_CHECKING:
-    from sphinx.application import Sphinx
-    from sphinx.writers.html5 import HTML5Translator
 
 project = "spoloss"
 author = copyright = "The spoloss authors"
@@ -44,44 +39,34 @@ html_static_path = html_css_files = ["site.css"]
 pygments_style, pygments_dark_style = "tango", "monokai"
 
 DOCS = Path(__file__).parent
-SHOWN = [
-    path.relative_to(DOCS)
-    for name in ("examples", "recipes")
-    for path in sorted((DOCS / name).glob("*.py"))
-]
-"""Python files that have a page with their source."""
+SHOWN = sorted(path for name in ("examples", "recipes") for path in (DOCS / name).glob("*.py"))
+"""Python files that have a page with their source. Git ignores these pages."""
 
 
-def write_source_pages(_app: Sphinx) -> None:
-    """Writes the page of each file in `SHOWN` beside it. Git ignores these pages."""
-    for folder in {(DOCS / path).parent for path in SHOWN}:
-        for page_of_another_build in folder.glob("*.rst"):
-            page_of_another_build.unlink()
+def write_source_pages(_app: Any) -> None:
+    """Writes the page of each file in `SHOWN` beside it."""
+    for page_of_another_build in DOCS.glob("[er]*/*.rst"):
+        page_of_another_build.unlink()
     for path in SHOWN:
         title = f"{path.name}\n{'=' * len(path.name)}"
         page = f"{title}\n\n.. literalinclude:: {path.name}\n   :language: python\n"
-        (DOCS / path).with_suffix(".rst").write_text(page)
+        path.with_suffix(".rst").write_text(page)
 
 
-def adapt(_app: Sphinx, page: str, source: list[str]) -> None:
-    """What GitHub shows by itself: cells in one piece, and sources."""
+def adapt(_app: Any, page: str, source: list[str]) -> None:
+    """What GitHub shows by itself: cells in one piece (1.47 / 846, 88.0 ± 0.7), and sources."""
+    unbroken = lambda row: re.sub(r"(?<=\d) (±|/|of) (?=-?\d)", "\xa0\\1\xa0", row[0])  # noqa: E731
     text = re.sub(r"(?m)^\|.*", unbroken, source[0])
-    below = [path for path in SHOWN if page == f"{path.parent}/README"]
-    if below:
-        text += "\n".join(["\n```{toctree}\n:hidden:\n", *(path.stem for path in below), "```\n"])
     text = re.sub(r"\]\(((examples/|recipes/)?\w+)\.py\)", r"](\1.rst)", text)
-    source[0] = text
+    below = [path.stem for path in SHOWN if page == f"{path.parent.name}/README"]
+    toctree = ["\n```{toctree}", ":hidden:", "", *below, "```\n"] if below else []
+    source[0] = "\n".join([text, *toctree])
 
 
-def unbroken(row: re.Match[str]) -> str:
-    """A table's row without line breaks within "88.0 ± 0.7", "1.47 / 846" or "0 of 36"."""
-    return re.sub(r"(?<=\d) (±|/|of) (?=-?\d)", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", row[0])
-
-
-def mathml(display: str) -> tuple[Callable[..., None], None]:
+def mathml(display: str) -> tuple[Any, None]:
     """TeX as MathML, which browsers draw with a font of their own."""
 
-    def visit(translator: HTML5Translator, node: nodes.Element) -> None:
+    def visit(translator: Any, node: nodes.Element) -> None:
         # A function's name is an operator, with space around it: log 2, and not log2.
         operator = r'<mo lspace=".17em" rspace=".17em">\1</mo>'
         drawn = convert(node.astext(), display=display)
@@ -94,9 +79,8 @@ def mathml(display: str) -> tuple[Callable[..., None], None]:
 def keep_as_typed(*event: Any) -> None:
     """Docstrings are text for help(): show their indented formulas and tables letter by letter."""
     lines: list[str] = event[-1]
-    paragraphs = "\n".join(lines).split("\n\n")
     # The head of api/spoloss.rst defines the margin for the whole page.
-    kept = [text for text in paragraphs if not text.startswith("h = (log pi(y_w)")]
+    kept = (t for t in "\n".join(lines).split("\n\n") if not t.startswith("h = (log pi(y_w)"))
     lines[:] = "\n\n".join(map(_as_typed, kept)).split("\n")
 
 
@@ -106,12 +90,12 @@ def _as_typed(paragraph: str) -> str:
     return paragraph.replace("|", r"\|")
 
 
-def copy_explorer(app: Sphinx, _error: Exception | None) -> None:
+def copy_explorer(app: Any, _error: Exception | None) -> None:
     """The explorer is a page of its own, which works without the site as well."""
     shutil.copytree(DOCS / "explorer", Path(app.outdir) / "explorer", dirs_exist_ok=True)
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Any) -> None:
     """Sphinx calls this once, before it reads a page."""
     app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
     app.connect("builder-inited", write_source_pages)
