@@ -46,20 +46,22 @@ def check(
         assert float(value) == pytest.approx(want[key], rel=1e-12), key
 
 
-# x = 0.1, 0, -0.5, 5, so that a pair is at 0 and the gaps lie between the others.
+# x = 0.1, 0, -0.5, 5, 1, so that a pair is at 0, one at a target of 1, and the gaps between others.
 LOGPS = [
-    np.array([-10.0, -20.0, -30.0, -40.0]),
-    np.array([-11.0, -20.0, -25.0, -90.0]),
-    np.full(4, -20.0),
-    np.full(4, -20.0),
+    np.array([-10.0, -20.0, -30.0, -40.0, -10.0]),
+    np.array([-11.0, -20.0, -25.0, -90.0, -20.0]),
+    np.full(5, -20.0),
+    np.full(5, -20.0),
 ]
 
 
-@pytest.mark.parametrize("gap", [None, 0.05, 6.0, np.array([0.05, 1.0, 1.0, 6.0])], ids=str)
-@pytest.mark.parametrize("weights", [None, 2.0, np.array(3.0), np.array([0.5, 2.0, 0.25, 3.0])])
+@pytest.mark.parametrize("gap", [None, 0.05, 6.0, np.array([0.05, 1.0, 1.0, 6.0, 1.0])], ids=str)
+@pytest.mark.parametrize(
+    "weights", [None, 2.0, np.array(3.0), np.array([0.5, 2.0, 0.25, 3.0, 1.5])]
+)
 def test_metrics_are_weighted_means(weights: Any, gap: Any, backend: Backend) -> None:
     """They divide by the sum of the weights. The target is the pair's own reward gap."""
-    each = np.ones(4) if weights is None else weights * np.ones(4)
+    each = np.ones(5) if weights is None else weights * np.ones(5)
     want = by_hand(LOGPS, 0.1, 1.0 if gap is None else gap, each)
     check(backend, LOGPS, want, beta=0.1, reward_gap=gap, weights=weights)
 
