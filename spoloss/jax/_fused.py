@@ -19,10 +19,10 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from spoloss._arrays import reduction_scale
+from spoloss._objective import Constants, Objective
 from spoloss.jax._arguments import Head
 from spoloss.jax._labels import Sequences
 from spoloss.jax._mesh import Split, vary_alike
-from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._one_pass import Made, lengths_of, one_pass, sums_of
 from spoloss.jax._recompute import in_rows, layout, of_tokens, scaled, token_logps
 from spoloss.jax._residuals import Kinds, or_empty, or_none, or_zero
@@ -61,20 +61,20 @@ def fused_loss(
     else:
         weights = tuple(side.weights for side in sides)
         loss, logps = _fused(objective, head, hidden, sides, weights, constants)
-    return LinearPairLoss(loss, *lax.stop_gradient(logps.T))
+    return LinearPairLoss(loss, *lax.stop_gradient(logps))
 
 
 class _Output(NamedTuple):
-    """The loss, and the log-probabilities [P, 2] of both sides."""
+    """The loss, and the log-probabilities [P] of both sides."""
 
     loss: Array
-    logps: Array
+    logps: Arrays
 
 
 def _value(objective: Objective, tokens: Arrays, sides: Sides, constants: Constants) -> _Output:
     """The loss from the log-probabilities of tokens, [B, T] by side."""
     sums = sums_of(tokens, sides)
-    lengths = lengths_of(sides, sums.dtype)
+    lengths = lengths_of(sides, sums[0].dtype)
     return _Output(objective.value(sums, lengths, constants), objective.logps(sums, lengths))
 
 
@@ -120,12 +120,11 @@ def _backward(objective: Objective, residual: Any, upstream: _Output) -> tuple[A
     if isinstance(up, SymbolicZero):
         return (None,) * 5
     sums = sums_of(tokens, sides)
-    scale = reduction_scale(constants.reference_chosen, objective.reduction)
-    factor = scale * up.astype(sums.dtype)
-    slopes = factor * objective.slopes(sums, lengths_of(sides, sums.dtype), constants)
+    slopes = objective.slopes(sums, lengths_of(sides, sums[0].dtype), constants)
+    scale = reduction_scale(sums[0], objective.reduction) * up.astype(sums[0].dtype)
     by_hidden = [
-        scaled(or_none(rows), side.weighted(side.spread(slopes[:, i])), kinds.dtype)
-        for i, (rows, side) in enumerate(zip(directions, sides, strict=True))
+        scaled(or_none(rows), side.weighted(side.spread(scale * slope)), kinds.dtype)
+        for slope, rows, side in zip(slopes, directions, sides, strict=True)
     ]
     totals = HeadSums(*map(or_none, by_head))
     by_head = jax.tree.map(lambda total: up.astype(total.dtype) * total, totals)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from spoloss._objective import averages
 from spoloss.jax._arguments import Completions
 
 
@@ -77,7 +78,7 @@ class Sequences:
     def sums(self, logps: Array, *, average: bool = False) -> Array:
         """The weighted sum or average of token log-probabilities [B, T] over each sequence, [S]."""
         sums = self.sum(self.weighted(logps))
-        return sums / divisors(self.lengths(sums.dtype)) if average else sums
+        return averages(sums, self.lengths(sums.dtype)) if average else sums
 
     def spread(self, of_sequences: Array) -> Array:
         """Values [S] of sequences, repeated for their tokens: [B, T], or [B, 1] to broadcast."""
@@ -142,11 +143,6 @@ def sequence_of(cu_seqlens: Array, length: int) -> Array:
     """The sequence of each of the `length` tokens of a row that is cut by offsets."""
     after = jnp.searchsorted(cu_seqlens[1:], jnp.arange(length), side="right")
     return jnp.minimum(after, len(cu_seqlens) - 2)
-
-
-def divisors(lengths: Array) -> Array:
-    """Lengths to divide by: 1 for a sequence without tokens, whose sum is 0."""
-    return jnp.where(lengths == 0.0, jnp.ones_like(lengths), lengths)
 
 
 def sum_by(values: Array, ids: Array, count: int) -> Array:

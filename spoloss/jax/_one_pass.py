@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from spoloss._objective import Constants, Objective
 from spoloss.jax._labels import Sequences
-from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._softmax import HeadSums, Projection, Softmax, Wanted, held
 from spoloss.jax._tokens import Table, Tile
 
@@ -110,7 +110,8 @@ class _Run:
         dtype = self.projection.dtype
         sums = self.table.sum_segments(tile.weighted(softmax.logps), tile)
         sums = functools.reduce(jnp.add, (side.zero(dtype) for side in self.sides), sums)
-        of_token = tile.weighted(tile.of_segment(self._slopes(sums)))
+        slopes = jnp.stack(self._slopes(tuple(sums.T)), axis=1)
+        of_token = tile.weighted(tile.of_segment(slopes))
         return made._replace(head=self.projection.add(made.head, softmax, states, of_token))
 
     def add_long_pair(self, pair: Array, ends: Array, made: Made) -> Made:
@@ -127,33 +128,40 @@ class _Run:
             start = (made, self.projection.zeros(self.wanted))
             made, direction = self.table.visit(first, last, step, start)
             directions.append(direction)
-        slopes, head = self._slopes(sums_of(made.logps, self.sides))[pair], made.head
+        slopes, head = self._slopes(sums_of(made.logps, self.sides)), made.head
         for slope, direction in zip(slopes, directions, strict=True):
-            head = head.plus(slope, direction)
+            head = head.plus(slope[pair], direction)
         return made._replace(head=head)
 
     def _softmax(self, tile: Tile, made: Made) -> tuple[Array, Softmax, Made]:
         """The states and the softmax of a tile, whose logps and directions are stored."""
         states = self.table.states(self.hidden, tile)
-        alive = tile.of_segment(self.constants.alive(len(self.sides)))
-        softmax = self.projection.softmax(states, tile.targets, alive)
+        softmax = self.projection.softmax(states, tile.targets, self._alive(tile))
         logps, directions = self.table.store(made.logps, softmax.logps, tile), made.directions
         if any(self.wanted.hidden):
             directions = self.table.store(directions, self.projection.directions(softmax), tile)
         return states, softmax, Made(logps, directions, made.head)
 
-    def _slopes(self, sums: Array) -> Array:
-        """The derivatives of the loss with respect to the sums of all pairs, [P, 2]."""
-        lengths = lengths_of(self.sides, sums.dtype)
-        return self.scale * self.objective.slopes(sums, lengths, self.constants)
+    def _alive(self, tile: Tile) -> Array:
+        """Whether each token of a tile is in a pair whose weight is not 0."""
+        if self.constants.weights is None:
+            return tile.filled
+        shape = (self.table.pairs, len(self.sides))
+        return tile.of_segment(jnp.broadcast_to(self.constants.weights[..., None] != 0.0, shape))
+
+    def _slopes(self, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The derivatives of the loss with respect to the sums of both sides, [P] each."""
+        lengths = lengths_of(self.sides, sums[0].dtype)
+        slopes = self.objective.slopes(sums, lengths, self.constants)
+        return tuple(self.scale * slope for slope in slopes)
 
 
-def sums_of(logps: tuple[Array, ...], sides: tuple[Sequences, ...]) -> Array:
-    """The weighted sums of token log-probabilities over the sequences of both sides, [P, 2]."""
+def sums_of(logps: tuple[Array, ...], sides: tuple[Sequences, ...]) -> tuple[Array, ...]:
+    """The weighted sums of token log-probabilities over the sequences of both sides, [P] each."""
     of_sides = zip(logps, sides, strict=True)
-    return jnp.stack([side.sums(of.reshape(side.targets.shape)) for of, side in of_sides], axis=1)
+    return tuple(side.sums(of.reshape(side.targets.shape)) for of, side in of_sides)
 
 
-def lengths_of(sides: tuple[Sequences, ...], dtype: DTypeLike) -> Array:
-    """The lengths of the sequences of both sides, [P, 2]."""
-    return jnp.stack([side.lengths(dtype) for side in sides], axis=1)
+def lengths_of(sides: tuple[Sequences, ...], dtype: DTypeLike) -> tuple[Array, ...]:
+    """The lengths of the sequences of both sides, [P] each."""
+    return tuple(side.lengths(dtype) for side in sides)

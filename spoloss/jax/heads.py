@@ -15,12 +15,12 @@ from jax import Array
 
 from spoloss._arrays import check_reduction, is_number, per_pair
 from spoloss._inputs import beta_for_gap
+from spoloss._objective import Constants, Objective
 from spoloss._options import check_flag, check_nll_weight
 from spoloss.jax._arguments import Completions, Head
 from spoloss.jax._checks import prepare
 from spoloss.jax._fused import LinearPairLoss, fused_loss
 from spoloss.jax._labels import sequences_of
-from spoloss.jax._objective import Constants, Objective
 from spoloss.jax._softmax import wide
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
 from spoloss.pairs import IPO_GAP, log_ratio_margin

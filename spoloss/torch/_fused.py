@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from spoloss._objective import Constants, Objective
 from spoloss.torch._autograd import (
     Held,
     Kind,
@@ -26,7 +27,6 @@ from spoloss.torch._autograd import (
 )
 from spoloss.torch._gradients import Wanted, held_dtype
 from spoloss.torch._head import HeadOptions, Projection
-from spoloss.torch._objective import Constants, Objective
 from spoloss.torch._one_pass import one_pass
 from spoloss.torch._operator import compiled_logps
 from spoloss.torch._recompute import token_logps
@@ -88,22 +88,24 @@ def fused_loss(
         weight=needs_grad(inputs.weight),
         bias=needs_grad(inputs.bias),
     )
+    lengths = torch.stack([side.lengths() for side in sides])
     if not wanted.head or objective.reduction == "none" or torch.compiler.is_compiling():
         # Named fields, because PyTorch 2.8 does not compile a slice of a named tuple.
         hidden = (inputs.chosen, inputs.rejected)
         tokens = logps_of_tokens(hidden, inputs.weight, inputs.bias, sides, options)
         sums = torch.stack([side.sums(part) for side, part in zip(sides, tokens, strict=True)])
-        value = objective.value(sums, constants)
+        value = objective.value(sums, lengths, constants)
     else:
         table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
         held = Held()
         call = _Call(table, objective, options, wanted, held)
-        logps = _OnePass.apply(*inputs, table.tokens.weight, *constants, call)  # type: ignore[no-untyped-call]
+        logps = _OnePass.apply(*inputs, table.tokens.weight, lengths, *constants, call)  # type: ignore[no-untyped-call]
         # Autograd differentiates the value with respect to the constants, `_Attach` the inputs.
         sums = table.sums(logps, slice(0, len(table.lengths)))
         known = _Known(held, table.sizes, anchor(*inputs))
-        value = _Attach.apply(objective.value(sums, constants), *inputs, known)  # type: ignore[no-untyped-call]
-    return LinearPairLoss(value, *objective.logps(sums, constants).detach().unbind())
+        value = objective.value(sums, lengths, constants)
+        value = _Attach.apply(value, *inputs, known)  # type: ignore[no-untyped-call]
+    return LinearPairLoss(value, *(logps.detach() for logps in objective.logps(sums, lengths)))
 
 
 class _Call(NamedTuple):
@@ -134,13 +136,15 @@ class _OnePass(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         token_weights: Tensor | None,
+        lengths: Tensor,
         *others: Any,
     ) -> Tensor:
         *constants, call = others
         with torch.autocast(chosen.device.type, enabled=False):
             head = Projection.of(weight, bias, call.options)
             batch = Batch.of(_with_weights(call.table, token_weights), chosen, rejected)
-            found = one_pass(head, batch, call.objective, Constants(*constants), call.wanted)
+            of_loss = call.objective, lengths, Constants(*constants)
+            found = one_pass(head, batch, *of_loss, call.wanted)
             call.held.put(
                 found.gradients.hidden,
                 found.gradients.head.weight(held_dtype(weight.dtype)),

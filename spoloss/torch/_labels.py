@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spoloss._objective import averages
 from spoloss.torch._autograd import is_batched
 
 IGNORED = torch.iinfo(torch.int64).min
@@ -137,7 +138,7 @@ class Targets(NamedTuple):
     def sums(self, logps: Tensor, *, average: bool, cu_seqlens: Tensor | None) -> Tensor:
         """The weighted sum or average of token log-probabilities [B, T] over each sequence, [S]."""
         sums = sum_sequences(self.weighted(logps), cu_seqlens)
-        return sums / divisors(self.lengths(cu_seqlens)).to(sums.dtype) if average else sums
+        return averages(sums, self.lengths(cu_seqlens)) if average else sums
 
     def check_weights(self, name: str) -> None:
         """Check the weights, where that does not synchronise with a device.
@@ -179,11 +180,6 @@ def targets_of(
     if shift:
         weights = torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1)
     return Targets(ids, torch.where(ids == IGNORED, 0.0, weights))
-
-
-def divisors(lengths: Tensor) -> Tensor:
-    """What averages divide by: the lengths, 1 for a sequence without tokens."""
-    return lengths.masked_fill(lengths == 0, 1)
 
 
 def _starts(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -39,9 +39,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spoloss._arrays import reduction_scale
+from spoloss._objective import Constants, Objective
 from spoloss.torch._gradients import Gradients, Wanted, held_dtype
 from spoloss.torch._head import Projection
-from spoloss.torch._objective import Constants, Objective
 from spoloss.torch._softmax import Softmax, Workspace, softmax_of
 from spoloss.torch._tiles import Group, plan, tallest, tiles
 from spoloss.torch._tokens import Batch, Tile
@@ -61,10 +62,15 @@ class Pass:
 
 
 def one_pass(
-    head: Projection, batch: Batch, objective: Objective, constants: Constants, wanted: Wanted
+    head: Projection,
+    batch: Batch,
+    objective: Objective,
+    lengths: Tensor,
+    constants: Constants,
+    wanted: Wanted,
 ) -> Pass:
     """Log-probabilities and gradients of a batch of pairs, without holding all logits."""
-    run = _Run(head, batch, objective, constants, wanted)
+    run = _Run(head, batch, objective, lengths, constants, wanted)
     # Long pairs first, because the gradient can hold a direction while it is empty.
     for group in sorted(run.groups, key=lambda group: group.fits):
         (run.add_group if group.fits else run.add_long_pair)(slice(group.first, group.last))
@@ -79,19 +85,20 @@ class _Run:
         head: Projection,
         batch: Batch,
         objective: Objective,
+        lengths: Tensor,
         constants: Constants,
         wanted: Wanted,
     ) -> None:
         table, self.heights = batch.table, head.tiles.heights
         self.head, self.batch, self.table = head, batch, table
-        self.objective, self.constants, self.wanted = objective, constants, wanted
+        self.objective, self.lengths, self.constants = objective, lengths, constants
+        self.wanted = wanted
         self.groups: list[Group] = plan(table.lengths, self.heights)
         tokens = tallest(table.lengths, self.groups, self.heights)
         self.workspace = Workspace(head, tokens, keep=wanted.head)
         hidden = batch.zeros(held_dtype(batch.hidden[0].dtype)) if wanted.hidden else None
         self.gradients = Gradients(head, wanted, hidden)
-        self.sums = head.weight.new_empty(constants.lengths.shape, dtype=head.dtype)
-        self.logps = self.sums.new_empty(len(table))
+        self.logps = head.weight.new_empty(len(table), dtype=head.dtype)
 
     def add_group(self, pairs: slice) -> None:
         """Add pairs that share a tile: their slopes are known before the gradient products."""
@@ -127,5 +134,6 @@ class _Run:
 
     def _slopes(self, pairs: slice) -> Tensor:
         """The derivatives of the loss with respect to the sums of some pairs, [2, p]."""
-        self.sums[:, pairs] = self.table.sums(self.logps, pairs)
-        return self.objective.slopes(self.sums, self.constants, pairs)
+        sums = self.table.sums(self.logps, pairs)
+        slopes = self.objective.slopes(sums, self.lengths[:, pairs], self.constants.of(pairs))
+        return reduction_scale(self.lengths[0], self.objective.reduction) * torch.stack(slopes)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from spoloss._arrays import check_reduction, per_pair
 from spoloss._inputs import beta_for_gap
+from spoloss._objective import Constants, Objective
 from spoloss._options import check_flag, check_nll_weight
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
 from spoloss.pairs import IPO_GAP, log_ratio_margin
 from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._checks import prepare
 from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
-from spoloss.torch._objective import Constants, Objective, zero_weights
 from spoloss.torch._tokens import Sequences
 
 __all__ = [
@@ -101,12 +101,11 @@ def linear_pair_loss(
     numbers = (reference_chosen_logps, reference_rejected_logps, beta, reward_gap, weights)
     like = _like_margins(chosen.hidden, call.sequences[0].count, numbers)
     _check_numbers(like, *numbers)
-    left_out = zero_weights(weights, like)
+    left_out = _zero_weights(weights, like)
     sequences = [replace(side, left_out=left_out) for side in call.sequences]
-    constants = Constants(*numbers, torch.stack([side.lengths() for side in sequences]))
     objective = Objective(loss, nll_weight, reduction, average)
     inputs = Inputs(chosen.hidden, rejected.hidden, head.weight, head.bias)
-    return fused_loss(inputs, sequences, objective, constants, call.options)
+    return fused_loss(inputs, sequences, objective, Constants(*numbers), call.options)
 
 
 def linear_spo_loss(
@@ -369,3 +368,10 @@ def _check_numbers(
     beta_for_gap(beta, reward_gap, like)
     if weights is not None:
         per_pair("weights", weights, like, positive=False)
+
+
+def _zero_weights(weights: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """Which pairs have weight 0, as booleans of the shape of `like`, or None if none can."""
+    if isinstance(weights, Tensor):
+        return weights.to(like.device).expand(like.shape) == 0.0
+    return None if weights is None or weights != 0.0 else torch.ones_like(like, dtype=torch.bool)

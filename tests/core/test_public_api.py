@@ -27,6 +27,7 @@ CORE = (
     "spoloss._inputs",
     "spoloss.pairs",
     "spoloss.gradients",
+    "spoloss._objective",
     "spoloss.paper",
     "spoloss.metrics",
     "spoloss",
