@@ -211,21 +211,24 @@ class Paper(TorchDispatchMode):
         self,
         products: Tensor,
         transform: _exponentials.Transform,  # noqa: ARG002
-        column: Tensor,  # noqa: ARG002
+        target: Tensor,  # noqa: ARG002
+        stop: int,  # noqa: ARG002
         sums: _exponentials.Sums,
         dtype: torch.dtype,
     ) -> _exponentials.Exponentials:
         """The compiled block: two reads and one write, as in the code that Inductor writes."""
-        exps, shift = torch.empty_like(products, dtype=dtype), torch.empty_like(sums.peak)
+        exps = torch.empty_like(products, dtype=dtype)
         self.launch("exponentials", traffic=2 * _bytes(products) + _bytes(exps))
+        shift, earlier = torch.empty_like(sums.peak), torch.empty_like(sums.peak)
         found = _exponentials.Sums(*map(torch.empty_like, sums))
-        return _exponentials.Exponentials(exps, shift, found)
+        return _exponentials.Exponentials(exps, shift, earlier, found)
 
     def sums_alone(
         self,
         products: Tensor,
         transform: _exponentials.Transform,  # noqa: ARG002
-        column: Tensor,  # noqa: ARG002
+        target: Tensor,  # noqa: ARG002
+        stop: int,  # noqa: ARG002
         sums: _exponentials.Sums,
     ) -> _exponentials.Sums:
         """The compiled sums: one read."""

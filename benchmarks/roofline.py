@@ -68,7 +68,8 @@ class Size(NamedTuple):
 MODELS = {
     "7B": Size(4096, 128_256),
     "0.5B": Size(896, 151_936),
-    "Gemma": Size(3584, 256_000, 30.0),
+    "Gemma 2B": Size(2304, 256_000, 30.0),
+    "Gemma 9B": Size(3584, 256_000, 30.0),
 }
 HEADS = {"trained": 3, "frozen": 2, "reference": 1}
 """How many products each needs."""

@@ -109,18 +109,21 @@ class Exponentials(NamedTuple):
     Attributes:
       exps: [n, C] exp(logit - shift) times the soft-capping's derivative, 0 at the targets.
       shift: [n] at least the largest logit so far, unless the dtype is float16.
+      earlier: [n] what sums of the earlier blocks' exponentials are multiplied by.
       sums: the running sums.
     """
 
     exps: Tensor
     shift: Tensor
+    earlier: Tensor
     sums: Sums
 
 
 def exponentials_of(
     products: Tensor,
     transform: Transform,
-    column: Tensor,
+    target: Tensor,
+    stop: int,
     sums: Sums,
     *,
     dtype: torch.dtype,
@@ -131,48 +134,61 @@ def exponentials_of(
     Args:
       products: [n, C]; overwritten if nothing is compiled.
       transform: from products to logits.
-      column: [n] the target's column, outside of [0, C) if it is not in this block.
+      target: [n] the target's entry of the vocabulary, which may be in another block.
+      stop: one past the block's last entry. Its first may be 0, a number that torch.compile makes a
+        graph of its own for.
       sums: of the earlier blocks.
       dtype: the dtype of the exponentials.
       compiles: whether torch.compile fuses the block.
     """
     if not compiles:
-        return exponentials_(products, transform, column, sums, dtype)
-    found: Exponentials = _fused(exponentials, products)(products, transform, column, sums, dtype)
+        return exponentials_(products, transform, target, stop, sums, dtype)
+    block = _fused(exponentials, products)
+    found: Exponentials = block(products, transform, target, stop, sums, dtype)
     return found
 
 
 def sums_of(
-    products: Tensor, transform: Transform, column: Tensor, sums: Sums, *, compiles: bool
+    products: Tensor, transform: Transform, target: Tensor, stop: int, sums: Sums, *, compiles: bool
 ) -> Sums:
     """The sums of `exponentials_of` alone. A compiled kernel then writes nothing of size [n, C]."""
     if not compiles:
-        return exponentials_(products, transform, column, sums, products.dtype).sums
-    found: Sums = _fused(sums_alone, products)(products, transform, column, sums)
+        return exponentials_(products, transform, target, stop, sums, products.dtype).sums
+    found: Sums = _fused(sums_alone, products)(products, transform, target, stop, sums)
     return found
 
 
 def exponentials(
-    products: Tensor, transform: Transform, column: Tensor, sums: Sums, dtype: torch.dtype
+    products: Tensor,
+    transform: Transform,
+    target: Tensor,
+    stop: int,
+    sums: Sums,
+    dtype: torch.dtype,
 ) -> Exponentials:
     """`exponentials_of` without side effects.
 
     The products are read twice: for the sums, and for the exponentials.
     """
     logits, bend = transform(products)
-    found = sums_alone(products, transform, column, sums)
+    found = sums_alone(products, transform, target, stop, sums)
     shift = _shift(found.peak, dtype)
+    column = _column(products, target, stop)
     exps = torch.where(_is_target(logits, column), 0.0, (logits - shift[:, None]).exp())
-    return Exponentials((exps if bend is None else exps * bend).to(dtype), shift, found)
+    exps = (exps if bend is None else exps * bend).to(dtype)
+    return Exponentials(exps, shift, (_shift(sums.peak, dtype) - shift).exp(), found)
 
 
-def sums_alone(products: Tensor, transform: Transform, column: Tensor, sums: Sums) -> Sums:
+def sums_alone(
+    products: Tensor, transform: Transform, target: Tensor, stop: int, sums: Sums
+) -> Sums:
     """`sums_of` without side effects.
 
     Inductor finds a maximum and the sum of the exponentials below it in one reading of the
     products, if they have exactly the form of `largest` and `total`.
     """
     logits, _ = transform(products)
+    column = _column(products, target, stop)
     is_target = _is_target(logits, column)
     # Finite, because -inf - -inf is nan. The next larger logit makes such a sum 0.
     others = torch.where(is_target, -math.inf, logits).clamp(min=torch.finfo(logits.dtype).min)
@@ -180,20 +196,25 @@ def sums_alone(products: Tensor, transform: Transform, column: Tensor, sums: Sum
     total = (others - largest).exp().sum(dim=1, keepdim=True)
     # A sum beside the other one, because a gather would be a kernel of its own.
     at_target = torch.where(is_target, logits, 0.0).sum(dim=1)
-    target = torch.where(_in_block(column, logits.shape[1]), at_target, sums.target)
-    peak = torch.maximum(torch.maximum(sums.peak, largest[:, 0]), target)
+    logit = torch.where(_in_block(column, logits.shape[1]), at_target, sums.target)
+    peak = torch.maximum(torch.maximum(sums.peak, largest[:, 0]), logit)
     earlier, here = (sums.peak - peak).exp(), (largest[:, 0] - peak).exp()
-    return Sums(peak, sums.others * earlier + total[:, 0] * here, target)
+    return Sums(peak, sums.others * earlier + total[:, 0] * here, logit)
 
 
 def exponentials_(
-    products: Tensor, transform: Transform, column: Tensor, sums: Sums, dtype: torch.dtype
+    products: Tensor,
+    transform: Transform,
+    target: Tensor,
+    stop: int,
+    sums: Sums,
+    dtype: torch.dtype,
 ) -> Exponentials:
     """`exponentials_of` in place."""
     bend = transform.in_place(products)
-    width = products.shape[1]
+    width, column = products.shape[1], _column(products, target, stop)
     here, index = _in_block(column, width), column.clamp(0, width - 1)[:, None]
-    target = torch.where(here, products.gather(1, index).squeeze(1), sums.target)
+    logit = torch.where(here, products.gather(1, index).squeeze(1), sums.target)
     peak = torch.maximum(sums.peak, products.amax(dim=1))
     exps = products.sub_(peak[:, None]).exp_()
     exps.scatter_(1, index, torch.where(here[:, None], 0.0, exps.gather(1, index)))
@@ -203,7 +224,8 @@ def exponentials_(
     shift = _shift(peak, dtype)
     if shift is not peak:
         exps.mul_((peak - shift).exp()[:, None])
-    return Exponentials(exps.to(dtype), shift, Sums(peak, others, target))
+    earlier = (_shift(sums.peak, dtype) - shift).exp()
+    return Exponentials(exps.to(dtype), shift, earlier, Sums(peak, others, logit))
 
 
 def _shift(peak: Tensor, dtype: torch.dtype) -> Tensor:
@@ -212,6 +234,11 @@ def _shift(peak: Tensor, dtype: torch.dtype) -> Tensor:
     The smallest float16 is 6e-8, so in float16 they are scaled by 2**14.
     """
     return peak - 14.0 * math.log(2.0) if dtype == torch.float16 else peak
+
+
+def _column(products: Tensor, target: Tensor, stop: int) -> Tensor:
+    """[n] the target's column, outside of [0, C) if it is not in this block."""
+    return target - (stop - products.shape[1])
 
 
 def _in_block(column: Tensor, width: int) -> Tensor:

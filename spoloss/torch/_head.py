@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Projection:
         """The sizes of tiles and blocks. All ranks of a split head use tiles of one height."""
         found = tiles_of(self.weight, self.weight.dtype, self.options.chunk_size, self.device)
         shard = self.options.shard
-        return found if shard is None else Tiles(found.vocabulary, found.block, shard.heights)
+        return found if shard is None else replace(found, heights=shard.heights)
 
     def products(self, states: Tensor, columns: slice, out: Tensor | None) -> Tensor:
         """H W^T for some columns, [n, C]."""

@@ -175,7 +175,7 @@ def _visit(
         last block's shift; or None.
       workspace: memory for the logits. Unless it keeps all blocks, a block is valid until the next.
     """
-    shift, compiles = sums.peak, head.device.compiles
+    compiles = head.device.compiles
     for columns in head.tiles.blocks(len(tile.states)):
         logits = _logits(head, tile, columns, workspace)
         found = exponentials_of(*logits, sums, dtype=head.factor_dtype, compiles=compiles)
@@ -183,15 +183,15 @@ def _visit(
         if product is not None:
             empty = columns.start == 0
             if not empty:
-                product.mul_((shift - found.shift).exp()[:, None])
+                product.mul_(found.earlier[:, None])
             accumulate(product, found.exps, head.weight[columns], head.device, empty=empty)
-        shift, sums = found.shift, found.sums
-        yield Block(columns, found.exps, shift), sums
+        sums = found.sums
+        yield Block(columns, found.exps, found.shift), sums
 
 
 def _sums(head: Projection, tile: Tile, sums: Sums, workspace: Workspace) -> Sums:
     """The sums over all blocks of a tile, where nothing needs the exponentials."""
-    for columns in head.tiles.blocks(len(tile.states)):
+    for columns in head.tiles.blocks(len(tile.states), sums=True):
         logits = _logits(head, tile, columns, workspace)
         sums = sums_of(*logits, sums, compiles=head.device.compiles)
         del logits
@@ -199,15 +199,16 @@ def _sums(head: Projection, tile: Tile, sums: Sums, workspace: Workspace) -> Sum
 
 
 class _Logits(NamedTuple):
-    """Products [n, C], the transform that makes them logits, and the targets' columns."""
+    """Products [n, C] of a block, the transform that makes them logits, targets and last entry."""
 
     products: Tensor
     transform: Transform
-    column: Tensor
+    target: Tensor
+    stop: int
 
 
 def _logits(head: Projection, tile: Tile, columns: slice, workspace: Workspace) -> _Logits:
     """Some columns of the logits of a tile, before the transform."""
     products = head.products(tile.states, columns, workspace.block(len(tile.states), columns))
-    column = head.local(tile.tokens.target) - columns.start
-    return _Logits(products, head.transform(columns), column)
+    target = head.local(tile.tokens.target)
+    return _Logits(products, head.transform(columns), target, columns.stop)

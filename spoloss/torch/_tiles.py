@@ -32,24 +32,28 @@ class Memory(NamedTuple):
       block_bytes: memory of one block of logits, which has some columns of a tile.
       rows: tokens per tile if its blocks are not kept.
       kept_bytes: memory of a tile if all its blocks are kept.
+      sums_bytes: memory of one block of logits if nothing but sums is taken of it.
     """
 
     block_bytes: int
     rows: int
     kept_bytes: int
+    sums_bytes: int
 
 
-CPU_MEMORY = Memory(16 * 2**20, 1024, 64 * 2**20)
-# A GPU needs larger tiles than a CPU. A Mac shares its memory with everything else.
-GPU_MEMORY = Memory(512 * 2**20, 4096, 2 * 2**30)
-MPS_MEMORY = Memory(128 * 2**20, 2048, 512 * 2**20)
+CPU_MEMORY = Memory(16 * 2**20, 1024, 64 * 2**20, 16 * 2**20)
+# A GPU needs larger tiles than a CPU. Its second cache holds 40 MB or more since the A100, so a
+# block of sums may be read from there. For exponentials, the blocks are as wide as memory allows,
+# because each reads and writes the sum [n, D] of their products. A Mac shares its memory.
+GPU_MEMORY = Memory(512 * 2**20, 4096, 2 * 2**30, 32 * 2**20)
+MPS_MEMORY = Memory(128 * 2**20, 2048, 512 * 2**20, 128 * 2**20)
 
 
 def gpu_memory(total: int) -> Memory:
     """What a GPU with so many bytes spends: less than `GPU_MEMORY` below 32 GiB."""
     return GPU_MEMORY._replace(
         block_bytes=min(GPU_MEMORY.block_bytes, total // 64),
-        kept_bytes=min(GPU_MEMORY.kept_bytes, total // 16),
+        kept_bytes=min(GPU_MEMORY.kept_bytes, total // 8),
     )
 
 
@@ -76,11 +80,13 @@ class Tiles:
     Attributes:
       vocabulary: the columns of a tile's logits, on this rank.
       block: the logits that fit in a block.
+      sums_block: the logits that fit in a block of which only sums are taken.
       heights: the tokens that fit in a tile.
     """
 
     vocabulary: int
     block: int
+    sums_block: int
     heights: Heights
 
     @classmethod
@@ -105,21 +111,27 @@ class Tiles:
           chunk_size: tokens per tile, or None for what fits in the memory.
         """
         block = memory.block_bytes // logits_bytes
+        blocks = block, min(block, memory.sums_bytes // logits_bytes)
         if chunk_size is not None:
-            return cls(vocabulary, block, Heights(*4 * [chunk_size]))
+            return cls(vocabulary, *blocks, Heights(*4 * [chunk_size]))
         kept = max(LEAST_KEPT_ROWS, memory.kept_bytes // kept_bytes // max(1, vocabulary))
         # One pair may use as much memory as the float32 direction [V, D] of a longer pair.
         single = max(kept, width * logits_bytes // kept_bytes)
-        return cls(vocabulary, block, Heights(memory.rows, kept // 2, single, kept))
+        return cls(vocabulary, *blocks, Heights(memory.rows, kept // 2, single, kept))
 
-    def blocks(self, rows: int) -> Iterator[slice]:
+    def blocks(self, rows: int, *, sums: bool = False) -> Iterator[slice]:
         """The vocabulary in blocks of about equal size, for a tile of `rows` tokens.
 
         With a width of 30,413, rows would start at odd addresses, which is slow on a GPU. So widths
         are multiples of ALIGNED, and the remainder of the vocabulary is a block of its own.
+
+        Args:
+          rows: tokens of the tile.
+          sums: whether only sums are taken of the blocks.
         """
         aligned = self.vocabulary - self.vocabulary % ALIGNED
-        widest = max(LEAST_COLUMNS, self.block // max(1, rows)) // ALIGNED * ALIGNED
+        block = self.sums_block if sums else self.block
+        widest = max(LEAST_COLUMNS, block // max(1, rows)) // ALIGNED * ALIGNED
         count = max(1, math.ceil(aligned / widest))
         even = ALIGNED * max(1, math.ceil(aligned / ALIGNED / count))
         edges = dict.fromkeys((*range(0, aligned, even), aligned, self.vocabulary))

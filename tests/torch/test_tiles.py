@@ -22,6 +22,7 @@ MIB = 2**20
 DEVICES = {"cpu": CPU, "cuda": CUDA}
 BLOCK = {"cpu": 16 * MIB, "cuda": 512 * MIB}
 KEPT = {"cpu": 64 * MIB, "cuda": 2048 * MIB}
+SUMS = {"cpu": 16 * MIB, "cuda": 32 * MIB}
 ROWS = {"cpu": 1024, "cuda": 4096}
 VOCABULARIES = (1, 1024, 31_999, 32_000, 50_257, 151_936)
 
@@ -122,18 +123,19 @@ def test_chunk_size_is_the_number_of_tokens() -> None:
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("rows", [1, 342, None])
 @pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("sums", [False, True])
 def test_blocks_are_as_wide_as_their_memory_allows(
-    name: str, rows: int | None, vocabulary: int
+    name: str, rows: int | None, vocabulary: int, *, sums: bool
 ) -> None:
     rows = rows or ROWS[name]
-    blocks = list(sizes(vocabulary, DEVICES[name]).blocks(rows))
+    blocks = list(sizes(vocabulary, DEVICES[name]).blocks(rows, sums=sums))
     assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
     assert (blocks[0].start, blocks[-1].stop) == (0, vocabulary)
     widths = [block.stop - block.start for block in blocks]
     *aligned, last = widths
     assert all(width % 64 == 0 for width in aligned)
     assert last % 64 == 0 or last < 64
-    most = max(1024, BLOCK[name] // (4 * rows) // 64 * 64)
+    most = max(1024, (SUMS if sums else BLOCK)[name] // (4 * rows) // 64 * 64)
     assert max(widths) <= most
     # The fewest blocks of that width, and a last one for what is not aligned.
     assert len(widths) == math.ceil(vocabulary // 64 * 64 / most) + (vocabulary % 64 > 0)

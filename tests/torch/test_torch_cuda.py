@@ -247,7 +247,7 @@ def test_a_small_card_has_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     with torch._dynamo.config.patch(disable=True):
         found = _devices.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
-    assert found.memory == (256 * 2**20, 4096, 2**30)
+    assert found.memory == (256 * 2**20, 4096, 2 * 2**30, 32 * 2**20)
     assert found.wide_sums
     assert not found.compiles
 
@@ -258,7 +258,7 @@ def test_small_exponentials_survive_float16(form: Any) -> None:
     products, none = torch.tensor([[0.0, -20.0]]), torch.tensor([-1])
     transform = _exponentials.Transform(None, None, 1.0, 1.0)
     sums = _exponentials.Sums.start(products, torch.float32)
-    found = form(products, transform, none, sums, torch.float16)
+    found = form(products, transform, none, 2, sums, torch.float16)
     exact = torch.tensor([0.0, -20.0]).exp() * (-found.shift).exp()
     torch.testing.assert_close(found.exps[0].float(), exact, rtol=2e-2, atol=0.0)
 
@@ -281,7 +281,7 @@ def test_the_compiler_knows_that_a_block_is_aligned(
     block = _exponentials.exponentials
     compiled = _exponentials.compiled.__wrapped__(block) if known else compile_(block, dynamic=True)
     transform = _exponentials.Transform(None, 30.0, 0.5, 1.25)
-    for rows, width in ((3, 32), (5, 64), (7, 48)):
+    for rows, width, stop in ((3, 32, 32), (5, 64, 96), (7, 48, 48)):
         none, sums = torch.full((rows,), -1), _exponentials.Sums.known(torch.zeros(rows))
-        compiled(torch.zeros(rows, width), transform, none, sums, torch.float32)
+        compiled(torch.zeros(rows, width), transform, none, stop, sums, torch.float32)
     assert facts == [known]

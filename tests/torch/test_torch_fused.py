@@ -43,9 +43,11 @@ def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def forgets_to_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
     right = _exponentials.exponentials_
 
-    def wrong(products: Tensor, transform: Any, column: Tensor, sums: Any, dtype: Any) -> Any:
+    def wrong(
+        products: Tensor, transform: Any, target: Tensor, stop: int, sums: Any, dtype: Any
+    ) -> Any:
         fresh = sums._replace(others=torch.zeros_like(sums.others))
-        found = right(products, transform, column, fresh, dtype)
+        found = right(products, transform, target, stop, fresh, dtype)
         return found._replace(sums=found.sums._replace(others=found.sums.others + sums.others))
 
     monkeypatch.setattr(_exponentials, "exponentials_", wrong)
@@ -56,8 +58,8 @@ def counts_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         _exponentials,
         "exponentials_",
-        lambda products, transform, column, *others: right(
-            products, transform, torch.zeros_like(column), *others
+        lambda products, transform, target, *others: right(
+            products, transform, torch.zeros_like(target), *others
         ),
     )
 
@@ -103,19 +105,17 @@ def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
         mine = eager = alone = _exponentials.Sums.start(products, single)
         for begin, end in ((0, 170), (170, 300)):
             part, transform = products[:, begin:end], whole._replace(bias=whole.bias[begin:end])
-            here = (targets >= begin) & (targets < end)
-            column = torch.where(here, targets - begin, -1)
-            exps, shift, mine = block(part, transform, column, mine, dtype)
+            exps, shift, _, mine = block(part, transform, targets, end, mine, dtype)
             assert exps.dtype == dtype
             assert exps.max() <= (2**14 if dtype == torch.float16 else 1)
             found.append(exps * (shift - lse).exp()[:, None])
-            exps, _, eager = _exponentials.exponentials_(
-                part.clone(), transform, column, eager, single
+            exps, _, _, eager = _exponentials.exponentials_(
+                part.clone(), transform, targets, end, eager, single
             )
             normal = exps * (eager.peak - lse).exp()[:, None]
             expected = (want * bend)[:, begin:end]
             torch.testing.assert_close(normal, expected, **close)
-            alone = sums_of(part, transform, column, alone)
+            alone = sums_of(part, transform, targets, end, alone)
         ends = 2e-12 if dtype == torch.float16 else 0.0
         rounded = {"rtol": max(close["rtol"], 20.0 * torch.finfo(dtype).eps), "atol": ends}
         torch.testing.assert_close(torch.cat(found, dim=1), want * bend, **rounded)
