@@ -45,8 +45,8 @@ def spo_grad(
     h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
     y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference (eq. 4).
 
-    It is the derivative with respect to `policy_chosen_logps`. The one with respect to
-    `policy_rejected_logps` is -dl/dh.
+    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
+    to `policy_rejected_logps`.
 
     Args:
       policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
@@ -55,7 +55,7 @@ def spo_grad(
       reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
       beta: inverse of the target margin for a reward gap of 1, 1 / nats, > 0: a number or [B].
       reward_gap: known difference of the rewards, r_w - r_l > 0: a number or [B]. None means 1.
-      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent (see `SPO`).
+      linear_below: x0 in (-700, 1), or None. For x < x0 the loss continues along its tangent.
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
@@ -89,8 +89,8 @@ def dpo_grad(
     h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
     y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference.
 
-    It is the derivative with respect to `policy_chosen_logps`. The one with respect to
-    `policy_rejected_logps` is -dl/dh.
+    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
+    to `policy_rejected_logps`.
 
     Args:
       policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
@@ -132,8 +132,8 @@ def squared_grad(
     h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
     y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference (eq. 4).
 
-    It is the derivative with respect to `policy_chosen_logps`. The one with respect to
-    `policy_rejected_logps` is -dl/dh.
+    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
+    to `policy_rejected_logps`.
 
     Args:
       policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
@@ -174,8 +174,8 @@ def ipo_grad(
     h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
     y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference.
 
-    It is the derivative with respect to `policy_chosen_logps`. The one with respect to
-    `policy_rejected_logps` is -dl/dh.
+    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
+    to `policy_rejected_logps`.
 
     Args:
       policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].

@@ -63,7 +63,7 @@ def spo_loss(
       reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
       beta: inverse of the target margin for a reward gap of 1, 1 / nats, > 0: a number or [B].
       reward_gap: known difference of the rewards, r_w - r_l > 0: a number or [B]. None means 1.
-      linear_below: x0 in (-700, 1). For x < x0 the loss continues along its tangent (see `SPO`).
+      linear_below: x0 in (-700, 1), or None. For x < x0 the loss continues along its tangent.
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
       reduction: "mean" over the B pairs, "sum" or "none".
 

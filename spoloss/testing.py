@@ -19,6 +19,7 @@ __all__ = ["check_loss"]
 _LOG_RATIOS = (-19.73, -3.141, -0.717, 0.0, 0.433, 2.236, 11.09)
 _POINTS = tuple(itertools.product(_LOG_RATIOS, _LOG_RATIOS))
 _BETAS = (0.0517, 0.313, 1.0, 2.519)
+_BETA = 0.313
 _SLOPES = ("the slope with respect to chosen", "the slope with respect to rejected")
 _INFINITIES = ((numpy.inf, 0.3), (-numpy.inf, 0.3), (0.3, numpy.inf), (0.3, -numpy.inf))
 
@@ -69,12 +70,11 @@ def check_loss(loss: MarginLoss | PairLoss, *, limits: bool = False) -> None:
         for dtype in library.dtypes:
             case = _Case(loss, of_pairs, library, dtype)
             _check_form(case)
-            _check_derivatives(case)
-            _check_betas(case)
+            for beta in _BETAS:
+                _check_numbers(case, beta)
             _check_alone(case)
             if limits:
                 _check_limits(case)
-        _check_tracing(case)
     if len(refused) == len(libraries):
         raise AssertionError(
             f"{loss}: value accepts the arrays of no library. {'; '.join(refused)}"
@@ -88,10 +88,9 @@ class _Library:
     name: str
     dtypes: tuple[str, ...]
     array: Callable[[Any, str], Any]
-    gradients: Callable[[Callable[[Any, Any], Any], Any, Any], tuple[Any, Any]]
+    gradients: Callable[[Callable[..., Any], Any, Any], tuple[Any, Any]]
     """The derivatives of a 0-d function of two arrays."""
-    trace: Callable[[Callable[[Any, Any], Any], Any, Any], Any]
-    """Calls a function with arguments out of which no number can be read."""
+    vmap: Callable[..., Callable[..., Any]]
 
 
 def _torch() -> _Library:
@@ -107,7 +106,7 @@ def _torch() -> _Library:
         ("float32", "float64"),
         lambda numbers, dtype: torch.tensor(numbers, dtype=getattr(torch, dtype)),
         gradients,
-        lambda function, *arrays: torch.func.vmap(function)(*arrays),
+        torch.func.vmap,
     )
 
 
@@ -116,9 +115,9 @@ def _jax() -> _Library:
     return _Library(
         "jax",
         ("float32", "float64") if jax.config.jax_enable_x64 else ("float32",),
-        lambda numbers, dtype: jax.numpy.asarray(numbers, dtype),
+        jax.numpy.asarray,
         lambda function, *arrays: jax.grad(function, (0, 1))(*arrays),
-        lambda function, *arrays: jax.jit(function)(*arrays),
+        jax.vmap,
     )
 
 
@@ -134,19 +133,28 @@ class _Case:
     library: _Library
     dtype: str
 
+    @property
+    def eps(self) -> float:
+        return float(numpy.finfo(self.dtype).eps)
+
+    def array(self, numbers: Any) -> Any:
+        return self.library.array(numbers, self.dtype)
+
     def arrays(self, points: Sequence[tuple[float, float]] = _POINTS) -> tuple[Any, Any]:
         chosen, rejected = zip(*points, strict=True)
-        return self.library.array(chosen, self.dtype), self.library.array(rejected, self.dtype)
+        return self.array(chosen), self.array(rejected)
 
     def functions(self) -> dict[str, Callable[..., Any]]:
         """Value and slopes, by the names that messages use."""
-        return {
-            "value": self.loss.value,
-            _SLOPES[0]: lambda *inputs: self.loss.slopes(*inputs)[0],
-            _SLOPES[1]: lambda *inputs: self.loss.slopes(*inputs)[1],
-        }
+        slopes = self.loss.slopes
+        both = (lambda *inputs: slopes(*inputs)[0]), (lambda *inputs: slopes(*inputs)[1])
+        return {"value": self.loss.value, **dict(zip(_SLOPES, both, strict=True))}
 
-    def inside(self, beta: Any) -> Any:
+    def derivatives(self, points: Sequence[tuple[float, float]], beta: float) -> tuple[Any, Any]:
+        total = lambda c, r: self.loss.value(c, r, beta).sum()  # noqa: E731
+        return self.library.gradients(total, *self.arrays(points))
+
+    def inside(self, beta: float) -> Any:
         """At which points the value is finite."""
         finite = numpy.isfinite(_numbers(self.loss.value(*self.arrays(), beta)))
         self.holds(finite.mean() > 0.5, f"value is nan or inf at most points, with beta = {beta}")
@@ -164,28 +172,27 @@ class _Case:
         size = numpy.maximum(1.0, numpy.maximum(abs(got), abs(want)))
         tolerance = numpy.maximum(self.eps ** (2.0 / 3.0) * size, wide)
         for i in numpy.flatnonzero(where & ~(abs(got - want) <= tolerance))[:1]:
-            chosen, rejected = _POINTS[i]
-            at = f"chosen = {chosen}, rejected = {rejected}, beta = {beta}"
-            self.holds(False, f"{what}: {got[i]:.9g}, and not {want[i]:.9g}, at {at}")
-
-    @property
-    def eps(self) -> float:
-        return float(numpy.finfo(self.dtype).eps)
+            message = f"{what}: {got[i]:.9g}, and not {want[i]:.9g}, at {_at(_POINTS[i], beta)}"
+            self.holds(False, message)
 
 
 def _numbers(array: Any) -> Any:
     return numpy.asarray(array.tolist(), numpy.float64)
 
 
+def _at(point: tuple[float, float], beta: float) -> str:
+    return f"chosen = {point[0]}, rejected = {point[1]}, beta = {beta}"
+
+
 def _check_form(case: _Case) -> None:
     chosen, rejected = case.arrays()
-    slopes = case.loss.slopes(chosen, rejected, _BETAS[1])
+    slopes = case.loss.slopes(chosen, rejected, _BETA)
     case.holds(
         isinstance(slopes, tuple) and len(slopes) == 2,
         f"slopes must return a tuple of two arrays, got {type(slopes).__name__}",
     )
-    per_pair = case.library.array([_BETAS[1]] * len(_POINTS), case.dtype)
-    for beta, kind in ((_BETAS[1], "a number"), (per_pair, "an array")):
+    per_pair = case.array([_BETA] * len(_POINTS))
+    for beta, kind in ((_BETA, "a number"), (per_pair, "an array")):
         for name, function in case.functions().items():
             result = function(chosen, rejected, beta)
             shape, dtype = getattr(result, "shape", ()), getattr(result, "dtype", None)
@@ -196,15 +203,18 @@ def _check_form(case: _Case) -> None:
             )
 
 
-def _check_derivatives(case: _Case) -> None:
-    arrays = case.arrays()
-    for beta in _BETAS:
-        slopes, where = case.loss.slopes(*arrays, beta), case.inside(beta)
-        total = lambda c, r, beta=beta: case.loss.value(c, r, beta).sum()  # noqa: E731
-        derivatives = case.library.gradients(total, *arrays)
-        for name, slope, derivative in zip(_SLOPES, slopes, derivatives, strict=True):
-            case.close(f"the derivative of value is not {name}", derivative, slope, beta, where)
-        _check_differences(case, slopes, beta, where)
+def _check_numbers(case: _Case, beta: float) -> None:
+    arrays, where = case.arrays(), case.inside(beta)
+    betas = numpy.resize(_BETAS, len(_POINTS))
+    slopes, derivatives = case.loss.slopes(*arrays, beta), case.derivatives(_POINTS, beta)
+    for name, slope, derivative in zip(_SLOPES, slopes, derivatives, strict=True):
+        case.close(f"the derivative of value is not {name}", derivative, slope, beta, where)
+    _check_differences(case, slopes, beta, where)
+    for name, function in case.functions().items():
+        want, one = function(*arrays, beta), function(*arrays, case.array(beta))
+        case.close(f"{name} with a 0-d beta is not that with a number", one, want, beta, where)
+        what, each = f"{name} with a beta per pair", function(*arrays, case.array(betas.tolist()))
+        case.close(f"{what} is not that with a number", each, want, beta, where & (betas == beta))
 
 
 def _check_differences(case: _Case, slopes: tuple[Any, Any], beta: float, where: Any) -> None:
@@ -223,50 +233,24 @@ def _check_differences(case: _Case, slopes: tuple[Any, Any], beta: float, where:
         )
 
 
-def _check_betas(case: _Case) -> None:
-    arrays = case.arrays()
-    betas = numpy.resize(_BETAS, len(_POINTS))
-    for name, function in case.functions().items():
-        per_pair = function(*arrays, case.library.array(betas.tolist(), case.dtype))
-        for beta in _BETAS:
-            want, where = function(*arrays, beta), case.inside(beta)
-            one = function(*arrays, case.library.array(beta, case.dtype))
-            case.close(f"{name} with a 0-d beta is not that with a number", one, want, beta, where)
-            what = f"{name} with a beta per pair is not that with a number"
-            case.close(what, per_pair, want, beta, where & (betas == beta))
-
-
 def _check_alone(case: _Case) -> None:
-    beta = _BETAS[1]
-    where = case.inside(beta)
+    """Each pair by itself. Under vmap, no number can be read out of the arrays."""
+    where, pairs = case.inside(_BETA), [array[:, None] for array in case.arrays()]
     for name, function in case.functions().items():
-        together = function(*case.arrays(), beta)
-        alone = _numbers(together)
-        for i in range(0, len(_POINTS), 5):
-            alone[i] = float(function(*case.arrays(_POINTS[i : i + 1]), beta)[0])
-        case.close(f"{name} of a pair depends on the other pairs", alone, together, beta, where)
-
-
-def _check_tracing(case: _Case) -> None:
-    for name, function in case.functions().items():
-
-        def call(chosen: Any, rejected: Any, function: Callable[..., Any] = function) -> Any:
-            return function(chosen, rejected, _BETAS[1])
-
         try:
-            case.library.trace(call, *case.arrays())
+            alone = case.library.vmap(function, (0, 0, None))(*pairs, _BETA)[:, 0]
         except Exception as error:
             message = str(error).splitlines()[0]
             case.holds(False, f"{name} must not read numbers out of arrays: {message}")
+        together = function(*case.arrays(), _BETA)
+        case.close(f"{name} of a pair depends on the other pairs", alone, together, _BETA, where)
 
 
 def _check_limits(case: _Case) -> None:
-    beta, arrays = _BETAS[1], case.arrays(_INFINITIES)
-    total = lambda c, r: case.loss.value(c, r, beta).sum()  # noqa: E731
-    found = {name: function(*arrays, beta) for name, function in case.functions().items()}
-    for name, derivative in zip(_SLOPES, case.library.gradients(total, *arrays), strict=True):
+    arrays = case.arrays(_INFINITIES)
+    found = {name: function(*arrays, _BETA) for name, function in case.functions().items()}
+    for name, derivative in zip(_SLOPES, case.derivatives(_INFINITIES, _BETA), strict=True):
         found[f"the derivative of value that is {name}"] = derivative
     for name, array in found.items():
-        for (chosen, rejected), number in zip(_INFINITIES, _numbers(array), strict=True):
-            at = f"chosen = {chosen}, rejected = {rejected}, beta = {beta}"
-            case.holds(not numpy.isnan(number), f"{name} is nan at {at}")
+        for point, number in zip(_INFINITIES, _numbers(array), strict=True):
+            case.holds(not numpy.isnan(number), f"{name} is nan at {_at(point, _BETA)}")
