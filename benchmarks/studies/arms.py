@@ -5,6 +5,8 @@ An arm is written FORM:BETA for labels by the sign of the reward difference, or 
     noisy                     labels drawn from Bradley-Terry
     flip20, flip40            20 or 40 % of the clean labels exchanged, whatever the difference
 
+With ~RATE behind it, an arm has a learning rate of its own.
+
 The forms:
 
     dpo                       DPO
@@ -22,6 +24,8 @@ and with the reward difference of each pair known, for clean labels alone:
     spo-gap-floor             the same with gaps of at least 0.5
     spo-gap-weighted          spo-gap with weights=gap^2
     spo-gap-weighted-below0   the same with linear_below=0
+    dpo-weighted              DPO with weights=gap
+    spo-weighted-below0       SPO with weights=gap and linear_below=0
 """
 
 from __future__ import annotations
@@ -82,6 +86,10 @@ def _weighted_gap(beta: float, gap: Tensor) -> list[Term]:
     return [Term(beta / gap, weights=gap**2)]
 
 
+def _weighted(beta: float, gap: Tensor) -> list[Term]:
+    return [Term(beta, weights=gap)]
+
+
 @dataclass(frozen=True)
 class Form:
     """A loss of the library, and how it is put on pairs of known reward difference.
@@ -108,26 +116,39 @@ FORMS = {
     "spo-gap-floor": Form(SPO(), lambda beta, gap: [Term(beta / gap.clamp(min=GAP_FLOOR))]),
     "spo-gap-weighted": Form(SPO(), _weighted_gap),
     "spo-gap-weighted-below0": Form(SPO(linear_below=0.0), _weighted_gap),
+    "dpo-weighted": Form(DPO(), _weighted),
+    "spo-weighted-below0": Form(SPO(linear_below=0.0), _weighted),
 }
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Arm:
-    """One way to train the policy; `str` gives the way it is written."""
+    """One way to train the policy; `str` gives the way it is written.
+
+    Attributes:
+      form: a key of `FORMS`.
+      beta: in the loss.
+      labels: one of `LABELS`.
+      rate: the learning rate; None is that of the stage.
+    """
 
     form: str
     beta: float
     labels: str = CLEAN
+    rate: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.form}:{self.beta:.12g}" + ("" if self.labels == CLEAN else f"@{self.labels}")
+        labels = "" if self.labels == CLEAN else f"@{self.labels}"
+        rate = "" if self.rate is None else f"~{self.rate:.12g}"
+        return f"{self.form}:{self.beta:.12g}{labels}{rate}"
 
     @property
     def title(self) -> str:
         """How a table names it, such as SPO(0.1); a table is of one kind of labels."""
         head, *rest = self.form.split("-", 1)
         name = head.upper() if head in ("dpo", "spo") else head
-        return "-".join((name, *rest)) + f"({self.beta:.12g})"
+        rate = "" if self.rate is None else f", rate {self.rate:.12g}"
+        return "-".join((name, *rest)) + f"({self.beta:.12g}{rate})"
 
     @property
     def margin_loss(self) -> MarginLoss:
@@ -157,15 +178,22 @@ def parse_arm(text: str) -> Arm:
       InputError: there is no such form, beta or kind of labels.
     """
     form, _, rest = text.partition(":")
+    rest, _, rate = rest.partition("~")
     number, at, labels = rest.partition("@")
     try:
-        arm = Arm(form, float(number), labels if at else CLEAN)
+        arm = Arm(form, float(number), labels if at else CLEAN, float(rate) if rate else None)
     except ValueError:
         arm = Arm(form, math.nan)
-    if form not in FORMS or arm.labels not in LABELS or not 0.0 < arm.beta < math.inf:
+    if (
+        form not in FORMS
+        or arm.labels not in LABELS
+        or not 0.0 < arm.beta < math.inf
+        or not 0.0 < (arm.rate or 1.0) < math.inf
+    ):
         raise InputError(
-            f"{text}: expected FORM:BETA or FORM:BETA@LABELS, with FORM one of {', '.join(FORMS)}, "
-            f"a finite BETA above 0 and LABELS one of {', '.join(LABELS)}"
+            f"{text}: expected FORM:BETA, FORM:BETA@LABELS or either with ~RATE, with FORM one of "
+            f"{', '.join(FORMS)}, a finite BETA above 0, LABELS one of {', '.join(LABELS)}, and a "
+            "finite RATE above 0"
         )
     if arm.labels != CLEAN and FORMS[form].terms is not None:
         raise InputError(f"{text}: expected clean labels, for {form} knows the reward difference")

@@ -27,7 +27,7 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
 
     Args:
       ours: rewards [P, n] of n texts for each of P prompts.
-      theirs: rewards [P, n] for the same prompts.
+      theirs: rewards [P, m] for the same prompts.
 
     Returns:
       The mean over prompts and over all pairs of texts of unequal number; nan if a reward is.
@@ -36,8 +36,18 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
         return math.nan
     a, b = ours[:, :, None], theirs[:, None, :]
     wins = (a > b) + 0.5 * (a == b)
-    unequal = ~np.eye(ours.shape[1], dtype=bool)
-    return float(wins[:, unequal].mean())
+    return float(wins[:, unequal_numbers(ours, theirs)].mean())
+
+
+def tie_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How often two texts that a win rate compares have the same reward."""
+    ties = ours[:, :, None] == theirs[:, None, :]
+    return float(ties[:, unequal_numbers(ours, theirs)].mean())
+
+
+def unequal_numbers(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """All pairs of texts but those of the same number, booleans [n, m]."""
+    return ~np.eye(ours.shape[1], theirs.shape[1], dtype=bool)
 
 
 # ---------------------------------------------------------------------------------------- margins

@@ -7,8 +7,8 @@ starts from it, on all pairs or on a few.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,7 +21,15 @@ from benchmarks.studies.arms import CLEAN, FLIPPED_SHARES, NOISY, Arm
 from benchmarks.studies.evaluation import measure_pairs
 from benchmarks.studies.runner import Job
 from benchmarks.studies.store import Store, write_atomically
-from benchmarks.studies.training import Answers, Pairs, Policy, Stage, train_on_pairs
+from benchmarks.studies.training import (
+    Answers,
+    Pairs,
+    Policy,
+    Rounds,
+    Stage,
+    fixed_batches,
+    train_on_pairs,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,15 @@ class Ground(ABC):
     policy: Policy
     pairs: Pairs
     held_out: Pairs
+
+    @property
+    def on_the_way(self) -> Ground:
+        """What judges a policy during its training; it may take fewer answers."""
+        return self
+
+    def rounds(self, policy: Policy, stage: Rounds, seed: int) -> Iterator[Pairs]:
+        """The pairs of each step of a stage in rounds, which the policy writes as it is trained."""
+        raise NotImplementedError(f"{type(self).__name__} has no rounds")
 
     @abstractmethod
     def judge(self, policy: Policy, name: str) -> dict[str, Any]:
@@ -166,12 +183,13 @@ def run_arm(
 
     Args:
       name: under which the store keeps the result; it also seeds the policy's answers.
-      arm: loss, beta and labels.
+      arm: loss, beta, labels and learning rate.
       stage: how it is trained.
       foundation: what it starts from.
       seed: whose foundation that is.
       store: where that lies and the result goes.
     """
+    stage = stage if arm.rate is None else replace(stage, lr=arm.rate)
     ground = foundation.load(store, seed)
     pairs = labelled_for(arm, ground.pairs, seed)[: stage.pairs]
     splits = {"train": pairs, "held_out": ground.held_out}
@@ -184,10 +202,15 @@ def run_arm(
                 measured = measure_pairs(policy, seen[: foundation.snapshot_pairs], arm.beta)
                 snapshots.append({"step": step, "split": split, **measured})
         if stage.is_due(step, stage.judgements):
-            judged = ground.judge(policy, f"{name}/step {step}")
+            judged = ground.on_the_way.judge(policy, f"{name}/step {step}")
             judgements.append({"step": step, **judged})
 
-    trained = train_on_pairs(ground.policy, pairs, arm, stage, seed, look)
+    def batches(policy: Policy) -> Iterator[Pairs]:
+        if isinstance(stage, Rounds):
+            return ground.rounds(policy, stage, seed)
+        return fixed_batches(pairs, stage, seed)
+
+    trained = train_on_pairs(ground.policy, batches, arm, stage, look)
     store.write(
         name,
         {

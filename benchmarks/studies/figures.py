@@ -34,6 +34,8 @@ COLOURS = {
     "spo-gap-floor": "dimgray",
     "spo-gap-weighted": "darkgray",
     "spo-gap-weighted-below0": "tab:purple",
+    "dpo-weighted": "navy",
+    "spo-weighted-below0": "magenta",
 }
 
 
@@ -63,8 +65,11 @@ def draw_frontier(results: Results) -> Figure:
     figure, by_labels = panels(results, 7.0, 5.5)
     for labels, axes in by_labels.items():
         draw_limits(axes, results)
-        for form in dict.fromkeys(arm.form for arm in results.arms if arm.labels == labels):
-            draw_family(axes, results, form, results.sorted_arms(form, labels))
+        for form, rate in dict.fromkeys(
+            (arm.form, arm.rate) for arm in results.arms if arm.labels == labels
+        ):
+            arms = [arm for arm in results.sorted_arms(form, labels) if arm.rate == rate]
+            draw_family(axes, results, arms)
         axes.set_xscale("log")
         axes.set_xlim(left=0.05)
         axes.set_xlabel("KL(π ‖ π_ref), nats")
@@ -92,8 +97,9 @@ def draw_limits(axes: Axes, results: Results) -> None:
             axes.plot(kl, reward, line, color="gold", linewidth=2, label=label)
 
 
-def draw_family(axes: Axes, results: Results, form: str, arms: Sequence[Arm]) -> None:
-    """One loss at its betas, with standard errors."""
+def draw_family(axes: Axes, results: Results, arms: Sequence[Arm]) -> None:
+    """One loss at its betas and one learning rate, with standard errors."""
+    form, rate = arms[0].form, arms[0].rate
     kl = [results.estimate(arm, "kl") for arm in arms]
     reward = [results.estimate(arm, "reward") for arm in arms]
     axes.errorbar(
@@ -101,11 +107,11 @@ def draw_family(axes: Axes, results: Results, form: str, arms: Sequence[Arm]) ->
         means(reward),
         yerr=errors(reward),
         xerr=errors(kl),
-        fmt="o-" if len(arms) > 1 else "D",
+        fmt="D" if len(arms) == 1 else "o-" if rate is None else "o:",
         color=COLOURS[form],
         markersize=4,
         linewidth=1,
-        label=form,
+        label=form if rate is None else f"{form}, rate {rate:g}",
     )
     for arm, x, y in zip(arms, means(kl), means(reward), strict=True):
         axes.annotate(
@@ -140,7 +146,7 @@ def draw_margins(results: Results) -> Figure:
             axes.plot(steps, middle, style, color=COLOURS[arm.form], label=arm.title)
             axes.fill_between(steps, low, high, color=COLOURS[arm.form], alpha=0.15)
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_title(f"{heading} (seed 0): median, 10 to 90 %")
+        axes.set_title(f"{heading} (seed {results.part.first_seed}): median, 10 to 90 %")
         axes.set_xlabel("step")
         axes.set_ylabel("x = β·h")
         axes.legend(fontsize=8)

@@ -35,7 +35,15 @@ from benchmarks.studies.report import PACKAGES
 from benchmarks.studies.results import Row
 from benchmarks.studies.runner import Job, at_least_one, command_line, run_jobs
 from benchmarks.studies.store import Store, open_store, write_atomically
-from benchmarks.studies.training import Answers, Pairs, Stage, pair_logps, score, train_on_pairs
+from benchmarks.studies.training import (
+    Answers,
+    Pairs,
+    Stage,
+    fixed_batches,
+    pair_logps,
+    score,
+    train_on_pairs,
+)
 from spoloss import log_ratio_margin
 
 OUTPUT = record.RESULTS / "real_pairs"
@@ -149,7 +157,9 @@ def run_arm(material: Material, arm: Arm, fold: int, store: Store) -> None:
     pairs, held_out = load_pairs(store), material.fold_of_each == fold
     train = pairs[(~held_out).nonzero()[:, 0]]
     tested = pairs[held_out.nonzero()[:, 0]]
-    trained = train_on_pairs(material.reference, train, arm, STAGE, seed=fold)
+    trained = train_on_pairs(
+        material.reference, lambda _: fixed_batches(train, STAGE, fold), arm, STAGE
+    )
     margins = log_ratio_margin(*pair_logps(trained.policy, tested))
     store.write(
         result_name(arm, fold),

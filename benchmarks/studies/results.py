@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -62,10 +62,13 @@ def win_interval(wins: Estimate, comparisons: int) -> tuple[float, float]:
     return max(low, 0.0), min(high, 1.0)
 
 
-def verdict(wins: Estimate, comparisons: int) -> str:
-    """What the interval of a win rate says when all of so many comparisons are to hold at once."""
-    low, high = win_interval(wins, comparisons)
-    return "better" if low > 0.5 else "worse" if high < 0.5 else "not distinguishable"
+def verdict(estimate: Estimate, comparisons: int, even: float = 0.5) -> str:
+    """What the interval of a win rate, or of a difference whose `even` is 0, says.
+
+    All of so many comparisons are to hold at once.
+    """
+    low, high = estimate.interval(comparisons)
+    return "better" if low > even else "worse" if high < even else "not distinguishable"
 
 
 class Results:
@@ -91,7 +94,8 @@ class Results:
 
     def sorted_arms(self, form: str, labels: str) -> list[Arm]:
         """The arms of a form on one kind of labels, by beta."""
-        return sorted(arm for arm in self.arms if (arm.form, arm.labels) == (form, labels))
+        found = [arm for arm in self.arms if (arm.form, arm.labels) == (form, labels)]
+        return sorted(found, key=lambda arm: arm.beta)
 
     def of(self, policy: Policy) -> list[dict[str, Any]]:
         """What was found of a policy, seed by seed."""
@@ -118,7 +122,7 @@ class Results:
             if ours.form == "spo"
             for factor in (1, 4)
             for theirs in self.arms
-            if theirs == Arm("dpo", float(f"{factor * ours.beta:.12g}"), ours.labels)
+            if theirs == replace(ours, form="dpo", beta=float(f"{factor * ours.beta:.12g}"))
         ]
 
 

@@ -1,44 +1,34 @@
 """The paper's protocol on a pretrained language model, judged by a published sentiment tool.
 
     python -m benchmarks.studies smollm2 FOLDER                                    the model, once
-    python -m benchmarks.studies sentiment --model FOLDER --quick
-    python -m benchmarks.studies sentiment --model FOLDER --parts sweep
+    python -m benchmarks.studies sentiment --model FOLDER --quick             the second study, tiny
     python -m benchmarks.studies sentiment --model FOLDER --parts sweep overtraining flips gaps
-    python -m benchmarks.studies sentiment --model FOLDER --parts     reports what is finished
-    python -m benchmarks.studies sentiment --model FOLDER --second    docs/second_study.md
+    python -m benchmarks.studies sentiment --model FOLDER --second 1 2 3 4     docs/second_study.md
 
 The model, SmolLM2-135M-Instruct for the committed results, continues openings such as "To be
 honest, the hotel was". The reward of an answer is VADER's compound score. Pairs are two answers of
 the model; the last two blocks are trained, all else is frozen. Every part goes on where it was
-interrupted when the same command is given again, and the parts of a folder share their pairs.
+interrupted when the same command is given again, and the parts of a folder share their pairs. A
+part is reported once all of it is finished; the command of a finished part reports it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.record import RESULTS
-from benchmarks.studies.arms import Arm, arms
+from benchmarks.studies.arms import arms
 from benchmarks.studies.decided import decided_rows, gains
-from benchmarks.studies.experiment import Part, jobs_of, settings_of
-from benchmarks.studies.report import report, title_of
+from benchmarks.studies.experiment import Part, settings_of
+from benchmarks.studies.plan import Plan, run_plan
 from benchmarks.studies.results import Results, Row
-from benchmarks.studies.runner import Job, command_line, run_jobs
+from benchmarks.studies.runner import command_line
+from benchmarks.studies.second import STAGE, second_study, tiny
 from benchmarks.studies.sentiment_task import SentimentFoundation
-from benchmarks.studies.store import Store, open_store
-from benchmarks.studies.training import Stage
+from benchmarks.studies.store import open_store
 
-ALL_PAIRS = 10_000
-STAGE = Stage(pairs=ALL_PAIRS, steps=64, batch=8, lr=3e-4)
-QUICK = Part(
-    "quick",
-    arms=(*arms("dpo", "0.1", "0.4"), *arms("spo", "0.1")),
-    stage=STAGE,
-    seeds=1,
-    prefix="quick-",
-)
 SWEEP = Part(
     "sweep",
     arms=(
@@ -90,123 +80,63 @@ GAPS = Part(
     seeds=4,
     prefix=SWEEP.prefix,  # trained as in the sweep, so the arms of both are trained once
 )
-MATCHED = Part(  # of the second study: docs/second_study.md, part 1
-    "matched",
-    arms=(
-        *arms("dpo", "0.0125", "0.05", "0.1", "0.4"),
-        *arms("spo", "0.003125", "0.0125", "0.025", "0.1"),
-    ),
-    stage=STAGE,
-    seeds=8,
-    first_seed=10,
-    prefix="matched-",
-)
-FIRST_FORMS = ("dpo", "spo")
 PARTS = {part.name: part for part in (SWEEP, OVERTRAINING, FLIPS, GAPS)}
 
 
-def jobs_in_order(foundation: SentimentFoundation, parts: Sequence[Part]) -> list[Job]:
-    """DPO and SPO of all seeds, then the other losses: what is cut short has these complete."""
-    found: dict[str, Job] = {}
-    for first in (True, False):
-        for part in parts:
-            chosen = tuple(arm for arm in part.arms if (arm.form in FIRST_FORMS) == first)
-            for job in jobs_of(foundation, [replace(part, arms=chosen)]):
-                found.setdefault(job.name, job)
-    return list(found.values())
-
-
-def finished_results(foundation: SentimentFoundation, part: Part, store: Store) -> Results | None:
-    """The results of a part as far as they go.
-
-    They are of the seeds whose every DPO and SPO is finished, and have the arms of other losses
-    that are finished for all of these. None without a seed.
-    """
-
-    def is_finished(arm: Arm, seed: int) -> bool:
-        return store.has(part.result_name(arm, seed))
-
-    first = [arm for arm in part.arms if arm.form in FIRST_FORMS]
-    seeds = 0
-    while seeds < part.seeds and all(is_finished(arm, part.first_seed + seeds) for arm in first):
-        seeds += 1
-    if seeds == 0:
-        return None
-    finished = part.all_seeds[:seeds]
-    complete = tuple(arm for arm in part.arms if all(is_finished(arm, each) for each in finished))
-    return Results(foundation, replace(part, arms=complete, seeds=seeds), store)
-
-
-def report_part(results: Results, store: Store, model: str) -> None:
-    """Writes what is finished of a part to a folder of its own."""
-    part = results.part
-    title = f"{title_of(part.seeds, 'transformers', 'vaderSentiment')}; {model}"
-    further = {
-        "decided": decided_rows(results),
-        "gains": gains(results),
-        "judgements": judgement_rows(results),
-    }
-    memorised = results if part.name == OVERTRAINING.name else None
-    report([results], store.folder / part.name, title, memorised=memorised, further=further)
-
-
-def judgement_rows(results: Results) -> list[Row]:
-    """What the answers on the way were, where training looked at them."""
-    keys = ("step", "reward", "kl", *results.foundation.measures)
-    return [
-        {"policy": str(arm), "seed": seed, **{key: judged[key] for key in keys}}
-        for arm, found in results.arms.items()
-        for seed, each in zip(results.part.all_seeds, found, strict=True)
-        for judged in each["judgements"]
-    ]
+def tables(results: Results) -> dict[str, list[Row]]:
+    """What the first study says of a part beside the tables of every study."""
+    return {"decided": decided_rows(results), "gains": gains(results)}
 
 
 @dataclass(frozen=True)
 class Study:
-    """A whole run: what its arms start from, its parts, and where its results go."""
+    """A whole run: what its arms start from, its parts by name, and where its results go."""
 
     foundation: SentimentFoundation
-    parts: tuple[Part, ...]
+    plans: Mapping[str, Plan]
     output: Path
 
 
 def studies(model: str) -> dict[str, Study]:
-    """The quick run of a few minutes, the first study, and the second with more answers."""
+    """The first study, the second with more answers, and the second in a few minutes."""
     first = SentimentFoundation(model)
-    fewer = {"held_out_openings": 18, "pair_answers": 10, "held_out_pair_answers": 4}
-    quick = replace(first, **fewer, limit_answers=8)
+    fewer = {"held_out_openings": 18, "pair_answers": 4, "held_out_pair_answers": 2}
+    parts = {name: Plan((part,), tables) for name, part in PARTS.items()}
     return {
-        "quick": Study(quick, (QUICK,), Path("runs/sentiment-quick")),
-        "first": Study(first, tuple(PARTS.values()), RESULTS / "sentiment"),
-        "second": Study(replace(first, answers=50), (MATCHED,), RESULTS / "sentiment_second"),
+        "first": Study(first, parts, RESULTS / "sentiment"),
+        "second": Study(replace(first, answers=50), second_study(), RESULTS / "sentiment_second"),
+        "quick": Study(
+            replace(first, **fewer, answers=3, limit_answers=4),
+            second_study(tiny),
+            Path("runs/sentiment-quick"),
+        ),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs parts of a study, and reports all that are finished.
+    """Runs parts of a study, and reports each of them.
 
     Raises:
       InputError: the model or the results folder cannot be used.
     """
-    outputs = " or ".join(str(study.output) for study in studies("").values())
+    named = studies("")
+    outputs = " or ".join(str(study.output) for study in named.values())
     parser = command_line("sentiment", __doc__, outputs)
     parser.add_argument(
         "--model", required=True, help="a Transformers folder, or a name on the Hugging Face Hub"
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--quick", action="store_true", help="one seed, three arms")
-    what.add_argument("--parts", nargs="*", choices=PARTS, help="of the first study; none: report")
-    what.add_argument("--second", action="store_true", help="the second study")
+    what.add_argument("--quick", action="store_true", help="the second study, with tiny numbers")
+    for name, flag in (("first", "--parts"), ("second", "--second")):
+        what.add_argument(
+            flag, dest=name, nargs="+", choices=named[name].plans, help=f"of the {name} study"
+        )
     options = parser.parse_args(argv)
-    name = "quick" if options.quick else "second" if options.second else "first"
+    name = "quick" if options.quick else "first" if options.first else "second"
     study = studies(options.model)[name]
-    wanted = [part for part in study.parts if name != "first" or part.name in options.parts]
-    settings = settings_of(study.foundation, study.parts)
+    names = study.plans if options.quick else getattr(options, name)
+    wanted = [study.plans[each] for each in names]
+    settings = settings_of(study.foundation, [part for plan in wanted for part in plan.parts])
     store = open_store(options.output or study.output, settings)
-    run_jobs(jobs_in_order(study.foundation, wanted), store, options.workers)
-    for part in study.parts:
-        results = finished_results(study.foundation, part, store)
-        if results is None:
-            print(f"{part.name}: no seed is finished")
-        else:
-            report_part(results, store, settings["foundation"]["model"])
+    for plan in wanted:
+        run_plan(plan, study.foundation, store, options.workers)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ from benchmarks.studies.pretrained import (
     write_answers,
 )
 from benchmarks.studies.store import Store
-from benchmarks.studies.training import Answers, Pairs
+from benchmarks.studies.training import Answers, Pairs, Rounds
 
 THINGS = (
     *("hotel", "film", "museum", "novel", "concert", "restaurant"),
@@ -53,6 +53,8 @@ LEAST_GAP = 0.05
 ROWS = 64
 """Reviews that are written side by side."""
 SHOWN_TEXTS = 6
+ANSWERS_ON_THE_WAY = 10
+"""At most so many answers to each held-out opening judge a policy during its training."""
 
 
 # ---------------------------------------------------------------------------------- the foundation
@@ -102,6 +104,7 @@ class SentimentFoundation(Foundation):
             reference,
             draw_pairs(written(training, self.pair_answers, "training pairs")),
             draw_pairs(written(held_out, self.held_out_pair_answers, "held-out pairs")),
+            training,
             held_out,
             self.answers,
             self.length,
@@ -115,9 +118,9 @@ class SentimentFoundation(Foundation):
     def load(self, store: Store, seed: int) -> SentimentGround:
         """The pretrained model, and a seed's pairs."""
         *pairs, _ = load_kept(store, seed)
-        _, held_out = split_openings(self.held_out_openings, seed)
+        openings = split_openings(self.held_out_openings, seed)
         reference = reference_policy(self.model)
-        return SentimentGround(reference, *pairs, held_out, self.answers, self.length)
+        return SentimentGround(reference, *pairs, *openings, self.answers, self.length)
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,34 @@ class SentimentGround(Ground):
     """A pretrained model and pairs of its reviews.
 
     Attributes:
+      training_openings: those of the training pairs.
       openings: the held-out ones.
       answers: reviews by which a policy is judged, for each of them.
       length: tokens after which a review is cut off.
     """
 
+    training_openings: list[str]
     openings: list[str]
     answers: int
     length: int
+
+    @property
+    def on_the_way(self) -> SentimentGround:
+        """The same with fewer answers."""
+        return replace(self, answers=min(self.answers, ANSWERS_ON_THE_WAY))
+
+    def rounds(self, policy: TopBlocks, stage: Rounds, seed: int) -> Iterator[Pairs]:
+        """The pairs of each step, from what the policy writes to training openings."""
+        openings = self.training_openings[: stage.openings]
+        for number in range(stage.rounds):
+            # The arms of a seed share the random numbers, so their first rounds are the same.
+            generator = seeds.generator(seed, f"round {number}")
+            try:
+                reviews = write_reviews(policy, openings, stage.answers, self.length, generator)
+            except FloatingPointError:
+                return  # the policy is judged as it is, which finds the same
+            fresh = draw_any_pairs(reviews, stage.pairs, generator)
+            yield from (fresh[rows] for rows in torch.arange(len(fresh)).split(stage.batch))
 
     def judge(self, policy: TopBlocks, name: str) -> dict[str, Any]:
         """What a policy's own reviews of the held-out openings say of it."""
@@ -194,6 +217,12 @@ class Reviews:
     def lengths(self) -> Tensor:
         """Tokens of each review, [P * n]."""
         return (self.tokens != IGNORED).sum(1)
+
+    @property
+    def scored(self) -> Answers:
+        """The reviews as answers that pairs are made of."""
+        rewards = torch.tensor(self.rewards).flatten()
+        return Answers(self.inputs, rewards, self.reference.float())
 
 
 def write_reviews(
@@ -274,11 +303,22 @@ def distinct_2(tokens: Tensor) -> float:
 
 def draw_pairs(reviews: Reviews) -> Pairs:
     """Every two neighbouring reviews of an opening whose rewards differ, the better one chosen."""
-    rewards = torch.tensor(reviews.rewards).flatten()
-    answers = Answers(reviews.inputs, rewards, reviews.reference.float())
-    first = torch.arange(0, len(rewards), 2)
-    pairs = Pairs(answers, first, first + 1)
-    pairs = pairs[pairs.gap.abs() >= LEAST_GAP]
-    pairs = pairs.flipped(pairs.gap < 0)
+    first = torch.arange(0, reviews.rewards.size, 2)
+    pairs = labelled(Pairs(reviews.scored, first, first + 1))
     # Reviews come opening by opening: in this order the first pairs would be of a few openings.
     return pairs[torch.randperm(len(pairs), generator=seeds.generator("order", len(pairs)))]
+
+
+def draw_any_pairs(reviews: Reviews, number: int, generator: torch.Generator) -> Pairs:
+    """So many of all pairs of two reviews of an opening whose rewards differ; no pair twice."""
+    openings, each = reviews.rewards.shape
+    starts = each * torch.arange(openings)[:, None]
+    first, second = (starts + side for side in torch.triu_indices(each, each, 1))
+    pairs = labelled(Pairs(reviews.scored, first.flatten(), second.flatten()))
+    return pairs[torch.randperm(len(pairs), generator=generator)[:number]]
+
+
+def labelled(pairs: Pairs) -> Pairs:
+    """Those of the pairs whose rewards differ, the better answer chosen."""
+    pairs = pairs[pairs.gap.abs() >= LEAST_GAP]
+    return pairs.flipped(pairs.gap < 0)

@@ -40,21 +40,25 @@ class Store:
 def open_store(folder: Path, settings: dict[str, Any]) -> Store:
     """Opens a new results folder, or one of a run with the same settings.
 
+    A part of a study that the folder does not have yet is added to its settings.
+
     Raises:
       InputError: the folder is another run's or not a run's at all; nothing in it is changed.
     """
-    text, path = json.dumps(settings, indent=2, ensure_ascii=False) + "\n", folder / SETTINGS
-    if folder.exists() and any(folder.iterdir()):
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        asked = json.loads(text)
-        differing = sorted(key for key in {*found, *asked} if found.get(key) != asked.get(key))
-        if differing:
-            raise InputError(
-                f"{folder}: expected an empty folder or results of the same settings, but these "
-                f"differ: {', '.join(differing)}; choose another --output"
-            )
+    asked, path = json.loads(json.dumps(settings)), folder / SETTINGS
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found or not folder.exists() or not any(folder.iterdir()):
+        differing = sorted(key for key in found.keys() & asked if found[key] != asked[key])
     else:
-        write_atomically(path, text.encode())
+        differing = sorted(asked)
+    if differing:
+        raise InputError(
+            f"{folder}: expected an empty folder or results of the same settings, but these "
+            f"differ: {', '.join(differing)}; choose another --output"
+        )
+    if asked.keys() - found:
+        merged = json.dumps(found | asked, indent=2, ensure_ascii=False)
+        write_atomically(path, f"{merged}\n".encode())
     # A folder that ignores itself stays out of any repository that the results are put in.
     write_atomically(folder / WORK / ".gitignore", b"*\n")
     return Store(folder)

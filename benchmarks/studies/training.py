@@ -33,7 +33,7 @@ class Stage:
       lr_end: the share of it that a cosine has left at the last; 1 is a constant rate.
       clip: the gradient norm that is clipped to; None is no clipping.
       snapshots: how often the margins are looked at on the way.
-      judgements: how often the policy's answers are judged on the way.
+      judgements: how often the policy's answers are judged on the way; or after which steps.
     """
 
     pairs: int
@@ -43,16 +43,35 @@ class Stage:
     lr_end: float = 0.0
     clip: float | None = 1.0
     snapshots: int = 0
-    judgements: int = 0
+    judgements: int | tuple[int, ...] = 0
 
     def lr_factor(self, step: int) -> float:
         """The share of the learning rate at a step."""
         cosine = 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
         return self.lr_end + (1.0 - self.lr_end) * cosine
 
-    def is_due(self, step: int, times: int) -> bool:
-        """Whether something done `times` times, evenly spread, comes after this step."""
+    def is_due(self, step: int, times: int | tuple[int, ...]) -> bool:
+        """Whether something done `times` times, evenly spread, or so listed, comes after a step."""
+        if isinstance(times, tuple):
+            return step in times
         return times > 0 and step % (self.steps // times) == 0
+
+
+@dataclass(frozen=True)
+class Rounds(Stage):
+    """A stage in rounds: at the start of each, the policy writes the pairs that it is trained on.
+
+    `pairs` are those of a round, `steps` those of all rounds together.
+
+    Attributes:
+      rounds: how many.
+      openings: of the training prompts, those that are answered.
+      answers: how many the policy writes to each of them.
+    """
+
+    rounds: int = 8
+    openings: int = 48
+    answers: int = 10
 
 
 @dataclass(frozen=True)
@@ -171,27 +190,25 @@ class Trained:
 
 def train_on_pairs(
     reference: Policy,
-    pairs: Pairs,
+    batches: Callable[[Policy], Iterator[Pairs]],
     arm: Arm,
     stage: Stage,
-    seed: int,
     look: Callable[[int, Policy], None] = lambda *_: None,
 ) -> Trained:
     """Trains a copy of the reference on preferences.
 
     Args:
       reference: the policy to start from; it stays as it is.
-      pairs: the pairs to train on, as the arm's labels have them.
+      batches: the pairs of each step, as the arm's labels have them. It is called with the copy,
+        and asked for a batch when the step before it is done.
       arm: the loss.
       stage: the settings.
-      seed: of the order in which pairs come; the same for every arm.
       look: called after every step with its number and the policy.
     """
     trained = Trained(reference.copy())
     updater = Updater(trained.policy.trained(), stage)
-    batches = draw_batches(len(pairs), stage, seeds.generator(seed, "preference order"))
-    for step, rows in enumerate(batches, start=1):
-        loss, margins = trained.policy.pair_loss(arm, pairs[rows])
+    for step, pairs in enumerate(batches(trained.policy), start=1):
+        loss, margins = trained.policy.pair_loss(arm, pairs)
         trained.lowest_x = min(trained.lowest_x, arm.beta * margins.min().item())
         norm, moved = updater.step(loss)
         trained.grad_norms.append(norm)
@@ -226,6 +243,12 @@ class Updater:
             self.schedule.step()
         self.optimizer.zero_grad()
         return norm, finite
+
+
+def fixed_batches(pairs: Pairs, stage: Stage, seed: int) -> Iterator[Pairs]:
+    """The batches of pairs that do not depend on the policy, in the same order for every arm."""
+    order = seeds.generator(seed, "preference order")
+    return (pairs[rows] for rows in draw_batches(len(pairs), stage, order))
 
 
 def draw_batches(number: int, stage: Stage, order: torch.Generator) -> Iterator[Tensor]:

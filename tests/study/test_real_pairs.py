@@ -109,13 +109,13 @@ def test_what_a_run_reports(material: Material, store: Store, capsys) -> None:
 
 def test_an_arm_never_sees_its_own_fold(material: Material, store: Store, monkeypatch) -> None:
     seen: list[torch.Tensor] = []
-    train_on_pairs = real_pairs.train_on_pairs
+    fixed_batches = real_pairs.fixed_batches
 
-    def noting(reference, pairs, *rest, **named):
+    def noting(pairs, *rest):
         seen.append(pairs.chosen // 2)
-        return train_on_pairs(reference, pairs, *rest, **named)
+        return fixed_batches(pairs, *rest)
 
-    monkeypatch.setattr(real_pairs, "train_on_pairs", noting)
+    monkeypatch.setattr(real_pairs, "fixed_batches", noting)
     run(real_pairs.jobs_of(material, 1)[: real_pairs.SLICES + 1], store)
     assert seen[0].tolist() == (material.fold_of_each != 0).nonzero()[:, 0].tolist()
 

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.studies import sentiment
-from benchmarks.studies.arms import FORMS, Arm, Logps
-from benchmarks.studies.decided import Best, Candidate, choose, compared, decided_rows
+from benchmarks.studies import declared, plan, second, sentiment
+from benchmarks.studies.__main__ import main
+from benchmarks.studies.arms import FORMS, Arm, Logps, parse_arm
+from benchmarks.studies.decided import Best, Candidate, choose, compared
 from benchmarks.studies.experiment import Part, settings_of
+from benchmarks.studies.plan import Plan, run_plan
 from benchmarks.studies.pretrained import (
     IGNORED,
     TopBlocks,
     reference_policy,
     write_answers,
 )
-from benchmarks.studies.results import Estimate
+from benchmarks.studies.results import Estimate, Results
+from benchmarks.studies.runner import Job
+from benchmarks.studies.second import tiny
 from benchmarks.studies.sentiment_task import (
     SentimentFoundation,
     all_openings,
     compound,
+    draw_any_pairs,
     draw_pairs,
     write_reviews,
 )
-from benchmarks.studies.store import open_store
-from benchmarks.studies.training import Pairs, pair_logps
+from benchmarks.studies.store import Store, open_store
+from benchmarks.studies.training import Pairs, Rounds, pair_logps
 from helpers.alignment import rows_of
 from helpers.tiny_llama import write_tiny_llama
 
@@ -186,6 +195,140 @@ def test_the_verdict_of_a_decided_comparison() -> None:
     assert "verdict" not in compared(high, broken, 1)
 
 
+# ---------------------------------------------------------------------------- the second study
+
+
+def results_of(part: Part, found: Callable[[Arm, int], dict[str, Any]]) -> Results:
+    """Results whose every arm and seed is what `found` says."""
+    results = object.__new__(Results)
+    results.part = part
+    results.arms = {arm: [found(arm, seed) for seed in part.all_seeds] for arm in part.arms}
+    return results
+
+
+def test_any_pairs_of_an_opening(folder: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    reviews = write_reviews(reference_policy(folder), all_openings()[:4], 6, LENGTH, generator)
+    pairs = draw_any_pairs(reviews, 1000, generator)
+    rewards = reviews.rewards
+    apart = [abs(a - b) >= 0.05 for row in rewards for a, b in itertools.combinations(row, 2)]
+    assert len(pairs) == sum(apart) > 20
+    assert (pairs.gap >= 0.05).all()
+    assert (pairs.chosen // 6 == pairs.rejected // 6).all()
+    rows = torch.stack((pairs.chosen, pairs.rejected)).sort(0).values
+    assert len(rows.unique(dim=1).T) == len(pairs)
+    some = draw_any_pairs(reviews, 12, generator)
+    assert len(some) == 12
+    assert len((some.chosen // 6).unique()) > 1
+
+
+def test_in_rounds_the_policy_in_training_writes_the_pairs(folder: str, tmp_path: Path) -> None:
+    foundation = tiny_foundation(folder)
+    store = open_store(tmp_path / "rounds", {})
+    foundation.lay(0, store)
+    ground = foundation.load(store, 0)
+    stage = Rounds(pairs=8, steps=4, batch=4, rounds=2, openings=3, answers=8)
+
+    def drawn(later: TopBlocks) -> list[Pairs]:
+        policy = ground.policy.copy()
+        found = []
+        for pairs in ground.rounds(policy, stage, 0):
+            found.append(pairs)
+            policy.top = later.top
+        return found
+
+    same, other = drawn(ground.policy), drawn(nudged(ground.policy, 0.5))
+    assert [len(pairs) for pairs in same] == [4] * 4
+    for i, agree in enumerate((True, True, False, False)):
+        pairs = other[i]
+        chosen = [each.answers.inputs["labels"][each.chosen] for each in (same[i], pairs)]
+        assert torch.equal(*chosen) == agree
+        want = ground.policy.logps(pairs.answers[pairs.chosen].inputs)
+        torch.testing.assert_close(pairs.answers.reference[pairs.chosen], want, rtol=0, atol=1e-3)
+    used = torch.stack(
+        (
+            torch.cat([each.chosen for each in same[:2]]),
+            torch.cat([each.rejected for each in same[:2]]),
+        )
+    )
+    assert len(used.unique(dim=1).T) == 8
+
+
+def test_reward_at_equal_kl() -> None:
+    arms = (*sentiment.arms("dpo", "0.1", "0.4", "1.6"), *sentiment.arms("spo", "0.1", "0.4"))
+    part = Part("matched", arms, sentiment.STAGE, seeds=4, first_seed=10)
+
+    def results(spread: float) -> Results:
+        """SPO's gain is 0.25 on average, and differs by so much from seed to seed."""
+
+        def found(arm: Arm, seed: int) -> dict[str, Any]:
+            log_kl = math.sin(7.0 * arm.beta + (arm.form == "spo"))
+            gain = (0.25 + spread * (seed - 11.5)) * (arm.form == "spo")
+            return {"kl": math.exp(log_kl), "reward": seed + 0.3 * log_kl - log_kl**2 + gain}
+
+        return results_of(part, found)
+
+    assert declared.at_equal_kl(results(0.0)).values == pytest.approx([0.25] * 4)
+    # KL is the same in all seeds, so the jackknife's values are the seeds' own gains.
+    values = declared.at_equal_kl(results(0.1)).values
+    assert values == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert math.isnan(declared.at_equal_kl(results(0.0), 90.0, 99.0).mean)
+
+
+def test_grids_are_extended_where_an_edge_is_best() -> None:
+    part = second.OVERTRAINED
+
+    def extended(best: dict[str, float]) -> set[str]:
+        def found(arm: Arm, _: int) -> dict[str, Any]:
+            return {"rewards": [[float(arm.beta == best[arm.form])]]}
+
+        (longer,) = second.extended((part,), lambda each: results_of(each, found))
+        assert longer.arms[: len(part.arms)] == part.arms
+        return {str(arm) for arm in longer.arms[len(part.arms) :]}
+
+    assert extended({"dpo": 0.1, "spo": 0.1}) == set()
+    assert extended({"dpo": 0.05, "spo": 0.1}) == {"dpo:0.0125", "spo:0.003125"}
+    assert extended({"dpo": 0.1, "spo": 0.4}) == {"dpo:6.4", "spo:1.6"}
+    assert second.extended((part,), lambda _: None) == (part,)
+
+
+def test_the_pilot_chooses_a_learning_rate_for_each_loss() -> None:
+    parts = (second.ON_POLICY, second.PILOT)
+    assert second.rated(parts, lambda _: None) == (second.PILOT,)
+    best = {"squared-gap": 1e-4, "spo-gap-weighted-below0": 1e-3, "dpo": 1e-4, "dpo-soft": 3e-4}
+
+    def found(arm: Arm, _: int) -> dict[str, Any]:
+        # The greatest reward is that of another rate, at a KL that costs more.
+        if arm.form == "dpo-soft" and arm.rate == 1e-3:
+            return {"reward": math.nan, "kl": math.nan}
+        good = arm.rate == best[arm.form]
+        return {"reward": 0.5 if good else 0.6, "kl": 1.0 if good else 2.0}
+
+    part, pilot = second.rated(parts, lambda each: results_of(each, found))
+    assert pilot == second.PILOT
+    assert [arm.rate for arm in part.arms] == [1e-4, 1e-3, 3e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-3]
+
+
+def test_the_optimum_of_the_objective() -> None:
+    rewards = np.array([[0.1, -0.4, 0.9], [0.0, 0.3, 0.3]])
+    want = (0.2 * np.log(np.exp(rewards / 0.2).mean(1))).mean()
+    assert declared.optimum({"rewards": rewards.tolist()}) == pytest.approx(want)
+
+
+def test_the_share_of_the_road_that_works() -> None:
+    part = replace(second.ROAD, arms=tuple(map(parse_arm, ("dpo:1", "dpo:2", "spo:1", "spo:2~1"))))
+
+    def found(arm: Arm, seed: int) -> dict[str, Any]:
+        stopped = 3 if str(arm) == "spo:2~1" and seed == 11 else None
+        return {"reward": 0.5 - 0.2 * (str(arm) == "dpo:2"), "kl": 1.0, "stopped_at": stopped}
+
+    shares = declared.of_road(results_of(part, found))["shares"]
+    assert shares == [
+        {"form": "dpo", "finite": 1.0, "near_best": 0.5},
+        {"form": "spo", "finite": 0.5, "near_best": 0.5},
+    ]
+
+
 # ------------------------------------------------------------------------------------- whole runs
 
 
@@ -201,46 +344,62 @@ def tiny_foundation(folder: str) -> SentimentFoundation:
     )
 
 
-def tiny(part: Part) -> Part:
-    """DPO at two betas, the other losses at one, and two steps for each."""
-    stage = replace(part.stage, pairs=8, steps=2, batch=4)
-    due = {name: min(getattr(stage, name), 2) for name in ("snapshots", "judgements")}
-    first: dict[tuple[str, str], Arm] = {}
-    for arm in part.arms:
-        first.setdefault((arm.form, arm.labels), arm)
-    arms = (*first.values(), *[arm for arm in part.arms if arm.form == "dpo"][1:2])
-    return replace(part, arms=arms, stage=replace(stage, **due), seeds=1)
+@pytest.fixture
+def _in_this_process(monkeypatch) -> None:
+    """Jobs run without workers."""
+
+    def run_jobs(jobs: list[Job], store: Store, _: int) -> None:
+        for job in jobs:
+            if not store.has(job.name):
+                job.function(store)
+
+    monkeypatch.setattr(plan, "run_jobs", run_jobs)
 
 
-def test_a_study_in_parts(folder: str, tmp_path: Path, capsys) -> None:
-    foundation, parts = tiny_foundation(folder), tuple(map(tiny, sentiment.PARTS.values()))
+@pytest.mark.usefixtures("_in_this_process")
+def test_the_first_study(folder: str, tmp_path: Path, capsys) -> None:
+    foundation, parts = tiny_foundation(folder), [tiny(part) for part in sentiment.PARTS.values()]
     store = open_store(tmp_path / "study", settings_of(foundation, parts))
-    jobs = {job.name: job for job in sentiment.jobs_in_order(foundation, parts)}
-    # DPO and SPO come first; an arm of the gaps that the sweep has is trained once.
-    first = [name for name in jobs if "sweep-spo:" in name or "sweep-dpo:" in name]
-    others = [name for name in jobs if "sweep-squared" in name]
-    assert max(map(list(jobs).index, first)) < min(map(list(jobs).index, others))
-    assert {"seed-0/sweep-spo-gap:0.0125", "seed-0/flips-dpo:0.1@flip20"} <= jobs.keys()
-
-    assert sentiment.finished_results(foundation, parts[0], store) is None
-    for name in ["seed-0/foundation", *first]:
-        jobs[name].function(store)
-    partial = sentiment.finished_results(foundation, parts[0], store)
-    assert {arm.form for arm in partial.arms} == {"dpo", "spo"}
-    assert [row["question"][:8] for row in decided_rows(partial)] == ["(a) SPO "]
-
-    for name, job in jobs.items():
-        if not store.has(name):
-            job.function(store)
     for part, number in zip(parts, (3, 2, 4, 4), strict=True):
-        results = sentiment.finished_results(foundation, part, store)
-        sentiment.report_part(results, store, "tiny")
+        stage = replace(part.stage, judgements=min(part.stage.judgements, 2))
+        run_plan(Plan((replace(part, stage=stage),), sentiment.tables), foundation, store, 1)
         rows = rows_of(store.folder / part.name / "policies.csv")
         assert {row["policy"] for row in rows} == {"reference", *map(str, part.arms)}
         assert all(math.isfinite(float(row["kl"])) for row in rows)
         assert len(rows_of(store.folder / part.name / "decided.csv")) == number
     over = store.read("seed-0/overtraining-dpo:0.4")["judgements"]
     rows = rows_of(store.folder / "overtraining/judgements.csv")
-    assert [row["step"] for row in rows if row["policy"] == "dpo:0.4"] == ["1", "2"]
+    assert [row["step"] for row in rows if row["policy"] == "dpo:0.4"] == ["4", "8"] * 2
     assert float(rows[1]["reward"]) == pytest.approx(over[1]["reward"], abs=1e-5)
     assert "squared with known gaps" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_the_second_study(folder: str, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    command = ["sentiment", "--model", folder, "--quick", "--output", str(study)]
+    assert main(command) == 0
+    for part, number in (("matched", 3), ("overtrained", 5), ("on-policy", 3)):
+        assert len(rows_of(study / part / "decided.csv")) == number
+    # Of a grid of two betas an end is the best, so both grids were extended by a factor of 4.
+    rows = rows_of(study / "overtrained/policies.csv")
+    arms = {row["policy"] for row in rows if row["stage"] == "overtrained"}
+    assert arms & {"dpo:0.0125", "dpo:0.4"}
+    assert len(arms & {"dpo:0.0125", "dpo:0.4"}) == len(arms & {"spo:0.003125", "spo:0.1"})
+    rewards = rows_of(study / "overtrained/rewards.csv")
+    assert {row["step"] for row in rewards} == {"1", "4", ""}
+    (row,) = (
+        row
+        for row in rewards
+        if (row["policy"], row["seed"], row["step"], row["opening"]) == ("dpo:0.1", "11", "", "3")
+    )
+    kept = json.loads((study / "work/seed-11/overtrained-dpo_0.1.json").read_text())
+    assert list(map(float, row["rewards"].split())) == kept["rewards"][3]
+    # An arm of part 4 at the learning rate of part 1 is that of part 1.
+    road = {row["policy"]: row for row in rows_of(study / "road/policies.csv")}
+    matched = study / "work/seed-10/matched-dpo_0.1.json"
+    assert float(road["dpo:0.1"]["reward"]) == pytest.approx(
+        json.loads(matched.read_text())["reward"], abs=1e-5
+    )
+    rates = [float(row["rate"]) for row in rows_of(study / "road/road.csv")]
+    assert sorted(rates) == [rate for rate in (1e-4, 3e-4, 1e-3) for _ in range(8)]

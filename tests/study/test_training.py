@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.studies import results, training
 from benchmarks.studies.arms import FORMS, Arm, Logps, parse_arm
-from benchmarks.studies.evaluation import best_of, find_limits, tilt, win_rate
+from benchmarks.studies.evaluation import best_of, find_limits, tie_rate, tilt, win_rate
 from benchmarks.studies.experiment import labelled_for, wrong_labels
 from benchmarks.studies.language import all_prompts
 from benchmarks.studies.language_task import write_corpus
@@ -37,6 +37,8 @@ def test_win_rate_is_over_all_pairs_of_unequal_number() -> None:
     assert win_rate(ours, ours) == 0.5
     # Equal numbers left out: a text never meets the one that was drawn along with it.
     assert win_rate(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])) == 0.5
+    assert win_rate(np.array([[1.0, 0.0, 2.0]]), np.array([[0.0, 2.0]])) == 0.5
+    assert tie_rate(np.array([[1.0, 0.0, 2.0]]), np.array([[0.0, 2.0]])) == 0.5
     assert math.isnan(win_rate(ours, np.full((2, 3), np.nan)))
 
 
@@ -92,6 +94,8 @@ def loss_by_hand(form: str, beta: float, h: np.ndarray, gap: np.ndarray) -> floa
                 "spo-gap-floor": curve(x / np.maximum(gap, 0.5)),
                 "spo-gap-weighted": gap**2 * curve(x / gap),
                 "spo-gap-weighted-below0": gap**2 * curve(x / gap, 0.0),
+                "dpo-weighted": gap * np.log1p(np.exp(-x)),
+                "spo-weighted-below0": gap * curve(x, 0.0),
             }[form]
         )
     )
@@ -158,10 +162,9 @@ def train(arm: str, stage: Stage, looks: list[int] | None = None) -> training.Tr
     seen: list[int] = [] if looks is None else looks
     return training.train_on_pairs(
         policy_of("reference"),
-        some_pairs(16),
+        lambda _: training.fixed_batches(some_pairs(16), stage, 0),
         parse_arm(arm),
         stage,
-        0,
         lambda step, _: seen.append(step),
     )
 

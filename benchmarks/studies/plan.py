@@ -1,0 +1,75 @@
+"""Runs a planned part of a study, whose arms may depend on what its first runs find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.studies.experiment import Foundation, Part, jobs_of
+from benchmarks.studies.report import report, title_of
+from benchmarks.studies.results import Results, Row
+from benchmarks.studies.runner import run_jobs
+from benchmarks.studies.store import Store
+
+Read = Callable[[Part], Results | None]
+"""Gives the results of a part; None before all of it is finished."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run and reported together.
+
+    Attributes:
+      parts: as they are planned; all are reported in a folder with the name of the first.
+      tables: the rows of further CSV files, by name, from the results of the first.
+      settle: the parts to run, from the planned ones and from the results so far. It is asked
+        again when these are run, until it names no unfinished one. None keeps the planned.
+    """
+
+    parts: tuple[Part, ...]
+    tables: Callable[[Results], dict[str, list[Row]]]
+    settle: Callable[[tuple[Part, ...], Read], tuple[Part, ...]] | None = None
+
+
+def run_plan(plan: Plan, foundation: Foundation, store: Store, workers: int) -> None:
+    """Runs what is not finished of a plan, then reports it; nothing is reported before.
+
+    Args:
+      plan: the plan.
+      foundation: what its arms start from.
+      store: where results go.
+      workers: processes at work.
+    """
+
+    def read(part: Part) -> Results | None:
+        names = (part.result_name(arm, seed) for arm in part.arms for seed in part.all_seeds)
+        return Results(foundation, part, store) if all(map(store.has, names)) else None
+
+    def settled() -> tuple[Part, ...]:
+        return plan.parts if plan.settle is None else plan.settle(plan.parts, read)
+
+    parts = settled()
+    while None in (found := [read(part) for part in parts]):
+        run_jobs(jobs_of(foundation, parts), store, workers)
+        parts = settled()
+    results = [each for each in found if each is not None]
+    first = results[0]
+    title = title_of(first.part.seeds, "transformers", "vaderSentiment")
+    report(
+        results,
+        store.folder / first.part.name,
+        f"{title}; {foundation.settings()['model']}",
+        memorised=first if first.part.stage.snapshots else None,
+        further={**plan.tables(first), "judgements": judgement_rows(first)},
+    )
+
+
+def judgement_rows(results: Results) -> list[Row]:
+    """What the answers on the way were, where training looked at them."""
+    keys = ("step", "reward", "kl", *results.foundation.measures)
+    return [
+        {"policy": str(arm), "seed": seed, **{key: judged[key] for key in keys}}
+        for arm, found in results.arms.items()
+        for seed, each in zip(results.part.all_seeds, found, strict=True)
+        for judged in each["judgements"]
+    ]
