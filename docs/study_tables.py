@@ -8,10 +8,7 @@ from collections.abc import Callable
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.stats import t as student
 from tables import Row, listed, measured, pivoted, write
-
-COMPARISONS = 3  # that the intervals of best_against_best hold for jointly, as in part (a)
 
 MEANS = {
     "win_rate_vs_reference": ("win rate vs reference (%)", ".1%"),
@@ -82,11 +79,10 @@ def title(policy: str) -> str:
 
 def best_against_best() -> None:
     """SPO against DPO, each at its best beta, on the pretrained model and the made-up language."""
-    (real,) = (
-        row
-        for row in measured("sentiment/sweep/decided.csv")
-        if row["question"] == "(a) SPO against DPO, each at its best beta"
-    )
+    tasks = {
+        "sentiment/sweep": "SmolLM2-135M-Instruct, judged by VADER",
+        "alignment/full": "108,000 parameters, a made-up language",
+    }
     columns = {
         "each at its best beta": "{task}",
         "SPO": "{ours}",
@@ -94,40 +90,8 @@ def best_against_best() -> None:
         "SPO wins (%)": "{win_rate:.1%} ± {standard_error:.1%}",
         "95 % interval (%)": "{low:.1%} to {high:.1%}",
     }
-    smollm2 = real | {"task": "SmolLM2-135M-Instruct, judged by VADER"}
-    listed([smollm2, best_on_the_made_up_language()], columns)
-
-
-def best_on_the_made_up_language() -> Row:
-    """The made-up language's row: for each seed, the other seeds choose the betas."""
-    rewards: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in measured("alignment/full/policies.csv"):
-        if row["stage"] == "preference" and "@" not in row["policy"]:
-            rewards[row["policy"]][row["seed"]] = row["reward"]
-    rates = {(row["row"], row["column"]): row for row in measured("alignment/full/win_rates.csv")}
-
-    def best(loss: str, seed: int) -> str:
-        others = {
-            policy: fmean(reward for other, reward in found.items() if other != seed)
-            for policy, found in rewards.items()
-            if policy.startswith(f"{loss}:")
-        }
-        return max(others, key=lambda policy: others[policy])
-
-    chosen = [(best("spo", seed), best("dpo", seed)) for seed in rewards["sft"]]
-    wins = [rates[pair][f"seed_{seed}"] for seed, pair in enumerate(chosen)]
-    mean, error = fmean(wins), stdev(wins) / math.sqrt(len(wins))
-    half = error * student.ppf(1 - 0.025 / COMPARISONS, len(wins) - 1)
-    ours, theirs = (" or ".join(dict.fromkeys(map(title, side))) for side in zip(*chosen))  # noqa: B905
-    return {
-        "task": "108,000 parameters, a made-up language",
-        "ours": ours,
-        "theirs": theirs,
-        "win_rate": mean,
-        "standard_error": error,
-        "low": mean - half,
-        "high": mean + half,
-    }
+    firsts = {task: measured(f"{run}/decided.csv")[0] for run, task in tasks.items()}
+    listed([row | {"task": task} for task, row in firsts.items()], columns)
 
 
 def matched_betas(run: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.record import RESULTS
 from benchmarks.studies import arms as grammar
 from benchmarks.studies.arms import arms, parse_arm
+from benchmarks.studies.decided import decided_rows
 from benchmarks.studies.experiment import Part, jobs_of, settings_of
 from benchmarks.studies.language_task import LanguageFoundation
 from benchmarks.studies.report import report, title_of
@@ -110,4 +111,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = open_store(options.output or output, settings_of(foundation, parts))
     run_jobs(jobs_of(foundation, parts), store, options.workers)
     results = [Results(foundation, part, store) for part in parts]
-    report(results, store.folder, title_of(first.seeds), memorised=results[1])
+    further = {"decided": decided_rows(results[0])}
+    report(results, store.folder, title_of(first.seeds), memorised=results[1], further=further)

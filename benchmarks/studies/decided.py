@@ -131,8 +131,8 @@ Question = tuple[str, Best | None, Best | None]
 """What is compared, and the best of both groups; None where no arm of a group is finished."""
 
 
-def of_sweep(results: Results) -> Iterator[Question]:
-    """(a), beside SPO(beta) against DPO(beta) and DPO(4 beta), which every report has."""
+def of_clean_labels(results: Results) -> Iterator[Question]:
+    """Beside SPO(beta) against DPO(beta) and DPO(4 beta), which every report has."""
     dpo = best_of_forms(results, ["dpo"], "clean")
     for name, form in (
         ("SPO", "spo"),
@@ -140,7 +140,13 @@ def of_sweep(results: Results) -> Iterator[Question]:
         ("squared", "squared"),
     ):
         best = best_of_forms(results, [form], "clean")
-        yield f"(a) {name} against DPO, each at its best beta", best, dpo
+        yield f"{name} against DPO, each at its best beta", best, dpo
+
+
+def of_sweep(results: Results) -> Iterator[Question]:
+    """(a) of the study on SmolLM2."""
+    for question, *both in of_clean_labels(results):
+        yield f"(a) {question}", *both
 
 
 def of_overtraining(results: Results) -> Iterator[Question]:
@@ -186,6 +192,7 @@ def of_gaps(results: Results) -> Iterator[Question]:
 
 
 DECIDED: dict[str, Callable[[Results], Iterator[Question]]] = {
+    "preference": of_clean_labels,
     "sweep": of_sweep,
     "overtraining": of_overtraining,
     "flips": of_flips,
