@@ -11,7 +11,6 @@ a linear layer, and the model must not have a prompt that only its outer forward
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -71,36 +70,39 @@ def head_of(model: Any) -> Head:
     _refuse_distributed(model, linear)
     _refuse_prompts(model)
     _refuse_other_layers(linear)
-    trial = _try(model, linear.weight)
-    plain = _Plain.of(trial.probe, linear)
+    probe = _probe(linear.weight)
+    logits, plain = _logits(model, probe, len(linear.weight)), _Plain.of(probe, linear)
+    if logits.shape[1:] != plain.logits.shape:
+        raise ValueError(
+            f"the model's logits must have shape {tuple(plain.logits.shape)}, as its head has, "
+            f"got {tuple(logits.shape[1:])}"
+        )
     heads = [
         Head(linear.weight, linear.bias, softcap=softcap, logit_scale=scale)
         for softcap, scale in itertools.product(*_proposals(model))
     ]
-    best = min(heads, key=lambda head: plain.mismatch(trial.logits, head))
-    plain.check(trial.logits, best)
+    best = min(heads, key=lambda head: plain.errors(logits, head).norm())
+    plain.check(logits, best)
     return best
 
 
 def _refuse_distributed(model: Any, linear: Any) -> None:
     """Raise an error for weights that are not whole, or not all on one device."""
     weight = getattr(linear, "weight", None)
-    if hasattr(weight, "ds_id"):
-        raise ValueError(
-            "DeepSpeed ZeRO-3 has partitioned the head's weight. Call head_of before "
-            "deepspeed.initialize, or build a Head inside the wrapped module's forward"
-        )
-    if hasattr(weight, "full_tensor"):
-        raise ValueError(
-            "the head's weight is a sharded DTensor. Call head_of before you shard the model"
-        )
-    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
-        raise ValueError("FSDP has sharded the model. Call head_of before you wrap it")
+    wrapped = any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
-    if len(devices) > 1:
-        raise ValueError(f"device_map has spread the model over {', '.join(devices)}: use one")
-    if isinstance(weight, Tensor) and weight.is_meta:
-        raise ValueError("the head's weight is on the meta device. Load the model's weights first")
+    for refused, reason in (
+        (hasattr(weight, "ds_id"), "DeepSpeed ZeRO-3 has partitioned the head's weight"),
+        (hasattr(weight, "full_tensor"), "the head's weight is a sharded DTensor"),
+        (wrapped, "FSDP has sharded the model"),
+        (len(devices) > 1, f"device_map has spread the model over {', '.join(devices)}"),
+        (getattr(weight, "is_meta", False), "the head's weight is on the meta device"),
+    ):
+        if refused:
+            raise ValueError(
+                f"{reason}. Call head_of while the weights are whole and on one device, or build a "
+                "Head inside the wrapped module's forward"
+            )
 
 
 def _refuse_prompts(model: Any) -> None:
@@ -147,20 +149,12 @@ def _proposals(model: Any) -> tuple[list[float | None], list[float]]:
     return [None, *softcaps], [1.0, *scales, *(1.0 / scale for scale in scales)]
 
 
-class _Trial(NamedTuple):
-    """The model's logits, [1, n, V], for hidden states that we chose, [1, n, D]."""
-
-    probe: Tensor
-    logits: Tensor
-
-
-def _try(model: Any, weight: Tensor) -> _Trial:
-    """Run the decoder alone, then the model with the decoder's output replaced."""
+def _logits(model: Any, probe: Tensor, entries: int) -> Tensor:
+    """The model's logits, [1, n, V], with its decoder's output replaced by the probe, [1, n, D]."""
     decoder = model.get_decoder()
     core = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     parts = [decoder] if core.base_model in (core, decoder) else [decoder, core.base_model]
-    ids = torch.arange(len(LARGEST_LOGITS), device=weight.device)[None] % len(weight)
-    probe = _probe(weight)
+    ids = torch.arange(probe.shape[1], device=probe.device)[None] % entries
     met: list[Tensor] = []
 
     def replace(_: Any, __: Any, output: Any) -> Any:
@@ -170,16 +164,16 @@ def _try(model: Any, weight: Tensor) -> _Trial:
         output.last_hidden_state = probe
         return output
 
-    alone = [_hidden(_run(part, ids, model, weight)) for part in parts]
+    alone = [_hidden(_run(part, ids, model)) for part in parts]
     for hidden in alone:
-        if hidden.shape != probe.shape or hidden.dtype != weight.dtype:
+        if hidden.shape != probe.shape or hidden.dtype != probe.dtype:
             raise ValueError(
                 f"the decoder's last hidden states must have shape {tuple(probe.shape)} and the "
-                f"head's dtype {weight.dtype}, got {tuple(hidden.shape)} and {hidden.dtype}"
+                f"head's dtype {probe.dtype}, got {tuple(hidden.shape)} and {hidden.dtype}"
             )
     hook = decoder.register_forward_hook(replace)
     try:
-        logits = _run(model, ids, model, weight).logits
+        logits: Tensor = _run(model, ids, model).logits
     finally:
         hook.remove()
     if len(met) != 1:
@@ -189,19 +183,28 @@ def _try(model: Any, weight: Tensor) -> _Trial:
             "the decoder's hidden states differ in a call of the whole model, which adds to its "
             "input. Use the model's logits and sequence_logps"
         )
-    return _Trial(probe, logits)
+    return logits
 
 
-def _run(module: Any, ids: Tensor, model: Any, weight: Tensor) -> Any:
-    """Call the model or its decoder, in evaluation mode and without gradients."""
-    with _in_evaluation(model, weight):
-        try:
+def _run(module: Any, ids: Tensor, model: Any) -> Any:
+    """Call the model or a part in evaluation mode, with modes and random state as before."""
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        model.eval()
+        with (
+            torch.no_grad(),
+            torch.autocast(ids.device.type, enabled=False),
+            torch.random.fork_rng([ids.device] if ids.is_cuda else []),
+        ):
             return module(input_ids=ids, use_cache=False)
-        except Exception as error:
-            raise ValueError(
-                f"{type(module).__name__} cannot be called with input_ids and use_cache alone: "
-                f"{error}. Build a Head with what the model does"
-            ) from error
+    except Exception as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be called with input_ids and use_cache alone: "
+            f"{error}. Build a Head with what the model does"
+        ) from error
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _hidden(output: Any) -> Tensor:
@@ -271,26 +274,14 @@ class _Plain(NamedTuple):
     def errors(self, logits: Tensor, head: Head) -> Tensor:
         """How far other logits are from a head's, in units of the rounding error."""
         size = (self.logits.abs() + self.spread) * (abs(head.logit_scale) * self.eps)
-        tiny = torch.finfo(torch.float64).tiny
-        return (_exact(logits[0]) - self.under(head)).abs() / size.clamp(min=tiny)
-
-    def mismatch(self, logits: Tensor, head: Head) -> float:
-        """The root mean square of the errors."""
-        if logits.shape[1:] != self.logits.shape:
-            return math.inf
-        error = float(self.errors(logits, head).square().mean().sqrt())
-        return math.inf if math.isnan(error) else error
+        errors = (_exact(logits[0]) - self.under(head)).abs()
+        return (errors / size.clamp(min=torch.finfo(errors.dtype).tiny)).nan_to_num(math.inf)
 
     def check(self, logits: Tensor, head: Head) -> None:
         """Raise an error if other logits are not those of a head."""
-        if logits.shape[1:] != self.logits.shape:
-            raise ValueError(
-                f"the model's logits must have shape {tuple(self.logits.shape)}, as its head has, "
-                f"got {tuple(logits.shape[1:])}"
-            )
-        worst = self.errors(logits, head)
-        if not (self.mismatch(logits, head) <= 1.0 and worst.amax() <= 8.0):
-            token, entry = divmod(int(worst.nan_to_num(math.inf).argmax()), worst.shape[1])
+        errors = self.errors(logits, head)
+        if errors.square().mean() > 1.0 or errors.amax() > 8.0:
+            token, entry = divmod(int(errors.argmax()), errors.shape[1])
             found, own = float(logits[0, token, entry]), float(self.under(head)[token, entry])
             raise ValueError(
                 f"the model's logits are not those of its head, not even with logit_scale = "
@@ -304,20 +295,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     """Whether two runs of the same computation agree."""
     size = _exact(b).norm().clamp(min=1e-30)
     return float((_exact(a) - _exact(b)).norm() / size) <= 32.0 * torch.finfo(b.dtype).eps
-
-
-@contextlib.contextmanager
-def _in_evaluation(model: Any, weight: Tensor) -> Iterator[None]:
-    """Evaluation mode without gradients and autocast, with modes and random state as before."""
-    modes = [(part, part.training) for part in model.modules()]
-    try:
-        model.eval()
-        with (
-            torch.no_grad(),
-            torch.autocast(weight.device.type, enabled=False),
-            torch.random.fork_rng([weight.device] if weight.is_cuda else []),
-        ):
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
