@@ -24,24 +24,14 @@ _NUMBERS = (int, float, numpy.integer, numpy.floating)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_CONVERTERS = {
-    "torch": "torch.as_tensor",
-    "numpy": "numpy.asarray",
-    "jax.numpy": "jax.numpy.asarray",
-    "mlx.core": "mlx.core.array",
-}
+_CONVERTERS = {"torch": "as_tensor", "mlx.core": "array"}
+"""The functions that make arrays, where they are not called asarray."""
 
 
 def namespace(array: Any, name: str = "the argument", *, or_number: bool = False) -> Any:
     """The module that computes on `array`: `torch`, `numpy`, `jax.numpy`, `mlx.core`, ...
 
-    Args:
-      array: the value to check.
-      name: the name of the argument, for the message.
-      or_number: whether the argument may also be a number, for the message.
-
-    Raises:
-      TypeError: `array` is a list, a number or anything else without a namespace.
+    A TypeError says that the argument `name` has none, and whether a number would do.
     """
     # Two look-ups instead of array-api-compat, which is slower and makes Dynamo warn.
     torch = sys.modules.get("torch")
@@ -56,14 +46,6 @@ def namespace(array: Any, name: str = "the argument", *, or_number: bool = False
 def is_number(value: Any) -> bool:
     """Whether `value` is a Python or NumPy number: not an array, a tracer or a boolean."""
     return isinstance(value, _NUMBERS) and not isinstance(value, bool)
-
-
-def is_finite(number: float) -> bool:
-    """Whether a number is neither infinite nor nan.
-
-    `math.isfinite` does not accept the symbolic numbers of torch.compile.
-    """
-    return -math.inf < number < math.inf
 
 
 def filled(like: Any, value: float) -> Any:
@@ -87,14 +69,8 @@ def conform(
 ) -> tuple[Any, ...]:
     """The values, as arrays of one library, one shape and one dtype of at least 32 bits.
 
-    Args:
-      names: the arguments' names, for messages.
-      values: arrays; the first one determines library and shape.
-      numbers_from: from this position on, a value may be a number, which becomes a float.
-
-    Raises:
-      TypeError: an array is from another library, or not real floating.
-      ValueError: the shapes differ, or a tensor is on another device.
+    The first value determines library and shape. From the position `numbers_from` on, a value may
+    be a number, which becomes a float. An error names the argument that does not fit.
     """
     leader_name, leader = names[0], values[0]
     xp = namespace(leader, leader_name)
@@ -124,25 +100,15 @@ def conform(
 def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
     """A parameter that is one number for all pairs, or an array with one number per pair.
 
-    Args:
-      name: the argument's name, for messages.
-      value: a number, or an array that is 0-d (a traced number) or of `like`'s shape.
-      like: an array of log-probabilities; `value` must fit its library and shape.
-      positive: whether a number must be positive. It must always be finite. The values of arrays
-        are never read, because that would synchronise with the device and break compilation.
-
-    Returns:
-      A float, or an array in `like`'s dtype but at least float32, so that half-precision
-      log-probabilities do not cause a parameter to be rounded.
-
-    Raises:
-      TypeError: `value` is an array from another library, or not real floating.
-      ValueError: a number out of range, an array of another shape, or a tensor on another device.
+    An array is 0-d (a traced number) or of the shape of the log-probabilities `like`. It is
+    returned in their dtype but at least float32, so that half precision rounds no parameter. Values
+    are checked of numbers alone: to read those of arrays would synchronise with the device and
+    break compilation. An error names the argument.
     """
     if is_number(value):
         if positive:
             check_positive(name, value)
-        elif not is_finite(value):
+        elif not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
         return float(value)
     xp = namespace(like, "the log-probabilities")
@@ -157,21 +123,13 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raise an error for a number that is not positive and finite.
-
-    Raises:
-      ValueError: `value` is 0, negative, infinite or nan.
-    """
+    """Raise an error for a number that is not positive and finite."""
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_reduction(reduction: str) -> None:
-    """Raise an error for an unknown reduction.
-
-    Raises:
-      ValueError: `reduction` is not one of REDUCTIONS.
-    """
+    """Raise an error for an unknown reduction."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
@@ -273,7 +231,7 @@ def _all_alike(xp: Any, values: tuple[Any, ...]) -> bool:
 def _check_kind(xp: Any, name: str, array: Any, leader: str, *, or_number: bool) -> None:
     other = namespace(array, name, or_number=or_number)
     if other is not xp:
-        converter = _CONVERTERS.get(xp.__name__, f"{xp.__name__}.asarray")
+        converter = f"{xp.__name__}.{_CONVERTERS.get(xp.__name__, 'asarray')}"
         raise TypeError(
             f"{name} must be from the same library as {leader}, {xp.__name__}, "
             f"got {other.__name__}. Convert it with {converter}"
@@ -298,9 +256,8 @@ def _check_real(xp: Any, name: str, array: Any) -> None:
         real = xp.isdtype(array.dtype, "real floating")
     if real:
         return
-    advice = ""
-    if xp is numpy and array.dtype.name == "bfloat16":
-        advice = ". Convert it with astype(numpy.float32)"
+    half = xp is numpy and array.dtype.name == "bfloat16"
+    advice = ". Convert it with astype(numpy.float32)" if half else ""
     raise TypeError(f"{name} must be real floating, got {array.dtype}{advice}")
 
 

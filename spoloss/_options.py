@@ -11,32 +11,18 @@ from typing import Any
 
 import numpy
 
-from spoloss._arrays import check_positive, is_finite, is_number
+from spoloss._arrays import check_positive, is_number
 
 
 def check_head_options(
     softcap: float | None, logit_scale: float, temperature: float, chunk_size: int | None
 ) -> None:
-    """Check the options of a language-model head.
-
-        logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
-
-    Args:
-      softcap: positive and finite, or None.
-      logit_scale: finite and not 0.
-      temperature: positive and finite.
-      chunk_size: a positive number of tokens, or None.
-
-    Raises:
-      TypeError: `softcap`, `logit_scale` or `temperature` is not a number, or `chunk_size` is not
-        an integer.
-      ValueError: a number is out of range.
-    """
+    """Raise an error for options of a head of another type, or out of range."""
     if softcap is not None:
         _check_number("softcap", softcap)
         check_positive("softcap", softcap)
     _check_number("logit_scale", logit_scale)
-    if not is_finite(logit_scale) or logit_scale == 0.0:
+    if not -math.inf < logit_scale < math.inf or logit_scale == 0.0:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
     _check_number("temperature", temperature)
     check_positive("temperature", temperature)
@@ -47,32 +33,19 @@ def check_head_options(
 
 
 def check_token_options(prefix: str, ignore_index: int, shift: bool) -> None:
-    """Check the options of labels. `prefix` comes before their names in messages.
-
-    Raises:
-      TypeError: `ignore_index` is not an integer, or `shift` is not a boolean.
-    """
+    """Raise an error for options of labels of another type. `prefix` precedes their names."""
     _check_integer(f"{prefix}ignore_index", ignore_index)
     check_flag(f"{prefix}shift", shift)
 
 
 def check_flag(name: str, value: bool) -> None:
-    """Raise an error for anything but True and False, which would count as one of them.
-
-    Raises:
-      TypeError: `value` is not a boolean.
-    """
+    """Raise an error for anything but True and False, which would count as one of them."""
     if not isinstance(value, (bool, numpy.bool)):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def check_nll_weight(nll_weight: float) -> None:
-    """Check the factor of the negative log-likelihood.
-
-    Raises:
-      TypeError: `nll_weight` is not a number.
-      ValueError: `nll_weight` is negative, infinite or nan.
-    """
+    """Raise an error for a factor of the negative log-likelihood that is not finite and >= 0."""
     _check_number("nll_weight", nll_weight)
     if not 0.0 <= nll_weight < math.inf:
         raise ValueError(f"nll_weight must be finite and not negative, got {nll_weight}")
