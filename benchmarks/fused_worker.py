@@ -242,7 +242,7 @@ def _choose_height(bench: _Bench) -> str:
 
     def seconds(rows: int | None) -> float:
         bench.step = floor(rows)
-        return min(bench.gauge.timed(bench.solve).seconds for _ in range(2))
+        return bench.gauge.timed(bench.solve).seconds
 
     seconds(heights[0])  # the first products of a process are slow
     rows = min(heights, key=seconds)
