@@ -63,14 +63,25 @@ def adapt(_app: Any, page: str, source: list[str]) -> None:
     source[0] = "\n".join([text, *toctree])
 
 
+OPERATORS = (
+    # A function's name has space around it: log 2, and not log2.
+    (r"<mi>(log|max|exp|artanh)</mi>", r'<mo lspace=".17em" rspace=".17em">\1</mo>'),
+    (r"<mi>&#x0007E;</mi>", r'<mo lspace=".28em" rspace=".28em">&#x0007E;</mo>'),  # \sim
+    # A sign after "=", "(" or "," belongs to what follows it.
+    (r"(<mo[^>]*>&#x000(?:3D|28|2C);</mo>)<mo>&#x02212;", r'\1<mo form="prefix">&#x02212;'),
+    (r'<mo stretchy="false">&#x0007C;', r'<mo stretchy="false" lspace="0" rspace="0">&#x0007C;'),
+)
+"""Operators that latex2mathml writes as letters, or as standing between two terms."""
+
+
 def mathml(display: str) -> tuple[Any, None]:
     """TeX as MathML, which browsers draw with a font of their own."""
 
     def visit(translator: Any, node: nodes.Element) -> None:
-        # A function's name is an operator, with space around it: log 2, and not log2.
-        operator = r'<mo lspace=".17em" rspace=".17em">\1</mo>'
         drawn = convert(node.astext(), display=display)
-        translator.body.append(re.sub(r"<mi>(log|max|exp|artanh)</mi>", operator, drawn))
+        for pattern, operator in OPERATORS:
+            drawn = re.sub(pattern, operator, drawn)
+        translator.body.append(drawn)
         raise nodes.SkipNode
 
     return visit, None
