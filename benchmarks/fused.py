@@ -133,14 +133,14 @@ def measure(floor: Cell, cells: Sequence[Cell], effort: Effort) -> dict[str, dic
         found |= {way: warm_up(*process) for way, process in started.items()}
         able = {way: process for way, (process, _) in started.items() if "memory_mib" in found[way]}
         repeat = {way: partial(process.call, timed) for way, process in able.items()}
-        turns = take_turns(partial(products.call, timed), repeat, effort.rounds)
-        for way, columns in summaries(turns).items():
-            found[way] |= columns
+        if repeat:
+            turns = take_turns(partial(products.call, timed), repeat, effort.rounds)
+            for way, columns in summaries(turns).items():
+                found[way] |= columns
         size = floor.pairs, floor.tokens, floor.width, floor.vocab
         if check_flop(*size) <= CHECK_FLOP[floor.device]:
-            wrong = {way: process.start(error) for way, process in able.items()}
-            for way, result in wrong.items():
-                found[way]["max_error"] = result.result()
+            for way, process in able.items():
+                found[way]["max_error"] = process.call(error)
     return found
 
 

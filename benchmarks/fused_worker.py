@@ -128,10 +128,7 @@ class CardGauge:
         return (torch.cuda.max_memory_allocated() - self._before) / 2**20
 
     def timed(self, call: Callable[[], object]) -> Timed:
-        """How long one call takes on the GPU, after one that reserves the memory.
-
-        A process that waits for its turn holds none of it.
-        """
+        """How long one call takes on the GPU, after one that reserves the memory."""
         call()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with Others() as others:
@@ -139,7 +136,6 @@ class CardGauge:
             call()
             end.record()
             torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         return Timed(start.elapsed_time(end) / 1e3, others.share)
 
 
@@ -210,7 +206,9 @@ def timed() -> Timed:
     (bench,) = _benches
     bench.problem.clear()
     time.sleep(SETTLE_SECONDS)
-    return bench.gauge.timed(bench.solve)
+    took = bench.gauge.timed(bench.solve)
+    _release()
+    return took
 
 
 def growth_mib() -> float | None:
@@ -219,13 +217,22 @@ def growth_mib() -> float | None:
     bench.problem.clear()
     bench.gauge.reset()
     bench.solve()
-    return bench.gauge.growth_mib()
+    growth = bench.gauge.growth_mib()
+    _release()
+    return growth
 
 
 def error() -> float:
     """The largest error of loss and gradients against full logits in float64. Slow."""
     (bench,) = _benches
-    return max_error(bench.problem, bench.solve().item(), bench.way.formula)
+    found = max_error(bench.problem, bench.solve().item(), bench.way.formula)
+    _release()
+    return found
+
+
+def _release() -> None:
+    """A process that waits for its turn holds no more of a GPU than its problem."""
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
 
 def _problem_of(cell: Cell, states: Path | None) -> Problem:
