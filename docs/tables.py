@@ -117,7 +117,7 @@ def roofline(name: str) -> None:
     ways = [way for way in WAYS if any(row["way"] == way for row in rows)]
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        cell = f"{row['h200']:.2f} / {row['h100']:.2f} / {row['memory_gib']:.1f}"
+        cell = f"{row['h200']:.2f} / {row['h100']:.2f} / {row['memory_gib']:.2f}"
         lines.setdefault(f"{row['model']}, {row['head']}", {})[row["way"]] = cell
     write(
         ["head", *(WAYS[way].removesuffix(" (a)") for way in ways)],

@@ -1,8 +1,13 @@
 """Device-dependent settings of the fused head: the size of its tiles, and its matrix products.
 
-CPUs and GPUs older than Ampere round half-precision products to half precision, as the model's own
-logits are. There, the sums of the gradients have factors in float32. Newer GPUs multiply half
-precision and sum in float32.
+CPUs round half-precision products to half precision, as the model's own logits are. There, the sums
+of the gradients have factors in float32. NVIDIA GPUs multiply half precision and sum in float32:
+bfloat16 since Ampere (compute capability 8), float16 before it too.
+
+Read in PyTorch's source (ATen/cuda/CUDABlas.cpp), and not run on such a card: `mm` and `addmm` with
+float32 results refuse bfloat16 below compute capability 8 and float16 on none, where they call
+cublasGemmEx with float32 sums; but they refuse float16 if
+`torch.backends.cuda.matmul.allow_fp16_accumulation` is set.
 """
 
 from __future__ import annotations
@@ -50,10 +55,13 @@ def device_of(tensor: Tensor) -> Device:
     """The kind of device that a tensor is on."""
     if not tensor.is_cuda:
         return OTHERS.get(tensor.device.type, CPU)
-    # NVIDIA GPUs before Ampere do not support a wider result, nor did ROCm before PyTorch 2.10.
     card = torch.cuda.get_device_properties(tensor.device)
-    wide = card.major >= 8 and (torch.version.hip is None or WIDE_TOTALS)
-    device = CUDA if wide else BEFORE_AMPERE
+    device = CUDA if card.major >= 8 else BEFORE_AMPERE
+    if torch.version.hip is not None:
+        device = CUDA if WIDE_TOTALS else BEFORE_AMPERE
+    elif tensor.dtype == torch.float16:
+        narrow = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+        device = device._replace(wide_sums=not narrow)
     memory = Memory(*map(min, device.memory, gpu_memory(card.total_memory)))
     return device._replace(memory=memory, compiles=device.compiles and not _is_disabled())
 

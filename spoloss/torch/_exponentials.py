@@ -19,6 +19,9 @@ from spoloss.torch._vocab_parallel import VocabShard
 _VECTOR = 16
 """If the width is a known multiple of 16, the compiled kernel loads and stores 16 bytes at once."""
 
+FLOAT16_SCALE = 2.0**14
+"""The factor of exponentials in float16, whose smallest number is 6e-8."""
+
 
 class Transform(NamedTuple):
     """How the products p = h W^T of a block become logits.
@@ -229,11 +232,8 @@ def exponentials_(
 
 
 def _shift(peak: Tensor, dtype: torch.dtype) -> Tensor:
-    """The new peak, so that the exponentials are at most 1 and fit in half precision.
-
-    The smallest float16 is 6e-8, so in float16 they are scaled by 2**14.
-    """
-    return peak - 14.0 * math.log(2.0) if dtype == torch.float16 else peak
+    """The new peak, so that the exponentials are at most 1 and fit in half precision."""
+    return peak - math.log(FLOAT16_SCALE) if dtype == torch.float16 else peak
 
 
 def _column(products: Tensor, target: Tensor, stop: int) -> Tensor:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spoloss.torch._exponentials import FLOAT16_SCALE
 from spoloss.torch._head import Projection
-from spoloss.torch._products import accumulate, add_rows, scaled
+from spoloss.torch._products import accumulate, add_rows, scaled, unit_of
 from spoloss.torch._softmax import Block, Softmax
 from spoloss.torch._tokens import Tile, Tokens
 
@@ -152,13 +153,16 @@ class HeadGradient:
           blocks: the exponentials of all entries, in order.
           slopes: [n] as in `Gradients.add`.
         """
-        of_others = -slopes / softmax.total
+        of_others, unit = -slopes / softmax.total, None
+        if self._model.factor_dtype == torch.float16:
+            unit = unit_of(states, of_others * (1.0 / FLOAT16_SCALE))
+            of_others = of_others / unit
         for block in blocks:
-            self._add_block(states, block, of_others * (block.shift - softmax.peak).exp())
+            self._add_block(states, block, of_others * (block.shift - softmax.peak).exp(), unit)
         self._add_targets(states, softmax, slopes)  # into rows that the blocks have overwritten
 
-    def _add_block(self, states: Tensor, block: Block, factor: Tensor) -> None:
-        """A block's entries as non-targets: a factor [n] times the exponentials."""
+    def _add_block(self, states: Tensor, block: Block, factor: Tensor, unit: Tensor | None) -> None:
+        """A block's entries as non-targets: a factor [n] times the exponentials, in some unit."""
         columns, exps, _ = block
         empty = columns.start >= self._filled
         self._filled = max(self._filled, columns.stop)
@@ -166,10 +170,10 @@ class HeadGradient:
         if self._weight is not None:
             rows = self._weight[columns]
             more = scaled(states, factor, self._model.device)
-            accumulate(rows, exps.t(), more, self._model.device, empty=empty)
+            accumulate(rows, exps.t(), more, self._model.device, unit=unit, empty=empty)
         if self._bias is not None:
             rows = self._bias[columns, None]
-            accumulate(rows, exps.t(), factor, self._model.device, empty=empty)
+            accumulate(rows, exps.t(), factor, self._model.device, unit=unit, empty=empty)
 
     def _add_targets(self, states: Tensor, softmax: Softmax, slopes: Tensor) -> None:
         """The contribution of the targets."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,40 +24,53 @@ def product(
     return torch.mm(a, b).to(dtype)
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor, device: Device, *, empty: bool = False) -> None:
+def accumulate(
+    total: Tensor,
+    a: Tensor,
+    b: Tensor,
+    device: Device,
+    *,
+    unit: Tensor | None = None,
+    empty: bool = False,
+) -> None:
     """Add a @ b to `total` in the dtype of `total`. With `empty`, overwrite `total`.
 
-    On a device with wide sums, a `b` that is wider than `a` is rounded to the dtype of `a`.
+    On a device with wide sums, `b` is rounded to the dtype of `a`, and `unit`, 0-d, multiplies the
+    product.
     """
     beta = 0.0 if empty else 1.0
     if not device.wide_sums or a.dtype == total.dtype:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
         return
-    b, unit = _narrowed(b, a.dtype)
-    if unit is None and WIDE_TOTALS:
+    b = b.to(a.dtype)
+    if WIDE_TOTALS and unit is None:
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
         return
-    more = product(a, b, total.dtype, device)
-    if unit is not None:
-        more.mul_(unit)
-    total.copy_(more) if empty else total.add_(more)
+    more, unit = product(a, b, total.dtype, device), total.new_ones(()) if unit is None else unit
+    torch.mul(more, unit, out=total) if empty else total.addcmul_(more, unit)
 
 
 def scaled(rows: Tensor, factor: Tensor, device: Device) -> Tensor:
     """Rows [n, D] times a factor [n, 1], as a right factor of `accumulate`."""
-    if not device.wide_sums or rows.dtype != torch.bfloat16:
+    if not device.wide_sums:
         return rows * factor
     # One kernel multiplies in float32 and rounds, where an array in float32 would take two.
     return torch.mul(rows, factor, out=torch.empty_like(rows))
 
 
-def _narrowed(b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`b` in `dtype`, and the 0-d factor to multiply it by afterwards, or None."""
-    if b.dtype == dtype or dtype != torch.float16 or b.numel() == 0:
-        return b.to(dtype), None  # a tile without tokens has no largest number
-    # A pair's slope may be outside float16's range, so scale the largest number to 1.
-    unit = b.abs().amax().clamp(min=torch.finfo(b.dtype).tiny)
-    return (b / unit).to(dtype), unit
+def unit_of(rows: Tensor, factor: Tensor) -> Tensor:
+    """A power of two, 0-d, by which a tile's factors are divided to be in float16's range.
+
+    A pair's slope may be outside of it. With this unit, rows * factor / unit and factor / unit are
+    at most 2**14 and not all much less, so that the small ones keep their digits.
+
+    Args:
+      rows: [n, D] in float16.
+      factor: [n] in float32.
+    """
+    largest = torch.linalg.vector_norm(rows, math.inf, dim=1).clamp(min=1.0) * factor.abs()
+    largest = largest.new_zeros(()) if len(largest) == 0 else largest.amax()
+    return torch.exp2(torch.frexp(largest).exponent.clamp(min=-100) - 14.0)
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spoloss.torch._devices import CPU, CUDA, Device
 from spoloss.torch._head import tiles_of
-from spoloss.torch._products import _narrowed
+from spoloss.torch._products import unit_of
 from spoloss.torch._tiles import Group, Heights, Tiles, logits_rows, plan, tallest, tiles
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
@@ -166,14 +166,14 @@ def test_tiles_of_logits_fill_their_memory() -> None:
     assert list(logits_rows(0, 10, 4)) != []  # so that there is something to concatenate
 
 
-def test_only_float16_pays_for_a_scale() -> None:
-    """bfloat16 has the range of float32, so no pass looks for its largest number."""
-    wide = torch.tensor([1e-30, 3.0])
-    for dtype in (torch.bfloat16, torch.float32):
-        narrow, unit = _narrowed(wide, dtype)
-        assert (narrow.dtype, unit) == (dtype, None)
-    narrow, unit = _narrowed(wide, torch.float16)
-    assert narrow.dtype == torch.float16
-    assert unit == 3.0
-    half = torch.ones(2, dtype=torch.float16)
-    assert _narrowed(half, torch.float16)[1] is None
+@pytest.mark.parametrize("slope", [0.0, 1e-45, 1e-20, 3.0, 1e30])
+@pytest.mark.parametrize("state", [0.0, 1e-6, 1.0, 60_000.0])
+def test_a_unit_of_float16(slope: float, state: float) -> None:
+    """A power of two that leaves the largest products in the upper half of float16's range."""
+    rows, factor = torch.tensor([[state, 0.0], [0.0, 0.0]]).half(), torch.tensor([slope, -slope])
+    unit = unit_of(rows, factor)
+    assert math.frexp(unit.item())[0] == 0.5
+    largest = max(state, 1.0) * factor[0] / unit
+    assert largest <= 2**14
+    assert largest >= 2**13 or slope < 1e-30
+    assert unit_of(rows[:0], factor[:0]) > 0.0  # a tile without tokens

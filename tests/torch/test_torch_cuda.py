@@ -156,10 +156,10 @@ def test_a_tile_without_tokens(place: Place, chunk_size: int | None) -> None:
 def test_the_check_catches_a_wrong_total(
     place: Place, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def accumulate(total: Tensor, *factors: Any, empty: bool = False) -> None:
+    def accumulate(total: Tensor, *factors: Any, unit: None, empty: bool = False) -> None:
         if empty:
             total.normal_()  # one number would cancel between the two sides of a pair
-        _products.accumulate(total, *factors, empty=wrong.startswith("forgets"))
+        _products.accumulate(total, *factors, unit=unit, empty=wrong.startswith("forgets"))
 
     monkeypatch.setattr(_gradients, "accumulate", accumulate)
     with pytest.raises(AssertionError):
@@ -219,26 +219,40 @@ def test_nothing_waits_for_the_device_but_the_choice_of_rows(
 
 
 @pytest.mark.parametrize(
-    ("major", "hip", "wide_totals", "wide"),
+    ("dtype", "major", "hip", "wide_totals", "wide"),
     [
-        (8, None, False, True),
-        (9, None, True, True),
-        (7, None, True, False),
-        (9, "7.0", True, True),
-        (9, "7.0", False, False),
+        (torch.bfloat16, 8, None, False, True),
+        (torch.bfloat16, 9, None, True, True),
+        (torch.bfloat16, 7, None, True, False),
+        (torch.float16, 9, None, True, True),
+        (torch.float16, 7, None, True, True),
+        (torch.bfloat16, 9, "7.0", True, True),
+        (torch.float16, 9, "7.0", False, False),
     ],
 )
 def test_cards_that_cannot_sum_half_precision_in_float32(
-    monkeypatch: pytest.MonkeyPatch, major: int, hip: str | None, *, wide_totals: bool, wide: bool
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    major: int,
+    hip: str | None,
+    *,
+    wide_totals: bool,
+    wide: bool,
 ) -> None:
     """They work as a CPU does, with the tiles of a card."""
     card = SimpleNamespace(major=major, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(_devices, "WIDE_TOTALS", wide_totals)
-    found = _devices.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
-    assert found == (_devices.CUDA if wide else _devices.BEFORE_AMPERE)
+    tensor = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
+    found = _devices.device_of(tensor)  # type: ignore[arg-type]
+    assert found.memory == _devices.CUDA.memory
     assert found.wide_sums == wide
+    flags = SimpleNamespace(allow_fp16_accumulation=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", flags)
+    found = _devices.device_of(tensor)  # type: ignore[arg-type]
+    # Its products with a float32 result are errors then.
+    assert found.wide_sums == (wide and (hip is not None or dtype != torch.float16))
 
 
 def test_a_small_card_has_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +260,8 @@ def test_a_small_card_has_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(major=8, total_memory=16 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     with torch._dynamo.config.patch(disable=True):
-        found = _devices.device_of(SimpleNamespace(is_cuda=True, device="cuda"))  # type: ignore[arg-type]
+        tensor = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16)
+        found = _devices.device_of(tensor)  # type: ignore[arg-type]
     assert found.memory == (256 * 2**20, 4096, 2 * 2**30, 32 * 2**20)
     assert found.wide_sums
     assert not found.compiles
