@@ -122,14 +122,9 @@ def reward_rows(results: Results) -> list[Row]:
 def of_matched(results: Results) -> Tables:
     """Part 1: each loss at its best beta, SPO(beta) against DPO(4 beta), reward at equal KL."""
     spo, dpo = best(results, "spo"), best(results, "dpo")
-    found = [
-        wins_row(
-            "1. SPO against DPO, each at its best beta",
-            *(spo, dpo),
-            at_edge=edge_text(results),
-            verdict=verdict(spo.wins_over(dpo), COMPARISONS),
-        )
-    ]
+    question = "1. SPO against DPO, each at its best beta"
+    judged = verdict(spo.wins_over(dpo), COMPARISONS)
+    first = wins_row(question, spo, dpo, at_edge=edge_text(results), verdict=judged)
     matched = [each for each in results.comparisons if each.theirs.beta > 2 * each.ours.beta]
     wins = Estimate(tuple(map(fmean, zip(*(each.wins.values for each in matched), strict=True))))
     ties = fmean(
@@ -139,9 +134,9 @@ def of_matched(results: Results) -> Tables:
     )
     question = "2. SPO(beta) against DPO(4 beta), mean over the betas"
     judged = verdict(wins, COMPARISONS)
-    found.append(row_of(question, "win rate", wins, ties=ties, verdict=judged))
-    found.append(equal_kl_row("3. SPO less DPO at equal KL", at_equal_kl(results)))
-    return {"decided": found, "rewards": reward_rows(results)}
+    second = row_of(question, "win rate", wins, ties=ties, verdict=judged)
+    third = equal_kl_row("3. SPO less DPO at equal KL", at_equal_kl(results))
+    return {"decided": [first, second, third], "rewards": reward_rows(results)}
 
 
 def edge_text(results: Results) -> str:
@@ -153,24 +148,26 @@ def of_overtrained(results: Results) -> Tables:
     """Part 2: each loss at its best beta, early stopping, SPO(0.025) and DPO(0.1), equal KL."""
     spo, last, stopped = best(results, "spo"), best(results, "dpo"), best_step(results)
     at_edge = edge_text(results)
-    lasting = spo.wins_over(stopped).interval(COMPARISONS)[0] > STOPPING_WINS
-    judged = {
-        "1. SPO against DPO at the last step, each at its best beta": (
+
+    def first(question: str, dpo: Best, judged: str) -> Row:
+        judged = "open" if at_edge else judged
+        return wins_row(f"1. {question}", spo, dpo, at_edge=at_edge, verdict=judged)
+
+    lasts = spo.wins_over(stopped).interval(COMPARISONS)[0] > STOPPING_WINS
+    found = [
+        first(
+            "SPO against DPO at the last step, each at its best beta",
             last,
             verdict(spo.wins_over(last), COMPARISONS),
         ),
-        "1. SPO at the last step against DPO at its best step": (
+        first(
+            "SPO at the last step against DPO at its best step",
             stopped,
-            "replaces early stopping" if lasting else "not shown to replace early stopping",
+            "replaces early stopping" if lasts else "not shown to replace early stopping",
         ),
-    }
-    found = [
-        wins_row(question, spo, dpo, at_edge=at_edge, verdict="open" if at_edge else says)
-        for question, (dpo, says) in judged.items()
+        *closer_rows(results),
+        equal_kl_row("3. SPO less DPO at equal KL", at_equal_kl(results, *KL_RANGE)),
     ]
-    found += closer_rows(results)
-    estimate = at_equal_kl(results, *KL_RANGE)
-    found.append(equal_kl_row("3. SPO less DPO at equal KL, 0.5 to 8 nats", estimate))
     return {"decided": found, "rewards": reward_rows(results)}
 
 
@@ -231,32 +228,34 @@ def of_on_policy(results: Results) -> Tables:
         for arm, found in results.arms.items()
     }
 
-    def best_of(form: str, *betas: float) -> Best:
-        kept = (each for arm, each in scored.items() if arm.form == form and arm.beta in betas)
-        chosen = choose(kept)
+    def best_of(form: str) -> Best:
+        chosen = choose(each for arm, each in scored.items() if arm.form == form)
         assert chosen is not None
         return chosen
 
-    squared = best_of("squared-gap", BETA)
-    comparisons = {
-        "1. squared with known gaps less DPO(0.2)": (squared, best_of("dpo", BETA), "better"),
-        "2. squared with known gaps less DPO at its best beta": (
-            squared,
-            best_of("dpo", *(arm.beta for arm in scored)),
-            "helps",
-        ),
-        "3. SPO with known gaps less SPO with weights alone": (
-            best_of("spo-gap-weighted-below0", BETA),
-            best_of("spo-weighted-below0", *(arm.beta for arm in scored)),
-            "the target, not the weights",
-        ),
-    }
-    found = []
-    for question, (ours, theirs, says) in comparisons.items():
+    def row(question: str, ours: Best, theirs: Best, says: str = "better") -> Row:
         gain = difference(ours.reward.values, theirs.reward.values)
         judged = verdict(gain, COMPARISONS, even=0.0).replace("better", says)
         named = {"ours": ours.title, "theirs": theirs.title, "verdict": judged}
-        found.append(row_of(question, "J", gain, **named))
+        return row_of(question, "J", gain, **named)
+
+    squared, known, weights = (
+        best_of(form) for form in ("squared-gap", "spo-gap-weighted-below0", "spo-weighted-below0")
+    )
+    (given,) = (each for arm, each in scored.items() if (arm.form, arm.beta) == ("dpo", BETA))
+    dpo = Best((given,) * len(results.part.all_seeds))
+    found = [
+        row("1. squared with known gaps less DPO(0.2)", squared, dpo),
+        row(
+            "2. squared with known gaps less DPO at its best beta", squared, best_of("dpo"), "helps"
+        ),
+        row(
+            "3. SPO with known gaps less SPO with weights alone",
+            known,
+            weights,
+            "is the target, not the weights",
+        ),
+    ]
     return {"decided": found, "objective": objective_rows(results)}
 
 

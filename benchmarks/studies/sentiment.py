@@ -100,13 +100,13 @@ class Study:
 def studies(model: str) -> dict[str, Study]:
     """The first study, the second with more answers, and the second in a few minutes."""
     first = SentimentFoundation(model)
-    fewer = {"held_out_openings": 18, "pair_answers": 4, "held_out_pair_answers": 2}
+    fewer = {"held_out_openings": 12, "pair_answers": 4, "held_out_pair_answers": 2}
     parts = {name: Plan((part,), tables) for name, part in PARTS.items()}
     return {
         "first": Study(first, parts, RESULTS / "sentiment"),
         "second": Study(replace(first, answers=50), second_study(), RESULTS / "sentiment_second"),
         "quick": Study(
-            replace(first, **fewer, answers=3, limit_answers=4),
+            replace(first, **fewer, answers=2, limit_answers=4),
             second_study(tiny),
             Path("runs/sentiment-quick"),
         ),

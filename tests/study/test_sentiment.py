@@ -28,16 +28,10 @@ from benchmarks.studies.pretrained import (
     write_answers,
 )
 from benchmarks.studies.results import Estimate, Results
+from benchmarks.studies.reviews import compound, draw_any_pairs, draw_pairs, write_reviews
 from benchmarks.studies.runner import Job
 from benchmarks.studies.second import tiny
-from benchmarks.studies.sentiment_task import (
-    SentimentFoundation,
-    all_openings,
-    compound,
-    draw_any_pairs,
-    draw_pairs,
-    write_reviews,
-)
+from benchmarks.studies.sentiment_task import SentimentFoundation, all_openings
 from benchmarks.studies.store import Store, open_store
 from benchmarks.studies.training import Pairs, Rounds, pair_logps
 from helpers.alignment import rows_of
