@@ -76,7 +76,7 @@ def conform(
     xp = namespace(leader, leader_name)
     _check_real(xp, leader_name, leader)
     dtype = _compute_dtype(xp, leader.dtype)
-    if dtype == leader.dtype and _all_alike(xp, values):
+    if dtype == leader.dtype and all(_alike(xp, value, leader) for value in values):
         return values  # the usual case, in every training step
     may_be_number = names[numbers_from:]
     arrays = {
@@ -219,13 +219,9 @@ def detach(array: Any) -> Any:
     return array
 
 
-def _all_alike(xp: Any, values: tuple[Any, ...]) -> bool:
-    leader, *others = values
-    kind, dtype, shape = type(leader), leader.dtype, leader.shape
-    for value in others:
-        if type(value) is not kind or value.dtype != dtype or value.shape != shape:
-            return False
-    return xp.__name__ != "torch" or all(value.device == leader.device for value in others)
+def _alike(xp: Any, a: Any, b: Any) -> bool:
+    same = type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
+    return same and (xp.__name__ != "torch" or a.device == b.device)
 
 
 def _check_kind(xp: Any, name: str, array: Any, leader: str, *, or_number: bool) -> None:

@@ -27,12 +27,6 @@ def log_ratios(*logps: Any) -> tuple[Any, Any]:
     return pc - rc, pr - rr
 
 
-def margins(*logps: Any) -> Any:
-    """The margin of each pair, after all checks."""
-    chosen, rejected = log_ratios(*logps)
-    return chosen - rejected
-
-
 def beta_for_gap(beta: Any, reward_gap: Any, logps: Any) -> Any:
     """The beta of each pair. A known gap moves the target to reward_gap / beta: beta is divided."""
     beta = per_pair("beta", beta, logps)

@@ -1,8 +1,4 @@
-"""Layer 2: the gradients of the losses in closed form.
-
-They serve NumPy, which has no automatic differentiation, and as a check of other libraries'
-autograd. A network backpropagates from the gradients with respect to log-probabilities.
-"""
+"""Layer 2: the gradients of the losses in closed form."""
 
 from __future__ import annotations
 
@@ -15,12 +11,7 @@ from spoloss.pairs import IPO_GAP
 
 
 class PairGrad(NamedTuple):
-    """Derivatives of a loss with respect to the policy's log-probabilities, shape [B] each.
-
-    Attributes:
-      policy_chosen: The derivative with respect to `policy_chosen_logps`.
-      policy_rejected: The derivative with respect to `policy_rejected_logps`.
-    """
+    """Derivatives of a loss with respect to the policy's two log-probabilities, [B] each."""
 
     policy_chosen: Any
     policy_rejected: Any
@@ -219,8 +210,8 @@ def pair_grad(
     reference. For a loss of the margin h = u_w - u_l they are dl/dh and -dl/dh, with
     dl/dh = loss.slope(h, b).
 
-    The function needs no automatic differentiation, so it serves NumPy, and as a check of others.
-    Under `jax.jit`, `loss` and `reduction` are static arguments.
+    No automatic differentiation takes part, so this serves NumPy, and checks other libraries. Under
+    `jax.jit`, `loss` and `reduction` are static arguments.
 
     Args:
       loss: `SPO(...)`, `DPO(...)`, `Squared()`, or your own `MarginLoss` or `PairLoss`.

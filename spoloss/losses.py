@@ -1,13 +1,10 @@
 """Layer 1: the losses as functions of the margin. No other file contains their formulas.
 
-The margin of a pair is h = log[pi(y_w) / pi_ref(y_w)] - log[pi(y_l) / pi_ref(y_l)], in nats (paper
-eq. 4). It measures how much more the policy pi prefers the chosen completion y_w over the rejected
-y_l than the reference pi_ref does. x = beta * h is the implicit reward margin (eq. 3). Each loss
-has a value l(h) and a slope dl/dh. Both are elementwise, on arrays of PyTorch, NumPy, JAX, MLX or
-any other library that follows the Python array API standard, version 2024.12.
-
-"Paper" is Y. Tan, "A Stable and Principled Loss Function for Direct Language Model Alignment",
-arXiv:2508.07137v1. "DPO" is Rafailov et al. 2023, arXiv:2305.18290.
+The margin of a pair is h = log[pi(y_w) / pi_ref(y_w)] - log[pi(y_l) / pi_ref(y_l)], in nats
+(arXiv:2508.07137v1, eq. 4). It measures how much more the policy pi prefers the chosen completion
+y_w over the rejected y_l than the reference pi_ref does. x = beta * h is the implicit reward margin
+(eq. 3). Value and slope are elementwise, on arrays of PyTorch, NumPy, JAX, MLX or any other library
+that follows the Python array API standard, version 2024.12.
 """
 
 from __future__ import annotations
@@ -68,17 +65,15 @@ class PairLoss(Protocol):
 
 
 @dataclass(frozen=True)
-class OfMargin:
+class _OfMargin:
     """A loss of the margin as a loss of the two log-ratios: h = u_w - u_l."""
 
     loss: MarginLoss
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        """l(u_w - u_l)."""
         return self.loss.value(chosen - rejected, beta)
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        """dl/dh and -dl/dh."""
         slope = self.loss.slope(chosen - rejected, beta)
         return slope, -slope
 
@@ -93,7 +88,7 @@ def pairwise(loss: Any) -> PairLoss:
         if hasattr(loss, "slopes"):
             return loss  # type: ignore[no-any-return]
         if hasattr(loss, "slope"):
-            return OfMargin(loss)
+            return _OfMargin(loss)
     raise TypeError(
         "loss must be an object with value and slope, such as SPO() or DPO(), or with value and "
         f"slopes, got {loss!r}"
@@ -101,12 +96,7 @@ def pairwise(loss: Any) -> PairLoss:
 
 
 class SignedLog(NamedTuple):
-    """A number as sign * exp(log_abs), for magnitudes beyond the range of floating point.
-
-    Attributes:
-      sign: 1, -1, or 0.
-      log_abs: The logarithm of the magnitude; -inf for 0.
-    """
+    """A number as sign * exp(log_abs), for magnitudes out of range. For 0: sign 0, log_abs -inf."""
 
     sign: Any
     log_abs: Any
@@ -118,17 +108,18 @@ _VANISHED = -2000.0
 
 @dataclass(frozen=True)
 class SPO:
-    """Stable Preference Optimization: l = -x * e^(-x) with x = beta * h (paper eq. 6).
+    """Stable Preference Optimization (SPO), arXiv:2508.07137v1, eq. 6.
 
-    The loss has its minimum, -1/e, at x = 1, which is h = 1 / beta. It is convex only for x < 2.
-    For x < 0 it grows like |x| * e^|x|. In float32 it overflows near x = -84. The value is then
-    +inf and the slope -inf, never nan.
+        l = -x * e^(-x),   x = beta * h
+
+    The minimum, -1/e, is at x = 1, which is h = 1 / beta. The loss is convex only for x < 2. For
+    x < 0 it grows like |x| * e^|x|. In float32 it overflows near x = -84: the value is then +inf
+    and the slope -inf, never nan.
 
     Attributes:
       linear_below: x0 in (-700, 1), or None. For x < x0 the loss continues along its tangent at x0,
-        where dl/dx = -(1 - x0) * e^(-x0). This bounds |dl/dx| everywhere, except that |dl/dx| is
-        e^(-2) at x = 2, which is larger if x0 is near 1. None, the default, is equation 6 as
-        published. Below -700, e^(-x0) would overflow float64.
+        where dl/dx = -(1 - x0) * e^(-x0). This bounds |dl/dx| everywhere, except that it is e^(-2)
+        at x = 2, which is larger if x0 is near 1. Below -700, e^(-x0) would overflow float64.
 
     Raises:
       TypeError: `linear_below` is not a number or None.
@@ -190,10 +181,12 @@ class SPO:
 
 @dataclass(frozen=True)
 class DPO:
-    """Direct Preference Optimization: l = -(1 - e) * log s(x) - e * log s(-x) (DPO eq. 7).
+    """Direct Preference Optimization (DPO), arXiv:2305.18290, eq. 7.
 
-    s is the logistic function and x = beta * h. Without smoothing (e = 0) the loss decreases
-    everywhere, towards 0. With e > 0 (conservative DPO) its minimum is at x = log((1 - e) / e).
+        l = -(1 - e) * log s(x) - e * log s(-x),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
+
+    Without smoothing (e = 0) the loss decreases everywhere, towards 0. With e > 0 (conservative
+    DPO) its minimum is at x = log((1 - e) / e).
 
     Attributes:
       label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels.
@@ -246,10 +239,10 @@ class DPO:
 
 @dataclass(frozen=True)
 class Squared:
-    """Squared error to the target margin: l = (h - 1/beta)^2, in nats^2 (paper section 2.2).
+    """Squared error to the target margin: l = (h - 1/beta)^2, arXiv:2508.07137v1, section 2.2.
 
-    The loss has its minimum, 0, at h = 1 / beta. Identity Preference Optimization (IPO,
-    arXiv:2310.12036) has its target at 1 / (2 * beta), so it is this loss with twice the beta.
+    The minimum, 0, is at h = 1 / beta. Identity Preference Optimization (IPO, arXiv:2310.12036) has
+    it at 1 / (2 * beta), so it is this loss with twice the beta.
     """
 
     @quiet

@@ -1,9 +1,5 @@
 """Layer 2: from the four log-probabilities of a batch of pairs to a loss.
 
-The four come in the order of DPO's reference code, which most trainers follow: policy chosen,
-policy rejected, reference chosen, reference rejected. Each is the log-probability of a completion,
-summed over its tokens, in nats, as an array of shape [B].
-
 NumPy raises no warnings here. The mean of no pairs is nan, inf - inf is nan, and overflow gives
 inf, as in the other libraries.
 """
@@ -13,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, check_reduction, detach, per_pair, quiet, reduce
-from spoloss._inputs import inputs, log_ratios, margins
+from spoloss._inputs import inputs, log_ratios
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared
 
 IPO_GAP = 0.5
@@ -21,12 +17,7 @@ IPO_GAP = 0.5
 
 
 class Rewards(NamedTuple):
-    """The implicit rewards of a batch of pairs, shape [B] each.
-
-    Attributes:
-      chosen: beta * log(pi / pi_ref) of the chosen completions.
-      rejected: The same of the rejected completions.
-    """
+    """The implicit rewards of a batch of pairs, beta * log(pi / pi_ref), [B] each."""
 
     chosen: Any
     rejected: Any
@@ -295,8 +286,8 @@ def log_ratio_margin(
       ValueError: the shapes differ.
     """
     policies = policy_chosen_logps, policy_rejected_logps
-    references = reference_chosen_logps, reference_rejected_logps
-    return margins(*policies, *references)  # type: ignore[no-any-return]
+    chosen, rejected = log_ratios(*policies, reference_chosen_logps, reference_rejected_logps)
+    return chosen - rejected  # type: ignore[no-any-return]
 
 
 @quiet

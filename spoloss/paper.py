@@ -9,17 +9,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from spoloss._arrays import ArrayT, conform, quiet
-from spoloss._inputs import LOGPS, beta_for_gap, margins
+from spoloss._inputs import LOGPS, beta_for_gap
 from spoloss.losses import DPO, SPO, SignedLog
+from spoloss.pairs import log_ratio_margin
 
 
 class PairProbGrad(NamedTuple):
-    """Derivatives of each pair's loss with respect to the policy's probabilities.
-
-    Attributes:
-      policy_chosen: The derivative with respect to pi(y_w), as sign and log-magnitude.
-      policy_rejected: The derivative with respect to pi(y_l).
-    """
+    """Derivatives of each pair's loss with respect to pi(y_w) and pi(y_l), as `SignedLog`."""
 
     policy_chosen: SignedLog
     policy_rejected: SignedLog
@@ -112,7 +108,7 @@ def dpo_prob_grad(
 
 @quiet
 def _prob_grad(loss: SPO | DPO, *logps: Any, beta: Any, reward_gap: Any = None) -> PairProbGrad:
-    margin = margins(*logps)
+    margin = log_ratio_margin(*logps)
     sign, log_abs = loss.log_slope(margin, beta_for_gap(beta, reward_gap, margin))
     # d(log pi)/d(pi) = 1 / pi, so subtract log pi.
     pc, pr = conform(LOGPS[:2], logps[:2], numbers_from=2)

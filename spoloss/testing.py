@@ -88,24 +88,17 @@ class _Library:
     name: str
     dtypes: tuple[str, ...]
     array: Callable[[Any, str], Any]
-    gradients: Callable[[Callable[..., Any], Any, Any], tuple[Any, Any]]
-    """The derivatives of a 0-d function of two arrays."""
+    grad: Callable[..., Callable[..., Any]]
     vmap: Callable[..., Callable[..., Any]]
 
 
 def _torch() -> _Library:
     torch = importlib.import_module("torch")
-
-    def gradients(function: Any, chosen: Any, rejected: Any) -> Any:
-        with torch.enable_grad():
-            inputs = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
-            return torch.autograd.grad(function(*inputs), inputs, materialize_grads=True)
-
     return _Library(
         "torch",
         ("float32", "float64"),
         lambda numbers, dtype: torch.tensor(numbers, dtype=getattr(torch, dtype)),
-        gradients,
+        torch.func.grad,
         torch.func.vmap,
     )
 
@@ -116,7 +109,7 @@ def _jax() -> _Library:
         "jax",
         ("float32", "float64") if jax.config.jax_enable_x64 else ("float32",),
         jax.numpy.asarray,
-        lambda function, *arrays: jax.grad(function, (0, 1))(*arrays),
+        jax.grad,
         jax.vmap,
     )
 
@@ -152,7 +145,7 @@ class _Case:
 
     def derivatives(self, points: Sequence[tuple[float, float]], beta: float) -> tuple[Any, Any]:
         total = lambda c, r: self.loss.value(c, r, beta).sum()  # noqa: E731
-        return self.library.gradients(total, *self.arrays(points))
+        return self.library.grad(total, (0, 1))(*self.arrays(points))  # type: ignore[no-any-return]
 
     def inside(self, beta: float) -> Any:
         """At which points the value is finite."""
