@@ -110,7 +110,7 @@ _VANISHED = -2000.0
 class SPO:
     """Stable Preference Optimization (SPO), arXiv:2508.07137v1, eq. 6.
 
-        l = -x * e^(-x),   x = beta * h
+        l = -x * e^(-x),   x = beta * h,   with the margin h in nats
 
     The minimum, -1/e, is at x = 1, which is h = 1 / beta. The loss is convex only for x < 2. For
     x < 0 it grows like |x| * e^|x|. In float32 it overflows near x = -84: the value is then +inf
@@ -119,7 +119,8 @@ class SPO:
     Attributes:
       linear_below: x0 in (-700, 1), or None. For x < x0 the loss continues along its tangent at x0,
         where dl/dx = -(1 - x0) * e^(-x0). This bounds |dl/dx| everywhere, except that it is e^(-2)
-        at x = 2, which is larger if x0 is near 1. Below -700, e^(-x0) would overflow float64.
+        at x = 2, which is larger if x0 is near 1. Below -700, e^(-x0) would overflow float64. None,
+        the default, is equation 6 as published.
 
     Raises:
       TypeError: `linear_below` is not a number or None.
@@ -185,8 +186,8 @@ class DPO:
 
         l = -(1 - e) * log s(x) - e * log s(-x),   x = beta * h,   s(x) = 1 / (1 + e^(-x))
 
-    Without smoothing (e = 0) the loss decreases everywhere, towards 0. With e > 0 (conservative
-    DPO) its minimum is at x = log((1 - e) / e).
+    h is the margin, in nats. Without smoothing (e = 0) the loss decreases everywhere, towards 0.
+    With e > 0 (conservative DPO) its minimum is at x = log((1 - e) / e).
 
     Attributes:
       label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels.
@@ -241,8 +242,8 @@ class DPO:
 class Squared:
     """Squared error to the target margin: l = (h - 1/beta)^2, arXiv:2508.07137v1, section 2.2.
 
-    The minimum, 0, is at h = 1 / beta. Identity Preference Optimization (IPO, arXiv:2310.12036) has
-    it at 1 / (2 * beta), so it is this loss with twice the beta.
+    h is the margin, in nats. The minimum, 0, is at h = 1 / beta. Identity Preference Optimization
+    (IPO, arXiv:2310.12036) has it at 1 / (2 * beta), so it is this loss with twice the beta.
     """
 
     @quiet
