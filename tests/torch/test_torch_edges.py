@@ -295,7 +295,9 @@ class NoGradient(torch.autograd.Function):
         return None
 
 
-def test_no_gradient_from_above_makes_none_below() -> None:
-    hidden, weight = torch.randn(1, 4, 3, requires_grad=True), torch.randn(5, 3)
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_gradient_from_above_makes_none_below(*, trained: bool) -> None:
+    hidden = torch.randn(1, 4, 3, requires_grad=True)
+    weight = torch.randn(5, 3, requires_grad=trained)
     logps = NoGradient.apply(flat_logps(hidden, weight, torch.ones(1, 4, dtype=torch.long)))
     assert torch.autograd.grad(logps.sum(), hidden, allow_unused=True) == (None,)
