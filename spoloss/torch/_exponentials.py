@@ -144,10 +144,8 @@ def exponentials_of(
       dtype: the dtype of the exponentials.
       compiles: whether torch.compile fuses the block.
     """
-    if not compiles:
-        return exponentials_(products, transform, target, stop, sums, dtype)
-    block = _fused(exponentials, products)
-    found: Exponentials = block(products, transform, target, stop, sums, dtype)
+    form = _fused(exponentials, products) if compiles else exponentials_
+    found: Exponentials = form(products, transform, target, stop, sums, dtype)
     return found
 
 
