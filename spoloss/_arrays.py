@@ -74,7 +74,7 @@ def conform(
     """
     leader_name, leader = names[0], values[0]
     xp = namespace(leader, leader_name)
-    _check_real(xp, leader_name, leader)
+    check_real(xp, leader_name, leader)
     dtype = _compute_dtype(xp, leader.dtype)
     if dtype == leader.dtype and all(_alike(xp, value, leader) for value in values):
         return values  # the usual case, in every training step
@@ -86,7 +86,7 @@ def conform(
     }
     for name, array in arrays.items():
         _check_kind(xp, name, array, leader_name, or_number=name in may_be_number)
-        _check_device(xp, name, array, leader_name, leader)
+        check_device(xp, name, array, leader_name, leader)
         dtype = _compute_dtype(xp, dtype, array.dtype)
     if any(array.shape != leader.shape for array in arrays.values()):
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
@@ -113,13 +113,37 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
         return float(value)
     xp = namespace(like, "the log-probabilities")
     _check_kind(xp, name, value, "the log-probabilities", or_number=True)
-    _check_device(xp, name, value, "the log-probabilities", like)
+    check_device(xp, name, value, "the log-probabilities", like)
     if len(value.shape) > 0 and value.shape != like.shape:
         raise ValueError(
             f"{name} must be a number or have the log-probabilities' shape "
             f"{tuple(like.shape)}, got {tuple(value.shape)}"
         )
     return cast(xp, value, _compute_dtype(xp, like.dtype))
+
+
+def check_real(xp: Any, name: str, array: Any) -> None:
+    """Raise an error for an array of the library `xp` that is not real floating."""
+    if xp.__name__ == "torch":
+        real = array.is_floating_point()
+    elif xp is numpy:  # whose isdtype raises an error for the dtypes of other packages
+        real = numpy.issubdtype(array.dtype, numpy.floating)
+    else:
+        real = xp.isdtype(array.dtype, "real floating")
+    if real:
+        return
+    half = xp is numpy and array.dtype.name == "bfloat16"
+    advice = ". Convert it with astype(numpy.float32)" if half else ""
+    raise TypeError(f"{name} must be real floating, got {array.dtype}{advice}")
+
+
+def check_device(xp: Any, name: str, array: Any, leader_name: str, leader: Any) -> None:
+    """Raise an error for a PyTorch tensor that is not on the leader's device."""
+    if xp.__name__ != "torch" or array.device == leader.device:
+        return
+    if array.ndim == 0 and array.device.type == "cpu":
+        return  # PyTorch treats it as a number on any device
+    raise ValueError(f"{name} must be on the {leader.device} of {leader_name}, got {array.device}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -232,29 +256,7 @@ def _check_kind(xp: Any, name: str, array: Any, leader: str, *, or_number: bool)
             f"{name} must be from the same library as {leader}, {xp.__name__}, "
             f"got {other.__name__}. Convert it with {converter}"
         )
-    _check_real(xp, name, array)
-
-
-def _check_device(xp: Any, name: str, array: Any, leader_name: str, leader: Any) -> None:
-    if xp.__name__ != "torch" or array.device == leader.device:
-        return
-    if array.ndim == 0 and array.device.type == "cpu":
-        return  # PyTorch treats it as a number on any device
-    raise ValueError(f"{name} must be on the {leader.device} of {leader_name}, got {array.device}")
-
-
-def _check_real(xp: Any, name: str, array: Any) -> None:
-    if xp.__name__ == "torch":
-        real = array.is_floating_point()
-    elif xp is numpy:  # whose isdtype raises an error for the dtypes of other packages
-        real = numpy.issubdtype(array.dtype, numpy.floating)
-    else:
-        real = xp.isdtype(array.dtype, "real floating")
-    if real:
-        return
-    half = xp is numpy and array.dtype.name == "bfloat16"
-    advice = ". Convert it with astype(numpy.float32)" if half else ""
-    raise TypeError(f"{name} must be real floating, got {array.dtype}{advice}")
+    check_real(xp, name, array)
 
 
 def _compute_dtype(xp: Any, dtype: Any, other: Any = None) -> Any:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from spoloss._arrays import cast, filled, namespace
+from spoloss._arrays import cast, filled, namespace, per_pair
+from spoloss._inputs import beta_for_gap
 from spoloss.gradients import pair_grad
 from spoloss.losses import MarginLoss, PairLoss
-from spoloss.pairs import pair_loss
+from spoloss.pairs import log_ratio_margin, pair_loss
 
 
 class Constants(NamedTuple):
@@ -34,6 +35,25 @@ class Constants(NamedTuple):
     beta: Any
     reward_gap: Any
     weights: Any
+
+    def check(self, like: Any) -> Any:
+        """Check the numbers before any computation. `pair_loss` would check them after.
+
+        Args:
+          like: log-probabilities of a policy, whose shape, dtype and device count.
+
+        Returns:
+          The margin of that policy.
+
+        Raises:
+          TypeError: a number is neither a number nor a real floating array of the library.
+          ValueError: a number is out of range, or a shape or a device does not fit.
+        """
+        margin = log_ratio_margin(like, like, self.reference_chosen, self.reference_rejected)
+        beta_for_gap(self.beta, self.reward_gap, margin)  # also the range of their ratio
+        if self.weights is not None:
+            per_pair("weights", self.weights, margin, positive=False)
+        return margin
 
     def of(self, pairs: slice) -> Constants:
         """Those of some pairs."""

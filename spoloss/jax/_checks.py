@@ -6,14 +6,13 @@ They name arguments as the caller spells them: `head.weight`, `chosen.labels`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
-from spoloss._options import check_head_options, check_token_options
+from spoloss._checks import check_floating, check_tokens
+from spoloss._options import check_head_options
 from spoloss.jax._arguments import Axis, Completions, Head
 from spoloss.jax._mesh import Split, names_of
 
@@ -33,98 +32,28 @@ def prepare(head: Head, sides: Mapping[str, Completions]) -> None:
         if not isinstance(side, Completions):
             raise TypeError(f"{name} must be Completions, got {type(side).__name__}")
     check_head_options(head.softcap, head.logit_scale, head.temperature, head.chunk_size)
-    check_floating("head.weight", head.weight)
+    check_floating(jnp, "head.weight", head.weight)
     if head.weight.ndim != 2:
         raise ValueError(f"head.weight must have shape [V, D], got {head.weight.shape}")
     if head.bias is not None:
         _check_bias(head.bias, head.weight)
     for name, side in sides.items():
         _check_hidden(f"{name}.hidden", side.hidden, head.weight)
-        check_tokens(
-            f"{name}.",
-            side.labels,
-            side.token_weights,
-            side.cu_seqlens,
-            (f"{name}.hidden", side.hidden),
-        )
-        check_token_options(f"{name}.", side.ignore_index, side.shift)
+        check_tokens(jnp, f"{name}.", side, f"{name}.hidden")
     _check_mesh(head)
     if head.mesh is not None:
         _check_parts(head, sides)
 
 
-def check_tokens(
-    prefix: str,
-    labels: Array,
-    token_weights: Array | None,
-    cu_seqlens: Array | None,
-    states: tuple[str, Array],
-) -> None:
-    """Check labels, weights and offsets against the name and shape of hidden states or logits.
-
-    Raises:
-      TypeError: one of them is not a JAX array, or has another kind of dtype.
-      ValueError: a shape does not fit.
-    """
-    name, array = states
-    _check_integer(f"{prefix}labels", labels)
-    if labels.shape != array.shape[:2]:
-        raise ValueError(
-            f"{prefix}labels must have the shape [B, T] = {array.shape[:2]} of {name}, "
-            f"got {labels.shape}"
-        )
-    if token_weights is not None:
-        check_floating(f"{prefix}token_weights", token_weights)
-        if token_weights.shape != labels.shape:
-            raise ValueError(
-                f"{prefix}token_weights must have the shape {labels.shape} of {prefix}labels, "
-                f"got {token_weights.shape}"
-            )
-    if cu_seqlens is not None:
-        _check_cu_seqlens(prefix, cu_seqlens, labels)
-
-
-def check_floating(name: str, value: Any) -> None:
-    """Check that an argument is a JAX array of real floating numbers.
-
-    Raises:
-      TypeError: it is not.
-    """
-    if not isinstance(value, jax.Array):
-        raise TypeError(f"{name} must be a JAX array, got {type(value).__name__}")
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{name} must be real floating, got {value.dtype}")
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, jax.Array):
-        raise TypeError(f"{name} must be a JAX array, got {type(value).__name__}")
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integer, got {value.dtype}")
-
-
-def _check_cu_seqlens(prefix: str, cu_seqlens: Array, labels: Array) -> None:
-    _check_integer(f"{prefix}cu_seqlens", cu_seqlens)
-    if len(labels) != 1:
-        raise ValueError(
-            f"{prefix}cu_seqlens cuts one row into sequences: {prefix}labels must have shape "
-            f"[1, T], got {labels.shape}"
-        )
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"{prefix}cu_seqlens must have shape [S + 1] with S >= 1, got {cu_seqlens.shape}"
-        )
-
-
 def _check_bias(bias: Array, weight: Array) -> None:
-    check_floating("head.bias", bias)
+    check_floating(jnp, "head.bias", bias)
     _check_dtype("head.bias", bias, weight)
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"head.bias must have shape [V] = {weight.shape[:1]}, got {bias.shape}")
 
 
 def _check_hidden(name: str, hidden: Array, weight: Array) -> None:
-    check_floating(name, hidden)
+    check_floating(jnp, name, hidden)
     _check_dtype(name, hidden, weight)
     if hidden.ndim != 3 or hidden.shape[2] != weight.shape[1]:
         raise ValueError(

@@ -113,7 +113,7 @@ def sequences_of(completions: Completions) -> Sequences:
     # so in uint8, -100 would be token 156, and V = 256 would be 0.
     targets, cu_seqlens = completions.labels.astype(int), completions.cu_seqlens
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.astype(int)
-    counts, weights = targets != completions.ignore_index, completions.token_weights
+    counts, weights = targets != int(completions.ignore_index), completions.token_weights
     if weights is not None:
         counts &= weights != 0.0
         # A trace cannot read the weights, so a wrong one gives nan instead of a wrong number.

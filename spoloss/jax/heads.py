@@ -7,14 +7,13 @@ is documented there, once.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from spoloss._arrays import check_reduction, is_number, per_pair
-from spoloss._inputs import beta_for_gap
+from spoloss._arrays import check_reduction, is_number
+from spoloss._checks import check_pairs
 from spoloss._objective import Constants, Objective
 from spoloss._options import check_flag, check_nll_weight
 from spoloss.jax._arguments import Completions, Head
@@ -23,7 +22,7 @@ from spoloss.jax._fused import LinearPairLoss, fused_loss
 from spoloss.jax._labels import sequences_of
 from spoloss.jax._softmax import wide
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
-from spoloss.pairs import IPO_GAP, log_ratio_margin
+from spoloss.pairs import IPO_GAP
 
 __all__ = [
     "Completions",
@@ -103,16 +102,12 @@ def linear_pair_loss(
     check_nll_weight(nll_weight)
     check_flag("average", average)
     prepare(head, {"chosen": chosen, "rejected": rejected})
-    _check_pairs(chosen, rejected)
-    constants = _constants(
-        jnp.zeros(_count(chosen), wide(chosen.hidden)),
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta,
-        reward_gap,
-        weights,
-    )
+    check_pairs(_count(chosen), _count(rejected))
+    references = reference_chosen_logps, reference_rejected_logps
+    constants = Constants(*references, beta, reward_gap, weights)
+    margin = constants.check(jnp.zeros(_count(chosen), wide(chosen.hidden)))
     objective = Objective(loss, float(nll_weight), reduction, bool(average))
+    constants = _as_arrays(constants, margin)
     found: LinearPairLoss = _pair_loss(objective, head, chosen, rejected, constants)
     return found
 
@@ -375,41 +370,10 @@ def _count(side: Completions) -> int:
     return len(side.labels) if side.cu_seqlens is None else len(side.cu_seqlens) - 1
 
 
-def _check_pairs(chosen: Completions, rejected: Completions) -> None:
-    if _count(chosen) != _count(rejected):
-        raise ValueError(
-            "chosen and rejected must have the same number of completions, "
-            f"got {_count(chosen)} and {_count(rejected)}"
-        )
-
-
-def _constants(
-    like: Array,
-    reference_chosen: Any,
-    reference_rejected: Any,
-    beta: Any,
-    reward_gap: Any,
-    weights: Any,
-) -> Constants:
-    """The numbers of each pair as arrays, checked before any computation.
-
-    Args:
-      like: [P], in the dtype of the policy's log-probabilities.
-      reference_chosen: a number or [P].
-      reference_rejected: a number or [P].
-      beta: a number, 0-d or [P].
-      reward_gap: a number, 0-d, [P] or None.
-      weights: a number, 0-d, [P] or None.
-    """
-    margin = log_ratio_margin(like, like, reference_chosen, reference_rejected)
-    references = [
-        jnp.full_like(like, float(reference)) if is_number(reference) else reference
-        for reference in (reference_chosen, reference_rejected)
-    ]
-    beta_for_gap(beta, reward_gap, margin)  # checks both, and the range of their ratio
-    if weights is not None:
-        weights = jnp.asarray(per_pair("weights", weights, margin, positive=False), margin.dtype)
-    if reward_gap is not None:
-        reward_gap = jnp.asarray(reward_gap, margin.dtype)
-    beta = jnp.asarray(beta, margin.dtype)
-    return Constants(references[0], references[1], beta, reward_gap, weights)
+def _as_arrays(constants: Constants, margin: Array) -> Constants:
+    """The numbers of each pair as arrays, for `jax.jit`: references as [P], others as they are."""
+    *references, beta, reward_gap, weights = constants
+    return Constants(
+        *(jnp.full_like(margin, float(r)) if is_number(r) else r for r in references),
+        *(None if n is None else jnp.asarray(n, margin.dtype) for n in (beta, reward_gap, weights)),
+    )

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from spoloss._options import check_flag, check_token_options
+from spoloss._checks import check_floating, check_tokens
+from spoloss._options import check_flag
 from spoloss.jax._arguments import Completions, Head
-from spoloss.jax._checks import check_floating, check_tokens, prepare
+from spoloss.jax._checks import prepare
 from spoloss.jax._labels import Sequences, sequences_of
 from spoloss.jax._recompute import token_logps
 from spoloss.jax._softmax import wide
@@ -63,20 +64,19 @@ def sequence_logps(
         integer, an argument is not a JAX array, or an option has another type.
       ValueError: a shape does not fit.
     """
-    check_floating("logits", logits)
+    check_floating(jnp, "logits", logits)
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape [B, T, V], got {logits.shape}")
-    check_tokens("", labels, token_weights, cu_seqlens, ("logits", logits))
-    check_token_options("", ignore_index, shift)
     check_flag("average", average)
     tokens = Completions(
         logits,
         labels,
         token_weights=token_weights,
         cu_seqlens=cu_seqlens,
-        ignore_index=int(ignore_index),
-        shift=bool(shift),
+        ignore_index=ignore_index,
+        shift=shift,
     )
+    check_tokens(jnp, "", tokens, "logits")
     logps: Array = _sequence_logps(bool(average), tokens)
     return logps
 

@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from spoloss._options import check_head_options, check_token_options
+from spoloss._checks import check_floating
+from spoloss._options import check_head_options
 from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._devices import device_of
 from spoloss.torch._head import HeadOptions, tiles_of
-from spoloss.torch._labels import (
-    check_cu_seqlens,
-    check_floating,
-    check_labels,
-    check_token_weights,
-    targets_of,
-)
+from spoloss.torch._labels import check_labels, targets_of
 from spoloss.torch._tokens import Sequences
 from spoloss.torch._vocab_parallel import VocabShard, join, refuse_compilation
 
@@ -47,23 +42,15 @@ def prepare(head: Head, sides: Mapping[str, Completions]) -> Call:
         if not isinstance(side, Completions):
             raise TypeError(f"{name} must be Completions, got {type(side).__name__}")
     options = _check_head(head, sides)
-    sequences = [_sequences(name, side) for name, side in sides.items()]
+    sequences = [
+        Sequences(name, targets_of(side), side.ignore_index, side.cu_seqlens)
+        for name, side in sides.items()
+    ]
     if head.vocab_parallel_group is not None:
         hidden = [side.hidden for side in sides.values()]
         shard = _join_shards(head.vocab_parallel_group, head, options, sequences, hidden)
         options = replace(options, shard=shard)
     return Call(options, sequences)
-
-
-def _sequences(name: str, side: Completions) -> Sequences:
-    targets = targets_of(
-        side.labels,
-        side.token_weights,
-        side.ignore_index,
-        shift=side.shift,
-        cu_seqlens=side.cu_seqlens,
-    )
-    return Sequences(name, targets, side.ignore_index, side.cu_seqlens)
 
 
 def _check_head(head: Head, sides: Mapping[str, Completions]) -> HeadOptions:
@@ -79,22 +66,16 @@ def _check_head(head: Head, sides: Mapping[str, Completions]) -> HeadOptions:
       ValueError: a shape, device or number does not fit, or ZeRO-3 has partitioned the weight.
     """
     check_head_options(head.softcap, head.logit_scale, head.temperature, head.chunk_size)
-    check_floating("head.weight", head.weight)
+    check_floating(torch, "head.weight", head.weight)
     for name, side in sides.items():
-        check_floating(f"{name}.hidden", side.hidden)
+        check_floating(torch, f"{name}.hidden", side.hidden)
     dtype = _autocast_dtype(head.weight, [side.hidden for side in sides.values()])
     _check_weight(head.weight)
     if head.bias is not None:
         _check_bias(head.bias, head.weight, same_dtype=dtype is None)
     for name, side in sides.items():
         _check_hidden(f"{name}.hidden", side.hidden, head.weight, same_dtype=dtype is None)
-        labels, hidden = f"{name}.labels", f"{name}.hidden"
-        check_labels(labels, side.labels, hidden, side.hidden)
-        check_token_options(f"{name}.", side.ignore_index, side.shift)
-        if side.cu_seqlens is not None:
-            check_cu_seqlens(f"{name}.cu_seqlens", side.cu_seqlens, labels, side.labels)
-        if side.token_weights is not None:
-            check_token_weights(f"{name}.token_weights", side.token_weights, labels, side.labels)
+        check_labels(f"{name}.", side, f"{name}.hidden")
     return HeadOptions(head.softcap, head.logit_scale, head.temperature, head.chunk_size, dtype)
 
 
@@ -169,7 +150,7 @@ def _check_weight(weight: Tensor) -> None:
 
 
 def _check_bias(bias: Tensor, weight: Tensor, *, same_dtype: bool) -> None:
-    check_floating("head.bias", bias)
+    check_floating(torch, "head.bias", bias)
     _check_fit("head.bias", bias, weight, same_dtype=same_dtype)
     if bias.shape != weight.shape[:1]:
         raise ValueError(

@@ -8,12 +8,14 @@ variable-length functions: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from spoloss._checks import check_tokens
 from spoloss._objective import averages
+from spoloss.torch._arguments import Completions
 from spoloss.torch._autograd import is_batched
 
 IGNORED = torch.iinfo(torch.int64).min
@@ -26,85 +28,25 @@ _PIECE = 128
 """The number of values in a piece of `sum_runs`."""
 
 
-def check_floating(name: str, value: Any) -> None:
-    """Check that an argument is a real floating tensor.
+def check_labels(prefix: str, tokens: Completions, of: str) -> None:
+    """`check_tokens`, and the dtype and the order of the offsets.
 
     Raises:
-      TypeError: it is no tensor, or not real floating.
+      TypeError: as `check_tokens`, or the offsets are not int32 or int64.
+      ValueError: as `check_tokens`, or, on the CPU and outside a compiled graph, the offsets do not
+        rise from 0 to T.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a PyTorch tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be real floating, got {value.dtype}")
-
-
-def check_labels(name: str, labels: Tensor, other: str, states: Tensor) -> None:
-    """Check that labels are integers of shape [B, T], the first two axes of `states`.
-
-    Raises:
-      TypeError: the labels are no tensor, or not integer.
-      ValueError: the shape or the device does not fit.
-    """
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a PyTorch tensor, got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must be integer, got {labels.dtype}")
-    if labels.shape != states.shape[:2]:
-        raise ValueError(
-            f"{name} must have the shape [B, T] = {tuple(states.shape[:2])} of {other}, "
-            f"got {tuple(labels.shape)}"
-        )
-    if labels.device != states.device:
-        raise ValueError(f"{name} must be on the {states.device} of {other}, got {labels.device}")
-
-
-def check_token_weights(name: str, weights: Tensor, labels_name: str, labels: Tensor) -> None:
-    """Check that weights of tokens fit to the labels. Their values are checked with the labels.
-
-    Raises:
-      TypeError: the weights are no tensor, or not real floating.
-      ValueError: the shape or the device does not fit.
-    """
-    check_floating(name, weights)
-    if weights.shape != labels.shape:
-        raise ValueError(
-            f"{name} must have the shape {tuple(labels.shape)} of {labels_name}, "
-            f"got {tuple(weights.shape)}"
-        )
-    if weights.device != labels.device:
-        raise ValueError(
-            f"{name} must be on the {labels.device} of {labels_name}, got {weights.device}"
-        )
-
-
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, labels_name: str, labels: Tensor) -> None:
-    """Check that offsets can cut labels [1, T] into sequences.
-
-    Raises:
-      TypeError: the offsets are not int32 or int64.
-      ValueError: the labels have more than one row, or a shape or device does not fit, or, on the
-        CPU and outside a compiled graph, the offsets do not rise from 0 to T.
-    """
+    name, cu_seqlens = f"{prefix}cu_seqlens", tokens.cu_seqlens
+    if cu_seqlens is None:
+        check_tokens(torch, prefix, tokens, of)
+        return
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
         raise TypeError(f"{name} must be int32 or int64, got {kind}")
-    if len(labels) != 1:
-        raise ValueError(
-            f"{name} cuts one row into sequences: {labels_name} must have shape [1, T], "
-            f"got {tuple(labels.shape)}"
-        )
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"{name} must have shape [S + 1] with S >= 1, got {tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != labels.device:
-        raise ValueError(
-            f"{name} must be on the {labels.device} of {labels_name}, got {cu_seqlens.device}"
-        )
-    if _is_readable(cu_seqlens) and not rises(cu_seqlens, labels.shape[1]):
-        raise ValueError(
-            f"{name} must rise from 0 to T = {labels.shape[1]}, got {cu_seqlens.tolist()}"
-        )
+    check_tokens(torch, prefix, tokens, of)
+    length = tokens.labels.shape[1]
+    if _is_readable(cu_seqlens) and not rises(cu_seqlens, length):
+        raise ValueError(f"{name} must rise from 0 to T = {length}, got {cu_seqlens.tolist()}")
 
 
 def _is_readable(tensor: Tensor) -> bool:
@@ -150,34 +92,28 @@ class Targets(NamedTuple):
             raise ValueError(f"{name} must be finite and not negative, got another number")
 
 
-def targets_of(
-    labels: Tensor,
-    token_weights: Tensor | None,
-    ignore_index: int,
-    *,
-    shift: bool,
-    cu_seqlens: Tensor | None,
-) -> Targets:
+def targets_of(tokens: Completions) -> Targets:
     """What each position predicts. A label of weight 0 does not count.
 
     The labels are shifted, not the hidden states or logits, because flattening a slice of those
     would copy them.
     """
+    token_weights, cu_seqlens = tokens.token_weights, tokens.cu_seqlens
     # Convert before comparing: as uint8, an ignore_index of -100 would equal token 156.
-    ids = labels.long()
-    ids = ids.masked_fill(ids == ignore_index, IGNORED)
+    ids = tokens.labels.long()
+    ids = ids.masked_fill(ids == tokens.ignore_index, IGNORED)
     if token_weights is not None:
         fits = (token_weights >= 0.0) & (token_weights < math.inf)
         ids = torch.where(fits | (ids == IGNORED), ids, UNWEIGHABLE)
         ids = torch.where(token_weights == 0.0, IGNORED, ids)
-    if shift:
+    if tokens.shift:
         if cu_seqlens is not None:
             ids = torch.where(_starts(cu_seqlens, ids.shape[1]), IGNORED, ids)
         ids = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
     if token_weights is None:
         return Targets(ids, None)
     weights = token_weights.to(torch.promote_types(token_weights.dtype, torch.float32))
-    if shift:
+    if tokens.shift:
         weights = torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1)
     return Targets(ids, torch.where(ids == IGNORED, 0.0, weights))
 

@@ -11,16 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from spoloss._arrays import check_reduction, per_pair
-from spoloss._inputs import beta_for_gap
+from spoloss._arrays import check_reduction
+from spoloss._checks import check_pairs
 from spoloss._objective import Constants, Objective
 from spoloss._options import check_flag, check_nll_weight
 from spoloss.losses import DPO, SPO, MarginLoss, PairLoss, Squared, pairwise
-from spoloss.pairs import IPO_GAP, log_ratio_margin
+from spoloss.pairs import IPO_GAP
 from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._checks import prepare
 from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
-from spoloss.torch._tokens import Sequences
 
 __all__ = [
     "Completions",
@@ -97,15 +96,18 @@ def linear_pair_loss(
     check_flag("average", average)
     sides = {"chosen": chosen, "rejected": rejected}
     call = prepare(head, sides)
-    _check_pairs(*call.sequences)
-    numbers = (reference_chosen_logps, reference_rejected_logps, beta, reward_gap, weights)
-    like = _like_margins(chosen.hidden, call.sequences[0].count, numbers)
-    _check_numbers(like, *numbers)
+    pairs, others = (side.count for side in call.sequences)
+    check_pairs(pairs, others)
+    references = reference_chosen_logps, reference_rejected_logps
+    constants = Constants(*references, beta, reward_gap, weights)
+    dtype = torch.promote_types(chosen.hidden.dtype, torch.float32)
+    like = chosen.hidden.new_zeros(pairs, dtype=dtype)
+    constants.check(like)
     left_out = _zero_weights(weights, like)
     sequences = [replace(side, left_out=left_out) for side in call.sequences]
     objective = Objective(loss, nll_weight, reduction, average)
     inputs = Inputs(chosen.hidden, rejected.hidden, head.weight, head.bias)
-    return fused_loss(inputs, sequences, objective, Constants(*numbers), call.options)
+    return fused_loss(inputs, sequences, objective, constants, call.options)
 
 
 def linear_spo_loss(
@@ -336,38 +338,6 @@ def linear_ipo_loss(
         average=average,
         reduction=reduction,
     )
-
-
-def _check_pairs(chosen: Sequences, rejected: Sequences) -> None:
-    if chosen.count != rejected.count:
-        raise ValueError(
-            "chosen and rejected must have the same number of completions, "
-            f"got {chosen.count} and {rejected.count}"
-        )
-
-
-def _like_margins(hidden: Tensor, pairs: int, numbers: tuple[Tensor | float | None, ...]) -> Tensor:
-    """An array of the margins' shape [P], dtype and device, to check other arguments against."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    for reference in numbers[:2]:
-        if isinstance(reference, Tensor) and reference.is_floating_point():
-            dtype = torch.promote_types(dtype, reference.dtype)
-    return hidden.new_zeros(pairs, dtype=dtype)
-
-
-def _check_numbers(
-    like: Tensor,
-    reference_chosen: Tensor | float,
-    reference_rejected: Tensor | float,
-    beta: Tensor | float,
-    reward_gap: Tensor | float | None,
-    weights: Tensor | float | None,
-) -> None:
-    """Check the numbers of each pair before any computation. `pair_loss` would check them after."""
-    log_ratio_margin(like, like, reference_chosen, reference_rejected)
-    beta_for_gap(beta, reward_gap, like)
-    if weights is not None:
-        per_pair("weights", weights, like, positive=False)
 
 
 def _zero_weights(weights: Tensor | float | None, like: Tensor) -> Tensor | None:

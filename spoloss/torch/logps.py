@@ -8,19 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spoloss._options import check_flag, check_token_options
+from spoloss._checks import check_floating
+from spoloss._options import check_flag
 from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._autograd import is_batched, refuse_batched
 from spoloss.torch._checks import prepare
 from spoloss.torch._fused import logps_of_tokens
-from spoloss.torch._labels import (
-    IGNORED,
-    check_cu_seqlens,
-    check_floating,
-    check_labels,
-    check_token_weights,
-    targets_of,
-)
+from spoloss.torch._labels import IGNORED, check_labels, targets_of
 from spoloss.torch._tiles import logits_rows
 
 
@@ -69,17 +63,20 @@ def sequence_logps(
       ValueError: a shape or a device does not fit, or, on the CPU, `cu_seqlens` are out of order or
         a token weight is negative or not finite.
     """
-    check_floating("logits", logits)
+    check_floating(torch, "logits", logits)
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape [B, T, V], got {tuple(logits.shape)}")
-    check_labels("labels", labels, "logits", logits)
-    check_token_options("", ignore_index, shift)
     check_flag("average", average)
-    if cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens, "labels", labels)
-    if token_weights is not None:
-        check_token_weights("token_weights", token_weights, "labels", labels)
-    targets = targets_of(labels, token_weights, ignore_index, shift=shift, cu_seqlens=cu_seqlens)
+    tokens = Completions(
+        logits,
+        labels,
+        token_weights=token_weights,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        shift=shift,
+    )
+    check_labels("", tokens, "logits")
+    targets = targets_of(tokens)
     if token_weights is not None:
         targets.check_weights("token_weights")
     counts = targets.ids != IGNORED

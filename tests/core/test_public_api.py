@@ -23,6 +23,7 @@ PACKAGE = Path(spoloss.__file__).parent
 CORE = (
     "spoloss._arrays",
     "spoloss._options",
+    "spoloss._checks",
     "spoloss.losses",
     "spoloss._inputs",
     "spoloss.pairs",

@@ -34,6 +34,7 @@ from helpers.fused import (
 )
 from spoloss import SPO
 from spoloss.torch import (
+    Completions,
     _devices,
     _exponentials,
     _fused,
@@ -193,7 +194,7 @@ def test_nothing_waits_for_the_device_but_the_choice_of_rows(
         read = [
             _tokens.Sequences(
                 side.name,
-                _labels.targets_of(labels[side.name], None, -100, shift=True, cu_seqlens=None),
+                _labels.targets_of(Completions(torch.empty(0), labels[side.name])),
                 -100,
             )
             for side in sides
