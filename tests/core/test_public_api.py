@@ -29,6 +29,7 @@ CORE = (
     "spoloss.pairs",
     "spoloss.gradients",
     "spoloss._objective",
+    "spoloss._linear_losses",
     "spoloss.paper",
     "spoloss.metrics",
     "spoloss",
@@ -125,7 +126,7 @@ def documented() -> dict[str, Any]:
     for module in (spoloss, spoloss.torch, spoloss.jax):
         for name in module.__all__:
             thing = getattr(module, name)
-            if inspect.isfunction(thing):
+            if inspect.isroutine(thing):
                 found[f"{module.__name__}.{name}"] = thing
             if isinstance(thing, type) and issubclass(thing, torch.nn.Module):
                 found[f"{module.__name__}.{name}"] = thing

@@ -103,7 +103,7 @@ PUBLIC = [
     getattr(module, name)
     for module in (spoloss, spoloss.torch)
     for name in module.__all__
-    if inspect.isfunction(getattr(module, name))
+    if inspect.isroutine(getattr(module, name))
 ]
 
 
