@@ -14,8 +14,7 @@ from spoloss._options import check_head_options
 from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._devices import device_of
 from spoloss.torch._head import HeadOptions, tiles_of
-from spoloss.torch._labels import check_labels, targets_of
-from spoloss.torch._tokens import Sequences
+from spoloss.torch._labels import Sequences, check_labels, sequences_of
 from spoloss.torch._vocab_parallel import VocabShard, join, refuse_compilation
 
 if TYPE_CHECKING:
@@ -35,17 +34,22 @@ class Call(NamedTuple):
 
 
 def prepare(head: Head, sides: Mapping[str, Completions]) -> Call:
-    """Check the head and the completions, by the names of their arguments."""
+    """Check the head and the completions, by the names of their arguments.
+
+    Raises:
+      TypeError: a dtype does not fit, an option is not a number, an argument is no tensor, or a
+        tensor is a DTensor.
+      ValueError: a shape, device or number does not fit, ZeRO-3 has partitioned the weight, or the
+        ranks of a split head do not agree.
+      RuntimeError: a head is split under torch.compile.
+    """
     if not isinstance(head, Head):
         raise TypeError(f"head must be a Head, got {type(head).__name__}")
     for name, side in sides.items():
         if not isinstance(side, Completions):
             raise TypeError(f"{name} must be Completions, got {type(side).__name__}")
     options = _check_head(head, sides)
-    sequences = [
-        Sequences(name, targets_of(side), side.ignore_index, side.cu_seqlens)
-        for name, side in sides.items()
-    ]
+    sequences = [sequences_of(side, name) for name, side in sides.items()]
     if head.vocab_parallel_group is not None:
         hidden = [side.hidden for side in sides.values()]
         shard = _join_shards(head.vocab_parallel_group, head, options, sequences, hidden)
@@ -54,17 +58,7 @@ def prepare(head: Head, sides: Mapping[str, Completions]) -> Call:
 
 
 def _check_head(head: Head, sides: Mapping[str, Completions]) -> HeadOptions:
-    """Check the tensors and numbers of a call, and return the head's options.
-
-    Args:
-      head: the head.
-      sides: the completions by the name of their argument.
-
-    Raises:
-      TypeError: a dtype does not fit, an option is not a number, an argument is no tensor, or a
-        tensor is a DTensor.
-      ValueError: a shape, device or number does not fit, or ZeRO-3 has partitioned the weight.
-    """
+    """Check the tensors and numbers of a call, and return the head's options."""
     check_head_options(head.softcap, head.logit_scale, head.temperature, head.chunk_size)
     check_floating(torch, "head.weight", head.weight)
     for name, side in sides.items():
@@ -86,27 +80,13 @@ def _join_shards(
     sides: list[Sequences],
     hidden: Sequence[Tensor],
 ) -> VocabShard:
-    """This rank's part of a head that is split over the vocabulary, from one exchange.
-
-    Args:
-      group: the ranks that share the head.
-      head: this rank's rows.
-      options: the head's options.
-      sides: the sequences of each side.
-      hidden: the hidden states of each side.
-
-    Raises:
-      TypeError: `group` is not a process group.
-      ValueError: the ranks do not agree, a shard is empty, or the shards together have fewer rows
-        than the labels need.
-      RuntimeError: under torch.compile.
-    """
+    """This rank's part of a head that is split over the vocabulary, from one exchange."""
     refuse_compilation()
     tensors = {"head.weight": head.weight, "head.bias": head.bias}
     tensors |= {f"{side.name}.hidden": h for side, h in zip(sides, hidden, strict=True)}
     facts: dict[str, int] = {}
     for side in sides:
-        facts[f"the number of tokens of {side.name}.labels"] = side.targets.ids.numel()
+        facts[f"the number of tokens of {side.name}.labels"] = side.targets.numel()
         facts[f"the number of sequences of {side.name}.labels"] = side.count
     for name, tensor in tensors.items():
         needs = tensor is not None and tensor.requires_grad
@@ -116,8 +96,8 @@ def _join_shards(
     facts |= {"whether gradients are enabled": int(torch.is_grad_enabled())}
     dtype = options.dtype or head.weight.dtype
     tiles = tiles_of(head.weight, dtype, head.chunk_size, device_of(head.weight))
-    ids = [side.targets.ids for side in sides]
-    return join(group, head.weight, ids, facts, tiles.heights)
+    targets = [side.targets for side in sides]
+    return join(group, head.weight, targets, facts, tiles.heights)
 
 
 def _autocast_dtype(weight: Tensor, hidden: list[Tensor]) -> torch.dtype | None:

@@ -27,10 +27,11 @@ from spoloss.torch._autograd import (
 )
 from spoloss.torch._gradients import Wanted, held_dtype
 from spoloss.torch._head import HeadOptions, Projection
+from spoloss.torch._labels import Sequences
 from spoloss.torch._one_pass import one_pass
 from spoloss.torch._operator import compiled_logps
 from spoloss.torch._recompute import token_logps
-from spoloss.torch._tokens import Batch, Sequences, TokenTable, make_table
+from spoloss.torch._tokens import Batch, TokenTable, make_table
 from spoloss.torch._vocab_parallel import refuse_compilation
 
 

@@ -8,7 +8,7 @@ variable-length functions: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,31 +56,46 @@ def _is_readable(tensor: Tensor) -> bool:
     return not is_batched(tensor)
 
 
-class Targets(NamedTuple):
-    """What each position predicts.
+@dataclass(frozen=True)
+class Sequences:
+    """The tokens of some sequences, as the positions that predict them.
 
     Attributes:
-      ids: [B, T] int64 token ids, IGNORED where none counts.
+      name: the prefix of the arguments' names, for messages.
+      targets: [B, T] the token id that each position predicts, int64; IGNORED where none counts.
       weights: [B, T] the factor of each token's log-probability, 0 where none counts, in at least
         float32; None for 1.
+      cu_seqlens: [S + 1] the offsets that cut one row [1, T] into S sequences; None if each row is
+        a sequence (then S = B).
+      ignore_index: the label to ignore, for messages.
+      left_out: [S] which sequences have weight 0, or None if none has a weight.
     """
 
-    ids: Tensor
+    name: str
+    targets: Tensor
     weights: Tensor | None
+    cu_seqlens: Tensor | None
+    ignore_index: int
+    left_out: Tensor | None = None
 
-    def lengths(self, cu_seqlens: Tensor | None) -> Tensor:
+    @property
+    def count(self) -> int:
+        """The number of sequences S."""
+        return len(self.targets) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def lengths(self) -> Tensor:
         """The number of tokens of each sequence, or the sum of their weights, [S]."""
-        counts = self.ids != IGNORED
-        return sum_sequences(counts if self.weights is None else self.weights, cu_seqlens)
+        counts = self.targets != IGNORED
+        return sum_sequences(counts if self.weights is None else self.weights, self.cu_seqlens)
 
     def weighted(self, logps: Tensor) -> Tensor:
         """Token log-probabilities [B, T], 0 where none counts, times the tokens' weights."""
         return logps if self.weights is None else logps * self.weights.to(logps.dtype)
 
-    def sums(self, logps: Tensor, *, average: bool, cu_seqlens: Tensor | None) -> Tensor:
+    def sums(self, logps: Tensor, *, average: bool = False) -> Tensor:
         """The weighted sum or average of token log-probabilities [B, T] over each sequence, [S]."""
-        sums = sum_sequences(self.weighted(logps), cu_seqlens)
-        return averages(sums, self.lengths(cu_seqlens)) if average else sums
+        sums = sum_sequences(self.weighted(logps), self.cu_seqlens)
+        return averages(sums, self.lengths()) if average else sums
 
     def check_weights(self, name: str) -> None:
         """Check the weights, where that does not synchronise with a device.
@@ -88,34 +103,34 @@ class Targets(NamedTuple):
         Raises:
           ValueError: a weight is negative, infinite or nan.
         """
-        if _is_readable(self.ids) and (self.ids == UNWEIGHABLE).any():
+        if _is_readable(self.targets) and (self.targets == UNWEIGHABLE).any():
             raise ValueError(f"{name} must be finite and not negative, got another number")
 
 
-def targets_of(tokens: Completions) -> Targets:
-    """What each position predicts. A label of weight 0 does not count.
+def sequences_of(tokens: Completions, name: str = "") -> Sequences:
+    """The sequences of some completions. A label of weight 0 does not count.
 
     The labels are shifted, not the hidden states or logits, because flattening a slice of those
     would copy them.
     """
-    token_weights, cu_seqlens = tokens.token_weights, tokens.cu_seqlens
+    weights, cu_seqlens = tokens.token_weights, tokens.cu_seqlens
     # Convert before comparing: as uint8, an ignore_index of -100 would equal token 156.
-    ids = tokens.labels.long()
-    ids = ids.masked_fill(ids == tokens.ignore_index, IGNORED)
-    if token_weights is not None:
-        fits = (token_weights >= 0.0) & (token_weights < math.inf)
-        ids = torch.where(fits | (ids == IGNORED), ids, UNWEIGHABLE)
-        ids = torch.where(token_weights == 0.0, IGNORED, ids)
+    targets = tokens.labels.long()
+    targets = targets.masked_fill(targets == tokens.ignore_index, IGNORED)
+    if weights is not None:
+        fits = (weights >= 0.0) & (weights < math.inf)
+        targets = torch.where(fits | (targets == IGNORED), targets, UNWEIGHABLE)
+        targets = torch.where(weights == 0.0, IGNORED, targets)
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     if tokens.shift:
         if cu_seqlens is not None:
-            ids = torch.where(_starts(cu_seqlens, ids.shape[1]), IGNORED, ids)
-        ids = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
-    if token_weights is None:
-        return Targets(ids, None)
-    weights = token_weights.to(torch.promote_types(token_weights.dtype, torch.float32))
-    if tokens.shift:
-        weights = torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1)
-    return Targets(ids, torch.where(ids == IGNORED, 0.0, weights))
+            targets = torch.where(_starts(cu_seqlens, targets.shape[1]), IGNORED, targets)
+        targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], IGNORED)], dim=1)
+        if weights is not None:
+            weights = torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1)
+    if weights is not None:
+        weights = torch.where(targets == IGNORED, 0.0, weights)
+    return Sequences(name, targets, weights, cu_seqlens, tokens.ignore_index)
 
 
 def _starts(cu_seqlens: Tensor, length: int) -> Tensor:

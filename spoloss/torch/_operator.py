@@ -14,9 +14,9 @@ from torch import Tensor
 from spoloss.torch._autograd import needs_grad
 from spoloss.torch._gradients import Wanted, held_dtype
 from spoloss.torch._head import HeadOptions
-from spoloss.torch._labels import Targets
+from spoloss.torch._labels import Sequences
 from spoloss.torch._recompute import Call, Forward, backward, forward
-from spoloss.torch._tokens import Sequences, make_table
+from spoloss.torch._tokens import make_table
 
 # The operators read the labels on the host, which a CUDA graph cannot record. Inductor keeps an
 # operator with this tag outside of its graphs. Old versions of PyTorch have no such tag.
@@ -32,7 +32,7 @@ def compiled_logps(
         hidden,
         weight,
         bias,
-        side.targets.ids,
+        side.targets,
         side.cu_seqlens,
         side.left_out,
         _numbers(options),
@@ -84,7 +84,7 @@ def _forward_operator(
     dtype: torch.dtype | None,
     directions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    side = Sequences(name, Targets(ids, None), ignore_index, cu_seqlens, left_out)
+    side = Sequences(name, ids, None, cu_seqlens, ignore_index, left_out)
     call = _call(weight, side, numbers, chunk_size, dtype, directions=directions)
     found = forward(weight, bias, call, hidden)
     rows = hidden.new_empty(0) if found.directions is None else found.directions
@@ -121,7 +121,7 @@ def _backward_operator(
     chunk_size: int | None,
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    side = Sequences(name, Targets(ids, None), ignore_index, cu_seqlens, left_out)
+    side = Sequences(name, ids, None, cu_seqlens, ignore_index, left_out)
     call = _call(weight, side, numbers, chunk_size, dtype, directions=False)
     found, upstream = Forward(logps.flatten(), lse, None), upstream.flatten()
     grads = backward(weight, bias, call, found, upstream, Wanted(*wanted), hidden)

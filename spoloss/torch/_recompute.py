@@ -28,9 +28,10 @@ from spoloss.torch._autograd import (
 )
 from spoloss.torch._gradients import Gradients, Wanted, held_dtype
 from spoloss.torch._head import HeadOptions, Projection
+from spoloss.torch._labels import Sequences
 from spoloss.torch._softmax import Workspace, known_blocks, known_softmax, softmax_of
 from spoloss.torch._tiles import tiles
-from spoloss.torch._tokens import Batch, Sequences, TokenTable, make_table
+from spoloss.torch._tokens import Batch, TokenTable, make_table
 
 
 def token_logps(

@@ -16,39 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spoloss.torch._labels import IGNORED, UNWEIGHABLE, Targets, rises, sequence_of, sum_runs
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """The sequences of one side.
-
-    Attributes:
-      name: the prefix of the arguments' names, for messages.
-      targets: what each position [B, T] predicts.
-      ignore_index: the label to ignore, for messages.
-      cu_seqlens: [S + 1] offsets into one row, or None if each row is a sequence.
-      left_out: [S] which sequences have weight 0, or None if none has a weight.
-    """
-
-    name: str
-    targets: Targets
-    ignore_index: int
-    cu_seqlens: Tensor | None = None
-    left_out: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        """The number of sequences."""
-        return len(self.targets.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-
-    def lengths(self) -> Tensor:
-        """The number of tokens of each sequence, or the sum of their weights, [S]."""
-        return self.targets.lengths(self.cu_seqlens)
-
-    def sums(self, logps: Tensor, *, average: bool = False) -> Tensor:
-        """The weighted sum or average of token log-probabilities [B, T] over each sequence, [S]."""
-        return self.targets.sums(logps, average=average, cu_seqlens=self.cu_seqlens)
+from spoloss.torch._labels import IGNORED, UNWEIGHABLE, Sequences, rises, sequence_of, sum_runs
 
 
 @dataclass(frozen=True)
@@ -221,14 +189,14 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
       ValueError: a label that counts is outside [0, vocabulary), its weight is negative, infinite
         or nan, or offsets do not rise to T.
     """
-    targets = [side.targets.ids.flatten() for side in sides]
+    targets = [side.targets.flatten() for side in sides]
     on_host = _to_host(sides, targets, vocabulary)
     places, keys, offset = [], [], 0
     for index, (side, host) in enumerate(zip(sides, on_host, strict=True)):
         _check(side, host, vocabulary)
         place = host.counts.nonzero().squeeze(1)
         if host.offsets is None:
-            sequence = place // side.targets.ids.shape[1]
+            sequence = place // side.targets.shape[1]
         else:
             sequence = sequence_of(host.offsets, place)
         places.append(place + offset)
@@ -256,12 +224,10 @@ def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
 
 def _weights(sides: list[Sequences], place: Tensor) -> Tensor | None:
     """The weight of each row's token, or None if no side has weights."""
-    if all(side.targets.weights is None for side in sides):
+    if all(side.weights is None for side in sides):
         return None
     columns = [
-        (side.targets.ids != IGNORED).float()
-        if side.targets.weights is None
-        else side.targets.weights
+        (side.targets != IGNORED).float() if side.weights is None else side.weights
         for side in sides
     ]
     return torch.cat([column.flatten() for column in columns])[place]

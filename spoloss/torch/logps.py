@@ -14,7 +14,7 @@ from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._autograd import is_batched, refuse_batched
 from spoloss.torch._checks import prepare
 from spoloss.torch._fused import logps_of_tokens
-from spoloss.torch._labels import IGNORED, check_labels, targets_of
+from spoloss.torch._labels import IGNORED, check_labels, sequences_of
 from spoloss.torch._tiles import logits_rows
 
 
@@ -76,14 +76,14 @@ def sequence_logps(
         shift=shift,
     )
     check_labels("", tokens, "logits")
-    targets = targets_of(tokens)
+    side = sequences_of(tokens)
     if token_weights is not None:
-        targets.check_weights("token_weights")
-    counts = targets.ids != IGNORED
+        side.check_weights("token_weights")
+    counts = side.targets != IGNORED
     logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
-        logits.flatten(0, 1), torch.where(counts, targets.ids, 0).flatten(), counts.flatten()
+        logits.flatten(0, 1), torch.where(counts, side.targets, 0).flatten(), counts.flatten()
     )
-    return targets.sums(logps.view(labels.shape), average=average, cu_seqlens=cu_seqlens)
+    return side.sums(logps.view(labels.shape), average=average)
 
 
 def linear_logps(
@@ -132,7 +132,7 @@ def linear_logps(
     (logps,) = logps_of_tokens(
         [completions.hidden], head.weight, head.bias, call.sequences, call.options
     )
-    return side.targets.weighted(logps) if per_token else side.sums(logps, average=average)
+    return side.weighted(logps) if per_token else side.sums(logps, average=average)
 
 
 class _TokenLogps(torch.autograd.Function):

@@ -190,13 +190,9 @@ def test_nothing_waits_for_the_device_but_the_choice_of_rows(
     labels = dict(zip(("chosen", "rejected"), known.labels, strict=True))
     labels["completions"] = known.labels[0]
 
-    def table(sides: list[_tokens.Sequences], **options: Any) -> _tokens.TokenTable:
+    def table(sides: list[_labels.Sequences], **options: Any) -> _tokens.TokenTable:
         read = [
-            _tokens.Sequences(
-                side.name,
-                _labels.targets_of(Completions(torch.empty(0), labels[side.name])),
-                -100,
-            )
+            _labels.sequences_of(Completions(torch.empty(0), labels[side.name]), side.name)
             for side in sides
         ]
         found = _tokens.make_table(read, **options)
