@@ -6,6 +6,7 @@ import ast
 import graphlib
 import inspect
 import itertools
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,12 @@ DOCUMENTED = documented()
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_every_argument_is_documented(name: str) -> None:
     assert undocumented(DOCUMENTED[name]) == set()
+
+
+@pytest.mark.parametrize("wing", [spoloss.torch, spoloss.jax])
+def test_a_named_loss_of_a_wing_survives_pickling(wing: Any) -> None:
+    found = pickle.loads(pickle.dumps(wing.linear_spo_loss))
+    assert found.__self__.linear_pair_loss is wing.linear_pair_loss
 
 
 def test_import_loads_no_framework() -> None:
