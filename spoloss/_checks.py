@@ -1,4 +1,4 @@
-"""Layer 2: checks of the arrays of a head and of completions, for both wings.
+"""Layer 0: checks of the arrays of a head and of completions, for both wings.
 
 They read shapes, dtypes and devices but no numbers, so a compiler can trace them. `xp` is the
 wing's library, `torch` or `jax.numpy`. Messages name arguments as the caller spells them:

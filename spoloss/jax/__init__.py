@@ -9,10 +9,9 @@ try:
 except ImportError as error:
     raise ImportError('spoloss.jax needs JAX: pip install "spoloss[jax]"') from error
 
+from spoloss.jax._arguments import Completions, Head
+from spoloss.jax._fused import LinearPairLoss
 from spoloss.jax.heads import (
-    Completions,
-    Head,
-    LinearPairLoss,
     linear_dpo_loss,
     linear_ipo_loss,
     linear_pair_loss,

@@ -24,17 +24,6 @@ from spoloss.jax._labels import sequences_of
 from spoloss.jax._softmax import wide
 from spoloss.losses import MarginLoss, PairLoss, pairwise
 
-__all__ = [
-    "Completions",
-    "Head",
-    "LinearPairLoss",
-    "linear_dpo_loss",
-    "linear_ipo_loss",
-    "linear_pair_loss",
-    "linear_spo_loss",
-    "linear_squared_loss",
-]
-
 
 def linear_pair_loss(
     loss: MarginLoss | PairLoss,

@@ -9,10 +9,9 @@ try:
 except ImportError as error:
     raise ImportError('spoloss.torch needs PyTorch: pip install "spoloss[torch]"') from error
 
+from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._fused import LinearPairLoss
 from spoloss.torch.heads import (
-    Completions,
-    Head,
     linear_dpo_loss,
     linear_ipo_loss,
     linear_pair_loss,

@@ -21,17 +21,6 @@ from spoloss.torch._arguments import Completions, Head
 from spoloss.torch._checks import prepare
 from spoloss.torch._fused import Inputs, LinearPairLoss, fused_loss
 
-__all__ = [
-    "Completions",
-    "Head",
-    "LinearPairLoss",
-    "linear_dpo_loss",
-    "linear_ipo_loss",
-    "linear_pair_loss",
-    "linear_spo_loss",
-    "linear_squared_loss",
-]
-
 
 def linear_pair_loss(
     loss: MarginLoss | PairLoss,
