@@ -101,7 +101,7 @@ def linear_pair_loss(
     return found
 
 
-_losses = LinearLosses[Head, Completions, Array, LinearPairLoss](linear_pair_loss)
+_losses: LinearLosses[Head, Completions, Array, LinearPairLoss] = LinearLosses(linear_pair_loss)
 linear_spo_loss = _losses.linear_spo_loss
 linear_dpo_loss = _losses.linear_dpo_loss
 linear_squared_loss = _losses.linear_squared_loss

@@ -99,7 +99,7 @@ def linear_pair_loss(
     return fused_loss(inputs, sequences, objective, constants, call.options)
 
 
-_losses = LinearLosses[Head, Completions, Tensor, LinearPairLoss](linear_pair_loss)
+_losses: LinearLosses[Head, Completions, Tensor, LinearPairLoss] = LinearLosses(linear_pair_loss)
 linear_spo_loss = _losses.linear_spo_loss
 linear_dpo_loss = _losses.linear_dpo_loss
 linear_squared_loss = _losses.linear_squared_loss
