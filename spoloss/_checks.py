@@ -14,27 +14,19 @@ from spoloss._options import check_token_options
 
 
 def check_floating(xp: Any, name: str, value: Any) -> None:
-    """Check that an argument is an array of the wing's library, of real floating numbers.
-
-    Raises:
-      TypeError: it is not.
-    """
+    """Raise an error for anything but a real floating array of the wing's library."""
     _check_array(xp, name, value)
     check_real(xp, name, value)
 
 
 def check_tokens(xp: Any, prefix: str, tokens: Any, of: str) -> None:
-    """Check all fields of `Completions` against the shape and device of `hidden`.
+    """Raise an error for `Completions` whose fields do not fit to their `hidden`.
 
     Args:
       xp: the wing's library.
       prefix: what comes before the names of the fields in messages.
       tokens: the completions. Their `hidden` has been checked: hidden states or logits, [B, T, .].
       of: the name of `hidden` in messages.
-
-    Raises:
-      TypeError: a field is not an array of the library, or has another kind of dtype or type.
-      ValueError: a shape or a device does not fit.
     """
     name, labels, states = f"{prefix}labels", tokens.labels, tokens.hidden
     check_token_options(prefix, tokens.ignore_index, tokens.shift)
@@ -52,11 +44,7 @@ def check_tokens(xp: Any, prefix: str, tokens: Any, of: str) -> None:
 
 
 def check_pairs(chosen: int, rejected: int) -> None:
-    """Check that the numbers of chosen and rejected completions are equal.
-
-    Raises:
-      ValueError: they are not.
-    """
+    """Raise an error for different numbers of chosen and rejected completions."""
     if chosen != rejected:
         raise ValueError(
             "chosen and rejected must have the same number of completions, "

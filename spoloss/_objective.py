@@ -44,10 +44,6 @@ class Constants(NamedTuple):
 
         Returns:
           The margin of that policy.
-
-        Raises:
-          TypeError: a number is neither a number nor a real floating array of the library.
-          ValueError: a number is out of range, or a shape or a device does not fit.
         """
         margin = log_ratio_margin(like, like, self.reference_chosen, self.reference_rejected)
         beta_for_gap(self.beta, self.reward_gap, margin)  # also the range of their ratio

@@ -29,13 +29,7 @@ _PIECE = 128
 
 
 def check_labels(prefix: str, tokens: Completions, of: str) -> None:
-    """`check_tokens`, and the dtype and the order of the offsets.
-
-    Raises:
-      TypeError: as `check_tokens`, or the offsets are not int32 or int64.
-      ValueError: as `check_tokens`, or, on the CPU and outside a compiled graph, the offsets do not
-        rise from 0 to T.
-    """
+    """`check_tokens`, the dtype of the offsets and, on the CPU, that they rise from 0 to T."""
     name, cu_seqlens = f"{prefix}cu_seqlens", tokens.cu_seqlens
     if cu_seqlens is None:
         check_tokens(torch, prefix, tokens, of)
