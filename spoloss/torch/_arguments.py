@@ -30,7 +30,8 @@ class Head:
         head, a tile has 1,024 tokens (on CUDA 4,096), and a block of its logits takes 16 MiB (on
         CUDA 512 MiB) but has at least 1,024 entries; with `softcap` twice that. With a gradient of
         the head, one pass keeps a tile's exponentials: 64 MiB (on CUDA 2 GiB), but at least 256
-        tokens. On a GPU with less than 32 GiB both are smaller in proportion.
+        tokens. On a GPU with less than 32 GiB a block is smaller in proportion, and with less
+        than 16 GiB the exponentials. Without gradients, a block takes 32 MiB on CUDA.
       vocab_parallel_group: the ranks that share a head split over the vocabulary. `weight` and
         `bias` are then this rank's rows (for a DTensor: `to_local()`), in the order of the ranks,
         in shards of any size. All else and the upstream gradient must be equal on all ranks. The

@@ -50,7 +50,7 @@ MPS_MEMORY = Memory(128 * 2**20, 2048, 512 * 2**20, 128 * 2**20)
 
 
 def gpu_memory(total: int) -> Memory:
-    """What a GPU with so many bytes spends: less than `GPU_MEMORY` below 32 GiB."""
+    """What a GPU with so many bytes spends: blocks shrink below 32 GiB, tiles below 16 GiB."""
     return GPU_MEMORY._replace(
         block_bytes=min(GPU_MEMORY.block_bytes, total // 64),
         kept_bytes=min(GPU_MEMORY.kept_bytes, total // 8),
