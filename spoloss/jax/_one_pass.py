@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -30,128 +29,74 @@ from jax.typing import DTypeLike
 
 from spoloss._objective import Constants, Objective
 from spoloss.jax._labels import Sequences
-from spoloss.jax._softmax import HeadSums, Projection, Softmax, Wanted, held
-from spoloss.jax._tokens import Table, Tile
-
-
-class Made(NamedTuple):
-    """The results of the pass.
-
-    Attributes:
-      logps: for each side, the log-probability of each token, [N].
-      directions: for each side, the derivative of each token's log-probability with respect to its
-        hidden state, [N, D] or None.
-      head: the gradients with respect to weight and bias.
-    """
-
-    logps: tuple[Array, ...]
-    directions: tuple[Array | None, ...]
-    head: HeadSums
-
-
-def one_pass(
-    projection: Projection,
-    hidden: tuple[Array, ...],
-    sides: tuple[Sequences, ...],
-    rows: int,
-    objective: Objective,
-    constants: Constants,
-    scale: float,
-    wanted: Wanted,
-) -> Made:
-    """Visit each token once.
-
-    Args:
-      projection: the head.
-      hidden: the hidden states of both sides, [N, D].
-      sides: the sequences of both sides.
-      rows: the number of tokens per tile.
-      objective: the loss.
-      constants: the numbers of each pair.
-      scale: the factor of a pair's loss in the reduced loss.
-      wanted: which gradients to compute.
-    """
-    table = Table(sides, rows, whole_pairs=True)
-    run = _Run(projection, table, hidden, sides, objective, constants, scale, wanted)
-    made = table.visit_groups(run.add_group, run.start())
-    return table.visit_long_pairs(run.add_long_pair, made) if table.may_be_long else made
+from spoloss.jax._recompute import Found, Visit
+from spoloss.jax._softmax import HeadSums, Softmax
+from spoloss.jax._tokens import Tile
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One pass over a batch, tile by tile. The fields are the arguments of `one_pass`."""
+class OnePass:
+    """A visit that also finds the gradient of the head.
 
-    projection: Projection
-    table: Table
-    hidden: tuple[Array, ...]
-    sides: tuple[Sequences, ...]
+    Attributes:
+      visit: a visit of whole pairs.
+      objective: the loss.
+      constants: the numbers of each pair.
+      scale: the factor of a pair's loss in the reduced loss.
+    """
+
+    visit: Visit
     objective: Objective
     constants: Constants
     scale: float
-    wanted: Wanted
 
-    def start(self) -> Made:
-        """The results before the first tile."""
-        return Made(
-            tuple(
-                jnp.zeros_like(states, self.projection.dtype, shape=len(states))
-                for states in self.hidden
-            ),
-            tuple(
-                jnp.zeros_like(states, held(states)) if want else None
-                for states, want in zip(self.hidden, self.wanted.hidden, strict=True)
-            ),
-            self.projection.zeros(self.wanted),
-        )
+    def run(self) -> Found:
+        """Visit each token once."""
+        table = self.visit.table
+        found = table.visit_groups(self._add_group, self.visit.start())
+        return table.visit_long_pairs(self._add_long_pair, found) if table.may_be_long else found
 
-    def add_group(self, tile: Tile, made: Made) -> Made:
+    def _add_group(self, tile: Tile, found: Found) -> Found:
         """Add pairs that share a tile: their slopes are known before the gradient products."""
-        states, softmax, made = self._softmax(tile, made)
-        dtype = self.projection.dtype
-        sums = self.table.sum_segments(tile.weighted(softmax.logps), tile)
-        sums = functools.reduce(jnp.add, (side.zero(dtype) for side in self.sides), sums)
+        softmax, found = self._add_tile(tile, found)
+        sums = self.visit.table.sum_segments(tile.weighted(softmax.logps), tile)
+        sums = functools.reduce(jnp.add, (side.zero(sums.dtype) for side in self.visit.sides), sums)
         slopes = jnp.stack(self._slopes(tuple(sums.T)), axis=1)
         of_token = tile.weighted(tile.of_segment(slopes))
-        return made._replace(head=self.projection.add(made.head, softmax, states, of_token))
+        by_head = self.visit.projection.add(found.by_head, softmax, of_token)
+        return found._replace(by_head=by_head)
 
-    def add_long_pair(self, pair: Array, ends: Array, made: Made) -> Made:
+    def _add_long_pair(self, pair: Array, ends: Array, found: Found) -> Found:
         """Add a pair that needs several tiles: the direction of each side, then its slope."""
 
-        def step(tile: Tile, carry: tuple[Made, HeadSums]) -> tuple[Made, HeadSums]:
-            made, direction = carry
-            states, softmax, made = self._softmax(tile, made)
-            unit = tile.weighted(tile.filled.astype(self.projection.dtype))
-            return made, self.projection.add(direction, softmax, states, unit)
+        def step(tile: Tile, carry: tuple[Found, HeadSums]) -> tuple[Found, HeadSums]:
+            found, direction = carry
+            softmax, found = self._add_tile(tile, found)
+            unit = tile.weighted(tile.filled.astype(self.visit.projection.dtype))
+            return found, self.visit.projection.add(direction, softmax, unit)
 
         directions = []
         for first, last in itertools.pairwise(ends):
-            start = (made, self.projection.zeros(self.wanted))
-            made, direction = self.table.visit(first, last, step, start)
+            start = (found, self.visit.projection.zeros(self.visit.wanted))
+            found, direction = self.visit.table.visit(first, last, step, start)
             directions.append(direction)
-        slopes, head = self._slopes(sums_of(made.logps, self.sides)), made.head
+        slopes, by_head = self._slopes(sums_of(found.logps, self.visit.sides)), found.by_head
         for slope, direction in zip(slopes, directions, strict=True):
-            head = head.plus(slope[pair], direction)
-        return made._replace(head=head)
+            by_head = by_head.plus(slope[pair], direction)
+        return found._replace(by_head=by_head)
 
-    def _softmax(self, tile: Tile, made: Made) -> tuple[Array, Softmax, Made]:
-        """The states and the softmax of a tile, whose logps and directions are stored."""
-        states = self.table.states(self.hidden, tile)
-        softmax = self.projection.softmax(states, tile.targets, self._alive(tile))
-        logps, directions = self.table.store(made.logps, softmax.logps, tile), made.directions
-        if any(self.wanted.hidden):
-            directions = self.table.store(directions, self.projection.directions(softmax), tile)
-        return states, softmax, Made(logps, directions, made.head)
-
-    def _alive(self, tile: Tile) -> Array:
-        """Whether each token of a tile is in a pair whose weight is not 0."""
-        if self.constants.weights is None:
-            return tile.filled
-        shape = (self.table.pairs, len(self.sides))
-        return tile.of_segment(jnp.broadcast_to(self.constants.weights[..., None] != 0.0, shape))
+    def _add_tile(self, tile: Tile, found: Found) -> tuple[Softmax, Found]:
+        """Add a tile, without the directions of pairs whose weight is 0."""
+        alive = tile.filled
+        if self.constants.weights is not None:
+            shape = (self.visit.table.pairs, len(self.visit.sides))
+            weights = jnp.broadcast_to(self.constants.weights[..., None], shape)
+            alive = tile.of_segment(weights != 0.0)
+        return self.visit.add(tile, alive, found)
 
     def _slopes(self, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         """The derivatives of the loss with respect to the sums of both sides, [P] each."""
-        lengths = lengths_of(self.sides, sums[0].dtype)
+        lengths = lengths_of(self.visit.sides, sums[0].dtype)
         slopes = self.objective.slopes(sums, lengths, self.constants)
         return tuple(self.scale * slope for slope in slopes)
 

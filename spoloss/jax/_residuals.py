@@ -8,8 +8,7 @@ before 0.7 also requires one tree of gradients: a missing gradient is a symbolic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,18 +17,20 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from spoloss.jax._softmax import Wanted
+from spoloss.jax._arguments import Head
+from spoloss.jax._softmax import HeadSums, Wanted
 
 
-def marks_of(wanted: Wanted) -> Array:
-    """An empty array that encodes the wanted gradients in its shape."""
-    return jnp.zeros((*map(int, (*wanted.hidden, wanted.weight, wanted.bias)), 0))
+def marks_of(wanted: Wanted) -> Wanted:
+    """Arrays in place of the wanted gradients, empty in place of the others."""
+    marks: Wanted = jax.tree.map(lambda want: jnp.zeros(int(want)), wanted)
+    return marks
 
 
-def wanted_of(marks: Array) -> Wanted:
+def wanted_of(marks: Wanted) -> Wanted:
     """The wanted gradients that `marks_of` encoded."""
-    *hidden, weight, bias = (bool(size) for size in marks.shape[:-1])
-    return Wanted(tuple(hidden), weight=weight, bias=bias)
+    wanted: Wanted = jax.tree.map(lambda mark: mark.size > 0, marks)
+    return wanted
 
 
 def or_empty(array: Array | None, dtype: DTypeLike) -> Array:
@@ -45,21 +46,29 @@ def or_none(array: Array) -> Array | None:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Kinds:
-    """Shape and dtype of each argument, for rules that do not read its numbers."""
+    """Shape and dtype of head and hidden states, for rules that do not read their numbers."""
 
     each: tuple[Any, ...]
+    tree: Any
 
     @classmethod
-    def of(cls, arrays: Iterable[Array | None]) -> Kinds:
-        """The kinds of some arrays; None for None."""
-        return cls(tuple(None if array is None else jax.typeof(array) for array in arrays))
+    def of(cls, head: Head, hidden: tuple[Array, ...]) -> Kinds:
+        """The kinds of a call's arrays."""
+        arrays, tree = jax.tree.flatten((head, hidden))
+        return cls(tuple(map(jax.typeof, arrays)), tree)
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of the first, which head and hidden states share."""
-        return self.each[0].dtype  # type: ignore[no-any-return]
+    def gradients(
+        self, by_head: HeadSums, by_hidden: tuple[Array | None, ...]
+    ) -> tuple[Head, tuple[Any, ...]]:
+        """What a backward rule returns for head and hidden states, in their dtypes."""
+        head, hidden = jax.tree.unflatten(self.tree, self.each)
+        weight, bias = map(_or_zero, by_head, (head.weight, head.bias))
+        of_head = replace(head, weight=weight, bias=bias)
+        return of_head, tuple(map(_or_zero, by_hidden, hidden))
 
 
-def or_zero(gradient: Array | None, kind: Any) -> Any:
+def _or_zero(gradient: Array | None, kind: Any) -> Any:
     """A gradient, or a zero that takes no memory in its place; None for no argument."""
-    return SymbolicZero(kind) if gradient is None and kind is not None else gradient
+    if gradient is None:
+        return None if kind is None else SymbolicZero(kind)
+    return gradient.astype(kind.dtype)

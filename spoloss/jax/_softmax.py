@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 from spoloss.jax._arguments import Head
 
@@ -38,6 +37,7 @@ class Softmax(NamedTuple):
       factor: [n]; separate from `exps`, so that it can multiply a smaller array.
       column: [n] the label's column, or V if another device has it.
       at_label: [n].
+      states: [n, D] the tokens' hidden states.
     """
 
     logps: Array
@@ -45,10 +45,10 @@ class Softmax(NamedTuple):
     factor: Array
     column: Array
     at_label: Array
+    states: Array
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """With respect to what to differentiate: the hidden states of each side, weight, bias."""
 
     hidden: tuple[bool, ...]
@@ -72,10 +72,6 @@ class HeadSums(NamedTuple):
 
     weight: Array | None
     bias: Array | None
-
-    def like(self, dtype: DTypeLike) -> HeadSums:
-        """These sums in the dtype of the head."""
-        return HeadSums(*(None if total is None else total.astype(dtype) for total in self))
 
     def plus(self, factor: Array, more: HeadSums) -> HeadSums:
         """These sums plus a 0-d factor times some others."""
@@ -121,7 +117,7 @@ class Projection:
           targets: [n] labels in [0, V) of the whole head. Other labels give nan.
           live: [n] whether to compute a token's slopes. Otherwise they are 0, even for nan states.
         """
-        logits, bend = self._logits(states)
+        logits = self._logits(states)
         column = self._columns(targets)
         target = self._at_target(logits, targets, column)
         # The shift cancels in all results, so it needs no derivative. It includes the target's
@@ -134,17 +130,15 @@ class Projection:
         others = self._sum_entries(exps.sum(axis=1))
         gap = peak - target
         scale = 1.0 / (others + jnp.exp(-gap))
-        doubt = others * scale
-        if bend is not None:
-            exps = exps * bend
-            doubt = doubt * self._bend(target)
+        doubt = others * scale * self._bend(target)
         return Softmax(
             # log1p, because the log of S + exp(-gap) rounds a small S off if p is near 1.
             -(gap + jnp.log1p(others + jnp.expm1(-gap))),
-            exps.astype(self.weight.dtype),
+            (exps * self._bend(logits)).astype(self.weight.dtype),
             jnp.where(live, -self.gain * scale, 0.0),
             column,
             jnp.where(live, self.gain * doubt, 0.0),
+            states,
         )
 
     def directions(self, tile: Softmax) -> Array:
@@ -161,34 +155,36 @@ class Projection:
             jnp.zeros(len(self.weight), self.dtype) if wanted.bias else None,
         )
 
-    def add(self, sums: HeadSums, tile: Softmax, states: Array, upstream: Array) -> HeadSums:
+    def add(self, sums: HeadSums, tile: Softmax, upstream: Array) -> HeadSums:
         """The sums plus upstream[t] * d logps[t] / d head, summed over the n tokens of a tile."""
         by_weight, by_bias = sums
         of_others, of_labels = upstream * tile.factor, upstream * tile.at_label
         if by_weight is not None:
-            rows = _times(of_others, states).astype(self.weight.dtype)
+            rows = _times(of_others, tile.states).astype(self.weight.dtype)
             by_weight = _add_product(by_weight, tile.exps, rows)
-            by_weight = by_weight.at[tile.column].add(_times(of_labels, states), mode="drop")
+            by_weight = by_weight.at[tile.column].add(_times(of_labels, tile.states), mode="drop")
         if by_bias is not None:
             by_bias = by_bias + _dot(of_others.astype(tile.exps.dtype), tile.exps, 0, 0)
             by_bias = by_bias.at[tile.column].add(of_labels, mode="drop")
         return HeadSums(by_weight, by_bias)
 
-    def _logits(self, states: Array) -> tuple[Array, Array | None]:
-        """Logits [n, V] in at least float32, and softcap's derivative, or None without softcap."""
+    def _logits(self, states: Array) -> Array:
+        """The logits [n, V] in at least float32."""
+        options, bias = self.options, self.bias
         logits = _dot(states.astype(self.weight.dtype), self.weight, 1, 1)
-        padding = None
-        if self.bias is not None:
-            bias = jnp.broadcast_to(self.bias.astype(logits.dtype), logits.shape)
-            logits, padding = logits + bias, bias == -jnp.inf
-        if self.options.softcap is None:
-            return _without(padding, logits * self.gain), None
-        bent = jnp.tanh(logits * (self.options.logit_scale / self.options.softcap))
-        capped = bent * (self.options.softcap / self.options.temperature)
-        return _without(padding, capped), 1.0 - bent * bent
+        if bias is not None:
+            bias = jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
+            logits = logits + bias
+        if options.softcap is None:
+            logits = logits * self.gain
+        else:
+            bent = jnp.tanh(logits * (options.logit_scale / options.softcap))
+            logits = bent * (options.softcap / options.temperature)
+        # A padded entry stays at -inf, whatever scale and soft-cap make of its bias.
+        return logits if bias is None else jnp.where(bias == -jnp.inf, -jnp.inf, logits)
 
     def _bend(self, logits: Array) -> Array:
-        """Softcap's derivative, computed from the capped logits."""
+        """The derivative of the soft-capping, computed from the capped logits."""
         if self.options.softcap is None:
             return jnp.ones_like(logits)
         # A padded entry's logit is -inf, and no longer the -softcap that its slope belongs to.
@@ -231,11 +227,6 @@ def held(array: Array) -> jnp.dtype:
     The backward multiplies them by the slope, which may contain a loss scale that makes them large.
     """
     return jnp.dtype("float32") if array.dtype == jnp.float16 else array.dtype
-
-
-def _without(padding: Array | None, logits: Array) -> Array:
-    """The logits with -inf for padded entries, whatever scale and soft-cap make of their bias."""
-    return logits if padding is None else jnp.where(padding, -jnp.inf, logits)
 
 
 def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
