@@ -30,6 +30,10 @@ EXTENDED = {"extended", "study"}
 sys.path.append(str(TESTS.parent))
 
 jax.config.update("jax_enable_x64", True)
+# Half the time of compilation, which takes longer than programs of a few numbers run.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".lstrip()
+)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=4 --xla_cpu_use_fusion_emitters=false"
+    )
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,6 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from helpers.jax_quick import QUICK, quick_jit
 from spoloss import SPO
 from spoloss.jax import Completions, Head, linear_logps, linear_pair_loss
 
@@ -112,13 +113,13 @@ def compare(
         return function({**rest, **by}, chunk_size=rows, **where)
 
     by = {name: arrays[name] for name in wanted}
-    want = quick_jit(jax.value_and_grad(loss))(by, arrays)
+    want = jax.jit(jax.value_and_grad(loss))(by, arrays)
     there = place(arrays, mesh, axes.get("batch_axis"), axes.get("vocab_axis"))
     by = {name: there[name] for name in wanted}
     # JAX 0.7 has renamed it.
     with (jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh)(mesh):
         on_mesh = jax.jit(jax.value_and_grad(lambda by, rest: loss(by, rest, mesh=mesh, **axes)))
-        program = on_mesh.lower(by, there).compile(QUICK)
+        program = on_mesh.lower(by, there).compile()
         got = program(by, there)
     errors = jax.tree.map(
         lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), got, want

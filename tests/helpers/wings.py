@@ -107,6 +107,8 @@ class Jax:
 
 
 WINGS: dict[str, Wing] = {"torch": Torch(), "jax": Jax()}
+ORACLE = WINGS["torch"]
+"""The wing that computes what both wings are compared with: it compiles nothing."""
 
 P, T, OTHER_T, D, V = 5, 7, 6, 4, 13
 IGNORED = -100
@@ -264,12 +266,20 @@ def check_same(
     arrays: Arrays,
     wanted: Sequence[str],
     *,
+    oracle: Wing | None = None,
     tolerance: float = 1e-10,
 ) -> None:
-    """Two functions have the same values and gradients, relative to the largest of each array."""
+    """Two functions have the same values and gradients, relative to the largest of each array.
+
+    `want` is a function of the oracle's arrays, which are the wing's own by default.
+    """
     mine, my_grads = wing.grads(lambda a: upstream(wing, got(a)), arrays, wanted)
-    theirs, their_grads = wing.grads(lambda a: upstream(wing, want(a)), arrays, wanted)
-    pairs = {"value": (wing.numpy(mine), wing.numpy(theirs))}
+    if oracle is None:
+        oracle = wing
+    else:
+        arrays = {name: oracle.array(wing.numpy(array)) for name, array in arrays.items()}
+    theirs, their_grads = oracle.grads(lambda a: upstream(oracle, want(a)), arrays, wanted)
+    pairs = {"value": (wing.numpy(mine), oracle.numpy(theirs))}
     pairs |= {name: (my_grads[name], their_grads[name]) for name in wanted}
     for name, (a, b) in pairs.items():
         scale = max(1.0, float(np.abs(b).max(initial=0.0)))

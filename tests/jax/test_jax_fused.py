@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax import Array
 
-from helpers.jax_quick import quick_jit
 from helpers.wings import (
     HEAD,
+    ORACLE,
     STATES,
     WINGS,
     APODown,
@@ -86,9 +86,10 @@ def test_the_check_catches_a_wrong_part(name: str, monkeypatch: pytest.MonkeyPat
         check_same,
         JAX,
         lambda a: fused(JAX, Named(name=name), a, chunk_size=7, **options).loss,
-        lambda a: unfused(JAX, SPO(), a, **options),
+        lambda a: unfused(ORACLE, SPO(), a, **options),
         make_arrays(JAX),
         (STATES[0], "weight"),
+        oracle=ORACLE,
     )
     if not name:
         check()
@@ -166,22 +167,32 @@ def test_any_number_of_pairs(pairs: int) -> None:
         ).loss
 
     want, got = (
-        quick_jit(jax.grad(functools.partial(loss, chunk_size=rows)))(weight) for rows in (1000, 14)
+        jax.jit(jax.grad(functools.partial(loss, chunk_size=rows)))(weight) for rows in (1000, 14)
     )
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("wanted", [(*STATES, *HEAD), STATES])
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [
+        ("bfloat16", (*STATES, *HEAD)),
+        ("float16", STATES),
+        pytest.param("bfloat16", STATES, marks=pytest.mark.extended),
+        pytest.param("float16", (*STATES, *HEAD), marks=pytest.mark.extended),
+    ],
+)
 def test_half_precision(dtype: str, wanted: tuple[str, ...]) -> None:
     """Sums in at least float32: as near to float64 as the rounding of the results allows."""
     half = make_arrays(JAX, dtype)
-    exact = {n: a if n.endswith("labels") else a.astype("float64") for n, a in half.items()}
+    exact = {
+        n: ORACLE.array(a if n.endswith("labels") else a.astype("float64")) for n, a in half.items()
+    }
     options = {"nll_weight": 0.2}
     mine = lambda a: fused(JAX, SPO(), a, **options).loss  # noqa: E731
     value, grads = JAX.grads(mine, half, wanted)
     plain, plain_grads = JAX.grads(lambda a: unfused(JAX, SPO(), a, **options), half, wanted)
-    truth, true_grads = JAX.grads(mine, exact, wanted)
+    truth, true_grads = ORACLE.grads(lambda a: unfused(ORACLE, SPO(), a, **options), exact, wanted)
+    truth = ORACLE.numpy(truth)
     error = lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b))  # noqa: E731
     assert error(value, truth) <= max(1.1 * error(plain, truth), 1e-5)
     eps = float(jnp.finfo(dtype).eps)

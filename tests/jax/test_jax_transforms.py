@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 from jax import Array
 
-from helpers.jax_quick import quick_jit
 from helpers.pages import ROOT, table_below
 from helpers.wings import D, P, T, V
 from spoloss.jax import Completions, Head, linear_logps, linear_spo_loss, sequence_logps
@@ -41,7 +41,7 @@ def one_loss(weight: Array) -> Array:
 
 
 def plain(function: Function) -> Function:
-    """The same function from JAX's own operations."""
+    """The same function from JAX's own operations; one function for all log-probabilities."""
 
     def logps(side: int, weight: Array) -> Array:
         logits = jax.nn.log_softmax((HIDDEN[side] @ weight.T)[:, :-1])
@@ -52,6 +52,13 @@ def plain(function: Function) -> Function:
         return (-x * jnp.exp(-x)).mean()
 
     return loss if function is one_loss else lambda weight: logps(0, weight).sum()
+
+
+@functools.cache
+def by_jax(name: str, transform: str) -> Any:
+    """The result of a transform of the plain function."""
+    function, apply = plain(FUNCTIONS[name]), TRANSFORMS[transform]
+    return jax.jit(lambda: apply(function))()
 
 
 def accumulated(function: Function) -> Array:
@@ -106,7 +113,7 @@ def test_transforms(name: str, transform: str) -> None:
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11),
         apply(function),
-        quick_jit(lambda: apply(plain(function)))(),
+        by_jax("linear_..._loss" if function is one_loss else "linear_logps", transform),
     )
 
 
