@@ -3,10 +3,11 @@
 Tested with Accelerate 1.15 and PyTorch 2.13. To change an existing loop: the 5 lines that compute
 the loss, 2 that count the pairs of the optimizer step, and the factor for the ranks.
 
-Pitfalls: `reduction="mean"` gives a mean of means, over micro-batches and over ranks. With
-`accelerator.accumulate`, do not fetch the batches of a step in advance. Once the loader's last
-batch is fetched, every backward counts as the last of a step, and the optimizer steps at each
-micro-batch. Under DeepSpeed, use one micro-batch per step, or deepspeed_zero.py.
+Pitfalls: `reduction="mean"` gives a mean of means, over micro-batches and over ranks. Gradients are
+averaged over the ranks, hence the factor. With `accelerator.accumulate`, do not fetch the batches
+of a step in advance. Once the loader's last batch is fetched, every backward counts as the last of
+a step, and the optimizer steps at each micro-batch. Under DeepSpeed, use one micro-batch per step,
+or deepspeed_zero.py.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Tested with JAX 0.10, Optax 0.2.8 and Flax 0.12. To change an existing train ste
 `mean_loss`. It uses the model's last hidden states and its head instead of the logits, and
 `linear_spo_loss` computes loss and gradients in one pass without the logits.
 
-Pitfall: the reference must be an argument of the jitted step, because weights that the step closes
-over become constants of the compiled program.
+Pitfalls: the reference must be an argument of the jitted step, because weights that the step closes
+over become constants of the compiled program. Optax's losses of logits treat the label -100 as an
+index: replace it, and mask with `where`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Tested with Megatron-core 0.16.1 and PyTorch 2.13, tensor parallel 2 on gloo, wi
 sequence parallelism. To change an existing loop: `hidden_states`, `head_weight` and the group.
 
 Pitfalls: under sequence parallelism, gather the hidden states with
-`tensor_parallel_output_grad=False`, because the loss gives every rank their whole gradient. With
+`tensor_parallel_output_grad=False`, because the loss gives every rank its whole gradient. With
 the default True, all gradients below the head are too large by a factor of the number of ranks.
 The first axis of Megatron's hidden states is the token, and the fused loss expects the sequence.
 """

@@ -8,7 +8,8 @@ for each pair. `linear_below` is an argument of the class.
 Pitfall: `DPOConfig(loss_type="spo")` is accepted but fails at the first step. TRL has no registry
 of losses, so this class overrides `compute_loss`. It does not compute what TRL adds to its own
 losses there, and raises a ValueError for options such as label smoothing, WPO's weights or LD-DPO.
-It does not log entropy and logits. As in TRL, a step is the mean over its micro-batches.
+It does not log entropy and logits. As in TRL, a step is the mean over its micro-batches, and the
+reference of a model that already has an adapter is that adapter's start, not the bare model.
 """
 
 from __future__ import annotations
