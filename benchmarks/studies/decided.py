@@ -66,13 +66,11 @@ class Best:
 
 
 def decided_rows(results: Results) -> list[Row]:
-    """The comparisons that were planned for a part, as far as they have been run."""
-    plan = DECIDED.get(results.part.name)
-    questions = list(plan(results)) if plan else []
+    """The comparisons that were planned for a part."""
+    questions = list(DECIDED[results.part.name](results))
     return [
         {"question": question, **compared(ours, theirs, len(questions))}
         for question, ours, theirs in questions
-        if ours is not None and theirs is not None
     ]
 
 
@@ -93,17 +91,20 @@ def gains(results: Results) -> list[Row]:
     """How much more reward than the reference each loss gets on clean labels, at its best."""
     reference = results.estimate(None, "reward").values
     rows: list[Row] = []
-    for form in dict.fromkeys(arm.form for arm in results.arms):
+    for form in dict.fromkeys(arm.form for arm in results.arms if arm.labels == "clean"):
         best = best_of_forms(results, [form], "clean")
-        if best is not None:
-            both = zip(best.reward.values, reference, strict=True)
-            gain = Estimate(tuple(ours - theirs for ours, theirs in both))
-            found = {"best": best.title, "gain": gain.mean, "standard_error": gain.error}
-            rows.append({"form": form, **found})
+        gain = difference(best.reward.values, reference)
+        found = {"best": best.title, "gain": gain.mean, "standard_error": gain.error}
+        rows.append({"form": form, **found})
     return rows
 
 
-def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Best | None:
+def difference(ours: Iterable[float], theirs: Iterable[float]) -> Estimate:
+    """The first less the second, seed by seed."""
+    return Estimate(tuple(a - b for a, b in zip(ours, theirs, strict=True)))
+
+
+def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Best:
     """The best arm of some forms after its last step."""
     return choose(
         Candidate(arm.title, rewards_of(results.of(arm)))
@@ -112,11 +113,9 @@ def best_of_forms(results: Results, forms: Iterable[str], labels: str) -> Best |
     )
 
 
-def choose(candidates: Iterable[Candidate]) -> Best | None:
-    """The best of the candidates in the other seeds, or in the only one; None of none."""
+def choose(candidates: Iterable[Candidate]) -> Best:
+    """The best of the candidates in the other seeds, or in the only one."""
     found = list(candidates)
-    if not found:
-        return None
     seeds = range(len(found[0].rewards))
     others = [[other for other in seeds if other != seed] or [seed] for seed in seeds]
     return Best(tuple(max(found, key=lambda each: each.merit(rest)) for rest in others))
@@ -127,20 +126,21 @@ def rewards_of(found: Sequence[dict[str, object]]) -> tuple[np.ndarray, ...]:
     return tuple(np.array(each["rewards"], dtype=float) for each in found)
 
 
-Question = tuple[str, Best | None, Best | None]
-"""What is compared, and the best of both groups; None where no arm of a group is finished."""
+Question = tuple[str, Best, Best]
+"""What is compared, and the best of both groups."""
 
 
 def of_clean_labels(results: Results) -> Iterator[Question]:
-    """Beside SPO(beta) against DPO(beta) and DPO(4 beta), which every report has."""
-    dpo = best_of_forms(results, ["dpo"], "clean")
-    for name, form in (
-        ("SPO", "spo"),
-        ("SPO with linear_below=0", "spo-below0"),
-        ("squared", "squared"),
-    ):
-        best = best_of_forms(results, [form], "clean")
-        yield f"{name} against DPO, each at its best beta", best, dpo
+    """Beside SPO(beta) against DPO(beta) and DPO(4 beta), which every report has.
+
+    A run of a few arms can lack a loss, or DPO.
+    """
+    names = {"spo": "SPO", "spo-below0": "SPO with linear_below=0", "squared": "squared"}
+    present = {arm.form for arm in results.arms if arm.labels == "clean"}
+    for form, name in names.items():
+        if {form, "dpo"} <= present:
+            ours, theirs = (best_of_forms(results, [each], "clean") for each in (form, "dpo"))
+            yield f"{name} against DPO, each at its best beta", ours, theirs
 
 
 def of_sweep(results: Results) -> Iterator[Question]:

@@ -7,7 +7,7 @@ so wide that all comparisons of a part hold at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +15,14 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.studies.arms import CLEAN, parse_arm
-from benchmarks.studies.decided import Best, Candidate, best_of_forms, choose, rewards_of
+from benchmarks.studies.decided import (
+    Best,
+    Candidate,
+    best_of_forms,
+    choose,
+    difference,
+    rewards_of,
+)
 from benchmarks.studies.evaluation import tie_rate, tilt
 from benchmarks.studies.results import Estimate, Results, Row, verdict
 
@@ -43,19 +50,12 @@ def row_of(question: str, measure: str, estimate: Estimate, **further: Any) -> R
     return {"question": question, "measure": measure, **found, **further}
 
 
-def difference(ours: Iterable[float], theirs: Iterable[float]) -> Estimate:
-    """The first less the second, seed by seed."""
-    return Estimate(tuple(a - b for a, b in zip(ours, theirs, strict=True)))
-
-
 # ------------------------------------------------------------------------------------ parts 1 and 2
 
 
 def best(results: Results, form: str) -> Best:
     """A loss at its best beta after the last step."""
-    found = best_of_forms(results, [form], CLEAN)
-    assert found is not None
-    return found
+    return best_of_forms(results, [form], CLEAN)
 
 
 def edges(results: Results, form: str) -> list[str]:
@@ -180,9 +180,7 @@ def best_step(results: Results) -> Best:
         for judged in zip(*(each["judgements"] for each in found), strict=False):
             title = f"{arm.title} after {judged[0]['step']} steps"
             candidates.append(Candidate(title, rewards_of(judged)))
-    chosen = choose(candidates)
-    assert chosen is not None
-    return chosen
+    return choose(candidates)
 
 
 def closer_rows(results: Results) -> Iterator[Row]:
@@ -229,9 +227,7 @@ def of_on_policy(results: Results) -> Tables:
     }
 
     def best_of(form: str) -> Best:
-        chosen = choose(each for arm, each in scored.items() if arm.form == form)
-        assert chosen is not None
-        return chosen
+        return choose(each for arm, each in scored.items() if arm.form == form)
 
     def row(question: str, ours: Best, theirs: Best, says: str = "better") -> Row:
         gain = difference(ours.reward.values, theirs.reward.values)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -81,19 +80,15 @@ def draw_frontier(results: Results) -> Figure:
 
 def draw_limits(axes: Axes, results: Results) -> None:
     """The exact optimum and best of n, averaged over the seeds."""
-    points: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for foundation in results.references:
-        for limit in foundation["limits"]:
-            if limit["kl"] > 0.0:  # the reference itself has no place on a logarithmic axis
-                points[limit["curve"], limit["parameter"]].append(limit)
-    shared = {key: found for key, found in points.items() if len(found) == results.part.seeds}
+    limits = pd.DataFrame([limit for found in results.references for limit in found["limits"]])
+    limits = limits[limits["kl"] > 0.0]  # the reference itself has no place on a logarithmic axis
+    points = limits.groupby(["curve", "parameter"])[["kl", "reward"]].agg(["mean", "size"])
+    shared = points[points["kl", "size"] == results.part.seeds]
     curves = (("optimum", "-", "optimum π_ref·e^(r/β)"), ("best of n", ":", "best of n (KL bound)"))
     for curve, line, label in curves:
-        found = [limits for key, limits in shared.items() if key[0] == curve]
-        kl, reward = (
-            [np.mean([each[key] for each in f]) for f in found] for key in ("kl", "reward")
-        )
-        if found:
+        found = shared[shared.index.get_level_values("curve") == curve]
+        if len(found):
+            kl, reward = found["kl", "mean"], found["reward", "mean"]
             axes.plot(kl, reward, line, color="gold", linewidth=2, label=label)
 
 

@@ -176,7 +176,6 @@ def test_the_other_seeds_choose_the_best() -> None:
     assert best.reward == Estimate((1.0, 0.0, 0.0))
     assert best.wins_over(Best((steady,) * 3)) == Estimate((0.5, 0.0, 0.0))
     assert choose([broken, steady]) == Best((steady, steady, broken))
-    assert choose([]) is None
 
 
 def test_the_verdict_of_a_decided_comparison() -> None:
