@@ -19,7 +19,8 @@ project = "spoloss"
 author = copyright = "The spoloss authors"
 version = release = importlib.metadata.version("spoloss")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx_copybutton"]
+extensions += [f"sphinx.ext.{name}" for name in ("autodoc", "napoleon", "viewcode")]
 exclude_patterns = ["README.md", "explorer"]  # index.rst includes the one, the other is HTML
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
