@@ -83,7 +83,7 @@ def compared(ours: Best, theirs: Best, comparisons: int) -> Row:
     row |= {"win_rate": wins.mean, "standard_error": wins.error}
     if not math.isnan(wins.error):
         low, high = win_interval(wins, comparisons)
-        row |= {"low": low, "high": high, "verdict": verdict(wins, comparisons)}
+        row |= {"low": low, "high": high, "verdict": verdict((low, high))}
     return row
 
 

@@ -1,13 +1,13 @@
 """The comparisons of the second study, as docs/second_study.md declares them.
 
-Every one is an estimate with a value for each seed. Its interval is Student's over the seeds, and
-so wide that all comparisons of a part hold at once.
+Parts 1 to 3 ask questions; part 4 is a map.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -23,11 +23,11 @@ from benchmarks.studies.decided import (
     difference,
     rewards_of,
 )
+from benchmarks.studies.equal_kl import points_within, spo_effect
 from benchmarks.studies.evaluation import tie_rate, tilt
-from benchmarks.studies.results import Estimate, Results, Row, verdict
+from benchmarks.studies.questions import Question, completion_rows, decide, ends
+from benchmarks.studies.results import Estimate, Interval, Results, Row, verdict
 
-COMPARISONS = 3
-"""Those of a part that are to hold at once."""
 BETA = 0.2
 """Beta of the objective of part 3."""
 KL_RANGE = (0.5, 8.0)
@@ -43,13 +43,6 @@ Tables = dict[str, list[Row]]
 """The rows of CSV files, by name."""
 
 
-def row_of(question: str, measure: str, estimate: Estimate, **further: Any) -> Row:
-    """A comparison: what was found, and its joint interval."""
-    low, high = estimate.interval(COMPARISONS)
-    found = {"estimate": estimate.mean, "standard_error": estimate.error, "low": low, "high": high}
-    return {"question": question, "measure": measure, **found, **further}
-
-
 # ------------------------------------------------------------------------------------ parts 1 and 2
 
 
@@ -59,116 +52,77 @@ def best(results: Results, form: str) -> Best:
 
 
 def edges(results: Results, form: str) -> list[str]:
-    """The ends of a loss's grid, "lowest" or "highest" beta, that are the best for some seed."""
-    grid, chosen = results.sorted_arms(form, CLEAN), best(results, form).chosen
-    ends = {"lowest": grid[0].title, "highest": grid[-1].title}
-    return [end for end, title in ends.items() if title in {each.title for each in chosen}]
+    """The ends of a loss's grid that a comparison of parts 1 and 2 chooses for some seed."""
+    stopped = [best_step(results)] if form == "dpo" else []
+    return ends(results.sorted_arms(form, CLEAN), best(results, form), *stopped)
 
 
-def wins_row(question: str, ours: Best, theirs: Best, **further: Any) -> Row:
+def edge_text(results: Results) -> str:
+    """Which chosen betas of parts 1 and 2 are at an edge of their grid."""
+    return ", ".join(f"{form} {end}" for form in ("spo", "dpo") for end in edges(results, form))
+
+
+def wins(text: str, ours: Best, theirs: Best, says: Callable[..., str], at_edge: str) -> Question:
     """A win rate, with both policies and the share of ties."""
     both = zip(ours.rewards, theirs.rewards, strict=True)
-    further = {"ties": fmean(tie_rate(*each) for each in both), **further}
-    named = {"ours": ours.title, "theirs": theirs.title}
-    return row_of(question, "win rate", ours.wins_over(theirs), **named, **further)
+    ties = fmean(tie_rate(*each) for each in both)
+    further = {"ties": ties, "ours": ours.title, "theirs": theirs.title, "at_edge": at_edge}
+    return Question(text, {"win rate": ours.wins_over(theirs)}, says, further)
 
 
-def at_equal_kl(results: Results, low: float = 0.0, high: float = math.inf) -> Estimate:
-    """Reward of SPO less that of DPO at equal KL, from the arms whose KL is in a range.
-
-    It is the coefficient of "SPO" in the regression reward ~ seed + log KL + (log KL)^2 + SPO. The
-    values are the jackknife's pseudo-values over the seeds, so its error is clustered by seed. nan
-    without both losses and two seeds in the range.
-    """
-    found = [
-        (seed, math.log(found["kl"]), found["reward"], arm.form == "spo")
-        for arm, each in results.arms.items()
-        for seed, found in zip(results.part.all_seeds, each, strict=True)
-        if low < found["kl"] < high
-    ]
-    points = pd.DataFrame(found, columns=["seed", "log_kl", "reward", "spo"])
-
-    def coefficient(kept: pd.DataFrame) -> float:
-        log_kl = kept["log_kl"]
-        columns = (kept["spo"], log_kl, log_kl**2, pd.get_dummies(kept["seed"]))
-        fit = np.linalg.lstsq(np.column_stack(columns).astype(float), kept["reward"], rcond=None)
-        return float(fit[0][0])
-
-    seeds = points["seed"].unique()
-    if len(seeds) < 2 or points["spo"].nunique() < 2:
-        return Estimate((math.nan,))
-    whole, number = coefficient(points), len(seeds)
-    without = (coefficient(points[points["seed"] != seed]) for seed in seeds)
-    return Estimate(tuple(number * whole - (number - 1) * each for each in without))
-
-
-def equal_kl_row(question: str, estimate: Estimate) -> Row:
-    """The third comparison of both parts."""
-    return row_of(question, "reward", estimate, verdict=verdict(estimate, COMPARISONS, even=0.0))
-
-
-def reward_rows(results: Results) -> list[Row]:
-    """The reward of every answer by which a policy was judged; `step` is empty after the last."""
-    return [
-        {"policy": str(arm), "seed": seed, "step": judged.get("step"), "opening": opening}
-        | {"rewards": " ".join(f"{reward:g}" for reward in rewards)}
-        for arm, found in results.arms.items()
-        for seed, each in zip(results.part.all_seeds, found, strict=True)
-        for judged in (*each["judgements"], each)
-        for opening, rewards in enumerate(judged["rewards"])
-    ]
+def at_equal_kl(results: Results, low: float = 0.0, high: float = math.inf) -> Question:
+    """The third comparison of both parts, from the arms whose KL is in a range."""
+    points = points_within(results, low, high)
+    spo = int(points["spo"].sum())
+    return Question(
+        "3. SPO less DPO at equal KL",
+        {"reward": spo_effect(points)},
+        partial(verdict, even=0.0),
+        {"spo_points": spo, "dpo_points": len(points) - spo},
+    )
 
 
 def of_matched(results: Results) -> Tables:
     """Part 1: each loss at its best beta, SPO(beta) against DPO(4 beta), reward at equal KL."""
     spo, dpo = best(results, "spo"), best(results, "dpo")
-    question = "1. SPO against DPO, each at its best beta"
-    judged = verdict(spo.wins_over(dpo), COMPARISONS)
-    first = wins_row(question, spo, dpo, at_edge=edge_text(results), verdict=judged)
     matched = [each for each in results.comparisons if each.theirs.beta > 2 * each.ours.beta]
-    wins = Estimate(tuple(map(fmean, zip(*(each.wins.values for each in matched), strict=True))))
+    mean = Estimate(tuple(map(fmean, zip(*(each.wins.values for each in matched), strict=True))))
     ties = fmean(
         tie_rate(*both)
         for each in matched
         for both in zip(*(rewards_of(results.of(arm)) for arm in each[:2]), strict=True)
     )
-    question = "2. SPO(beta) against DPO(4 beta), mean over the betas"
-    judged = verdict(wins, COMPARISONS)
-    second = row_of(question, "win rate", wins, ties=ties, verdict=judged)
-    third = equal_kl_row("3. SPO less DPO at equal KL", at_equal_kl(results))
-    return {"decided": [first, second, third], "rewards": reward_rows(results)}
-
-
-def edge_text(results: Results) -> str:
-    """Which chosen betas are at an edge of their grid."""
-    return ", ".join(f"{form} {end}" for form in ("spo", "dpo") for end in edges(results, form))
+    text = "2. SPO(beta) against DPO(4 beta), mean over the betas"
+    questions = [
+        wins("1. SPO against DPO, each at its best beta", spo, dpo, verdict, edge_text(results)),
+        Question(text, {"win rate": mean}, verdict, {"ties": ties}),
+        at_equal_kl(results),
+    ]
+    return {"decided": decide(questions), "rewards": completion_rows(results, "rewards")}
 
 
 def of_overtrained(results: Results) -> Tables:
     """Part 2: each loss at its best beta, early stopping, SPO(0.025) and DPO(0.1), equal KL."""
-    spo, last, stopped = best(results, "spo"), best(results, "dpo"), best_step(results)
-    at_edge = edge_text(results)
+    spo, at_edge = best(results, "spo"), edge_text(results)
 
-    def first(question: str, dpo: Best, judged: str) -> Row:
-        judged = "open" if at_edge else judged
-        return wins_row(f"1. {question}", spo, dpo, at_edge=at_edge, verdict=judged)
+    def first(text: str, dpo: Best, says: Callable[..., str]) -> Question:
+        return wins(f"1. {text}", spo, dpo, (lambda _: "open") if at_edge else says, at_edge)
 
-    lasts = spo.wins_over(stopped).interval(COMPARISONS)[0] > STOPPING_WINS
-    found = [
+    def stopping(interval: Interval) -> str:
+        lasts = interval[0] > STOPPING_WINS
+        return "replaces early stopping" if lasts else "not shown to replace early stopping"
+
+    questions = [
         first(
             "SPO against DPO at the last step, each at its best beta",
-            last,
-            verdict(spo.wins_over(last), COMPARISONS),
+            best(results, "dpo"),
+            verdict,
         ),
-        first(
-            "SPO at the last step against DPO at its best step",
-            stopped,
-            "replaces early stopping" if lasts else "not shown to replace early stopping",
-        ),
-        *closer_rows(results),
-        equal_kl_row("3. SPO less DPO at equal KL", at_equal_kl(results, *KL_RANGE)),
+        first("SPO at the last step against DPO at its best step", best_step(results), stopping),
+        closer(results),
+        at_equal_kl(results, *KL_RANGE),
     ]
-    return {"decided": found, "rewards": reward_rows(results)}
+    return {"decided": decide(questions), "rewards": completion_rows(results, "rewards")}
 
 
 def best_step(results: Results) -> Best:
@@ -183,25 +137,22 @@ def best_step(results: Results) -> Best:
     return choose(candidates)
 
 
-def closer_rows(results: Results) -> Iterator[Row]:
+def closer(results: Results) -> Question:
     """Whether SPO(0.025) stays closer than DPO(0.1) and keeps its reward; both have to hold."""
     ours, theirs = parse_arm("spo:0.025"), parse_arm("dpo:0.1")
-    question = "2. SPO(0.025) less DPO(0.1)"
 
-    def less(key: str) -> Estimate:
-        return difference(results.estimate(ours, key).values, results.estimate(theirs, key).values)
+    def less(value: Callable[[dict[str, Any]], float]) -> Estimate:
+        return difference(*(map(value, results.of(arm)) for arm in (ours, theirs)))
 
-    # A KL of independent answers that is not above 0 has no logarithm: nan, so nothing is shown.
-    kl = difference(
-        *(
-            [math.log(kl) if kl > 0.0 else math.nan for kl in results.estimate(arm, "kl").values]
-            for arm in (ours, theirs)
-        )
-    )
-    closer = kl.interval(COMPARISONS)[1] < 0.0
-    yield row_of(question, "log KL", kl, verdict="holds" if closer else "not shown")
-    kept = less("reward").interval(COMPARISONS)[0] > REWARD_LOSS
-    yield row_of(question, "reward", less("reward"), verdict="holds" if kept else "not shown")
+    def log_kl(found: dict[str, Any]) -> float:
+        # A KL of independent answers that is not above 0 has no logarithm.
+        return math.log(found["kl"]) if found["kl"] > 0.0 else math.nan
+
+    def says(kl: Interval, reward: Interval) -> str:
+        return "holds" if kl[1] < 0.0 and reward[0] > REWARD_LOSS else "not shown"
+
+    estimates = {"log KL": less(log_kl), "reward": less(lambda found: float(found["reward"]))}
+    return Question("2. SPO(0.025) less DPO(0.1)", estimates, says, {})
 
 
 # ------------------------------------------------------------------------------------------ part 3
@@ -229,30 +180,45 @@ def of_on_policy(results: Results) -> Tables:
     def best_of(form: str) -> Best:
         return choose(each for arm, each in scored.items() if arm.form == form)
 
-    def row(question: str, ours: Best, theirs: Best, says: str = "better") -> Row:
-        gain = difference(ours.reward.values, theirs.reward.values)
-        judged = verdict(gain, COMPARISONS, even=0.0).replace("better", says)
-        named = {"ours": ours.title, "theirs": theirs.title, "verdict": judged}
-        return row_of(question, "J", gain, **named)
-
-    squared, known, weights = (
-        best_of(form) for form in ("squared-gap", "spo-gap-weighted-below0", "spo-weighted-below0")
-    )
-    (given,) = (each for arm, each in scored.items() if (arm.form, arm.beta) == ("dpo", BETA))
-    dpo = Best((given,) * len(results.part.all_seeds))
-    found = [
-        row("1. squared with known gaps less DPO(0.2)", squared, dpo),
-        row(
-            "2. squared with known gaps less DPO at its best beta", squared, best_of("dpo"), "helps"
-        ),
-        row(
+    squared, dpo = best_of("squared-gap"), best_of("dpo")
+    known, weights = best_of("spo-gap-weighted-below0"), best_of("spo-weighted-below0")
+    (only,) = (each for arm, each in scored.items() if (arm.form, arm.beta) == ("dpo", BETA))
+    given = Best((only,) * len(results.part.all_seeds))
+    betas = [f"dpo {end}" for end in ends(results.sorted_arms("dpo", CLEAN), dpo)]
+    gain = partial(gain_of, results)
+    questions = [
+        gain("1. squared with known gaps less DPO(0.2)", squared, given),
+        gain("2. squared with known gaps less DPO at its best beta", squared, dpo, "helps", betas),
+        gain(
             "3. SPO with known gaps less SPO with weights alone",
             known,
             weights,
             "is the target, not the weights",
         ),
     ]
-    return {"decided": found, "objective": objective_rows(results)}
+    return {
+        "decided": decide(questions),
+        "objective": objective_rows(results),
+        "rewards": completion_rows(results, "rewards", "log_ratios"),
+    }
+
+
+def gain_of(
+    results: Results,
+    text: str,
+    ours: Best,
+    theirs: Best,
+    better: str = "better",
+    betas: Sequence[str] = (),
+) -> Question:
+    """A difference in J, with `betas` and learning rates at the edge of those tried."""
+    titles = {each.title for side in (ours, theirs) for each in side.chosen}
+    middle = results.part.stage.lr  # of the three that the pilot tries
+    edge = [arm for arm in results.arms if arm.title in titles and arm.rate != middle]
+    rates = dict.fromkeys(f"{arm.form} rate {arm.rate:g}" for arm in edge)
+    further = {"ours": ours.title, "theirs": theirs.title, "at_edge": ", ".join((*betas, *rates))}
+    gain = difference(ours.reward.values, theirs.reward.values)
+    return Question(text, {"J": gain}, partial(verdict, even=0.0, better=better), further)
 
 
 def objective_rows(results: Results) -> list[Row]:

@@ -9,7 +9,7 @@ from benchmarks.studies.experiment import Foundation, Part, jobs_of
 from benchmarks.studies.report import report, title_of
 from benchmarks.studies.results import Results, Row
 from benchmarks.studies.runner import run_jobs
-from benchmarks.studies.store import Store
+from benchmarks.studies.store import Store, open_store
 
 Read = Callable[[Part], Results | None]
 """Gives the results of a part; None before all of it is finished."""
@@ -34,6 +34,8 @@ class Plan:
 def run_plan(plan: Plan, foundation: Foundation, store: Store, workers: int) -> None:
     """Runs what is not finished of a plan, then reports it; nothing is reported before.
 
+    The settings of the folder name what was settled beside what was planned.
+
     Args:
       plan: the plan.
       foundation: what its arms start from.
@@ -52,6 +54,8 @@ def run_plan(plan: Plan, foundation: Foundation, store: Store, workers: int) -> 
     while None in (found := [read(part) for part in parts]):
         run_jobs(jobs_of(foundation, parts), store, workers)
         parts = settled()
+    changed = [part for part in parts if part not in plan.parts]
+    open_store(store.folder, {f"{part.name}, settled": part.settings() for part in changed})
     results = [each for each in found if each is not None]
     first = results[0]
     title = title_of(first.part.seeds, "transformers", "vaderSentiment")

@@ -125,7 +125,7 @@ def policy_rows(results: Results, policy: Policy) -> Iterator[Row]:
     for seed, found, reference in seeds:
         row: Row = {"stage": results.part.name, "policy": results.name(policy), "seed": seed}
         row[f"win_rate_vs_{results.name(None)}"] = rewards_win_rate(found, reference)
-        row |= {key: found.get(key) for key in (*keys, "stopped_at", "lowest_x")}
+        row |= {key: found.get(key) for key in (*keys, "steps", "stopped_at", "lowest_x")}
         for split in ("train", "held_out"):
             row |= {f"{split}_{key}": value for key, value in found.get(split, {}).items()}
         yield row
@@ -140,8 +140,8 @@ def comparison_rows(results: Results) -> list[Row]:
         row |= {"win_rate": each.wins.mean, "standard_error": each.wins.error}
         if not math.isnan(each.wins.error):
             row |= dict(zip(("low_alone", "high_alone"), win_interval(each.wins, 1), strict=True))
-            row |= dict(zip(("low", "high"), win_interval(each.wins, number), strict=True))
-            row["verdict"] = verdict(each.wins, number)
+            low, high = win_interval(each.wins, number)
+            row |= {"low": low, "high": high, "verdict": verdict((low, high))}
         rows.append(row)
     return rows
 

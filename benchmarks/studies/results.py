@@ -18,6 +18,8 @@ from benchmarks.studies.store import Store
 
 LEVEL = 0.95
 
+Interval = tuple[float, float]
+"""The low end and the high end."""
 Row = dict[str, Any]
 Policy = Arm | None
 """An arm, or None for the reference that all arms start from."""
@@ -41,7 +43,7 @@ class Estimate:
             return math.nan
         return statistics.stdev(self.values) / math.sqrt(len(self.values))
 
-    def interval(self, comparisons: int) -> tuple[float, float]:
+    def interval(self, comparisons: int) -> Interval:
         """Student's interval, so wide that all of so many comparisons hold at once with 95 %."""
         tail = (1.0 - LEVEL) / (2 * comparisons)
         half = float(student.ppf(1.0 - tail, len(self.values) - 1)) * self.error
@@ -56,19 +58,16 @@ class Comparison(NamedTuple):
     wins: Estimate
 
 
-def win_interval(wins: Estimate, comparisons: int) -> tuple[float, float]:
+def win_interval(wins: Estimate, comparisons: int) -> Interval:
     """The interval of a win rate, which cannot leave [0, 1]."""
     low, high = wins.interval(comparisons)
     return max(low, 0.0), min(high, 1.0)
 
 
-def verdict(estimate: Estimate, comparisons: int, even: float = 0.5) -> str:
-    """What the interval of a win rate, or of a difference whose `even` is 0, says.
-
-    All of so many comparisons are to hold at once.
-    """
-    low, high = estimate.interval(comparisons)
-    return "better" if low > even else "worse" if high < even else "not distinguishable"
+def verdict(interval: Interval, even: float = 0.5, better: str = "better") -> str:
+    """What the interval of a win rate, or of a difference whose `even` is 0, says."""
+    low, high = interval
+    return better if low > even else "worse" if high < even else "not distinguishable"
 
 
 class Results:

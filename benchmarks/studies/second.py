@@ -132,15 +132,19 @@ def extended(parts: tuple[Part, ...], read: Read) -> tuple[Part, ...]:
 
 
 def rated(parts: tuple[Part, ...], read: Read) -> tuple[Part, ...]:
-    """The pilot, and once it is trained the part, each arm at the learning rate of most J there."""
+    """The pilot, and once it is trained the part, each arm at the learning rate of most J there.
+
+    A rate at which the pilot breaks is the last choice.
+    """
     part, pilot = parts
     results = read(pilot)
     if results is None:
         return (pilot,)
 
     def merit(arm: Arm) -> float:
-        j = declared.objective(results.of(arm)[0])
-        return -math.inf if math.isnan(j) else j
+        (found,) = results.of(arm)
+        j = declared.objective(found)
+        return -math.inf if math.isnan(j) or found["stopped_at"] is not None else j
 
     best = {
         piloted: max(

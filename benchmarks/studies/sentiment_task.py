@@ -133,7 +133,10 @@ class SentimentGround(Ground):
         return replace(self, answers=min(self.answers, ANSWERS_ON_THE_WAY))
 
     def rounds(self, policy: TopBlocks, stage: Rounds, seed: int) -> Iterator[Pairs]:
-        """The pairs of each step, from what the policy writes to training openings."""
+        """The pairs of each step, from what the policy writes to training openings.
+
+        A round with fewer pairs takes fewer steps; the first without a batch ends the training.
+        """
         openings = self.training_openings[: stage.openings]
         for number in range(stage.rounds):
             # The arms of a seed share the random numbers, so their first rounds are the same.
@@ -143,25 +146,34 @@ class SentimentGround(Ground):
             except FloatingPointError:
                 return  # the policy is judged as it is, which finds the same
             fresh = draw_any_pairs(reviews, stage.pairs, generator)
-            yield from (fresh[rows] for rows in torch.arange(len(fresh)).split(stage.batch))
+            rows = torch.arange(len(fresh) // stage.batch * stage.batch).view(-1, stage.batch)
+            if len(rows) == 0:
+                return
+            yield from (fresh[batch] for batch in rows)
 
     def judge(self, policy: TopBlocks, name: str) -> dict[str, Any]:
-        """What a policy's own reviews of the held-out openings say of it."""
+        """What a policy's own reviews of the held-out openings say of it.
+
+        "log_ratios" are log pi - log pi_ref of every review, nats, [P, n].
+        """
         generator = seeds.generator("answers", name)
         shape = (len(self.openings), self.answers)
         try:
             reviews = write_reviews(policy, self.openings, self.answers, self.length, generator)
         except FloatingPointError:
             keys = ("reward", "kl", *SentimentFoundation.measures)
-            rewards = np.full(shape, math.nan).tolist()
-            return {**dict.fromkeys(keys, math.nan), "rewards": rewards, "texts": []}
+            unknown = np.full(shape, math.nan).tolist()
+            each = {"rewards": unknown, "log_ratios": unknown}
+            return {**dict.fromkeys(keys, math.nan), **each, "texts": []}
+        log_ratios = reviews.logps - reviews.reference
         return {
             "reward": float(reviews.rewards.mean()),
-            "kl": (reviews.logps - reviews.reference).mean().item(),
+            "kl": log_ratios.mean().item(),
             "tokens": reviews.lengths.double().mean().item(),
             "reference_nll": (-reviews.reference.sum() / reviews.lengths.sum()).item(),
             "distinct_2": distinct_2(reviews.tokens),
             "rewards": reviews.rewards.tolist(),
+            "log_ratios": log_ratios.view(shape).tolist(),
             "texts": reviews.texts[:: self.answers][:SHOWN_TEXTS],
         }
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import spoloss
 from benchmarks.studies import InputError
 
 SETTINGS, WORK = "settings.json", "work"
@@ -38,15 +41,19 @@ class Store:
 
 
 def open_store(folder: Path, settings: dict[str, Any]) -> Store:
-    """Opens a new results folder, or one of a run with the same settings.
+    """Opens a new results folder, or one of a run with the same settings and versions.
 
     A part of a study that the folder does not have yet is added to its settings.
 
     Raises:
       InputError: the folder is another run's or not a run's at all; nothing in it is changed.
     """
-    asked, path = json.loads(json.dumps(settings)), folder / SETTINGS
+    versions = {"spoloss": spoloss.__version__, "torch": torch.__version__}
+    asked = json.loads(json.dumps({"versions": versions, **settings}))
+    path = folder / SETTINGS
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found and (folder / WORK).exists():
+        found.setdefault("versions", None)  # a run that did not record them could be of any
     if found or not folder.exists() or not any(folder.iterdir()):
         differing = sorted(key for key in found.keys() & asked if found[key] != asked[key])
     else:

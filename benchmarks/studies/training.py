@@ -61,7 +61,8 @@ class Stage:
 class Rounds(Stage):
     """A stage in rounds: at the start of each, the policy writes the pairs that it is trained on.
 
-    `pairs` are those of a round, `steps` those of all rounds together.
+    `pairs` are those of a round, `steps` those of all rounds together; a round whose completions
+    give fewer pairs takes fewer steps.
 
     Attributes:
       rounds: how many.
@@ -177,11 +178,15 @@ class Trained:
     lowest_x: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """How training went; a norm that is not a number counts as the largest."""
+        """How training went; a norm that is not a number counts as the largest.
+
+        `steps` are those that moved the policy. Without a step, no norm is known: nan.
+        """
         norms = [math.inf if math.isnan(norm) else norm for norm in self.grad_norms]
         return {
-            "grad_norm_median": statistics.median(norms),
-            "grad_norm_max": max(norms),
+            "steps": len(norms) - (self.stopped_at is not None),
+            "grad_norm_median": statistics.median(norms or [math.nan]),
+            "grad_norm_max": max(norms, default=math.nan),
             "grad_norms": norms,
             "stopped_at": self.stopped_at,
             "lowest_x": self.lowest_x,

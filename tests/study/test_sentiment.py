@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+import spoloss
 from benchmarks.studies import declared, plan, second, sentiment
 from benchmarks.studies.__main__ import main
 from benchmarks.studies.arms import FORMS, Arm, Logps, parse_arm
@@ -27,7 +29,8 @@ from benchmarks.studies.pretrained import (
     reference_policy,
     write_answers,
 )
-from benchmarks.studies.results import Estimate, Results
+from benchmarks.studies.questions import Question, decide
+from benchmarks.studies.results import Estimate, Results, verdict
 from benchmarks.studies.reviews import compound, draw_any_pairs, draw_pairs, write_reviews
 from benchmarks.studies.runner import Job
 from benchmarks.studies.second import tiny
@@ -238,6 +241,10 @@ def test_in_rounds_the_policy_in_training_writes_the_pairs(folder: str, tmp_path
         assert torch.equal(*chosen) == agree
         want = ground.policy.logps(pairs.answers[pairs.chosen].inputs)
         torch.testing.assert_close(pairs.answers.reference[pairs.chosen], want, rtol=0, atol=1e-3)
+    # A round takes whole batches alone, and the first without one is the last.
+    for batch, lengths in ((5, [5, 5]), (9, [])):
+        found = ground.rounds(ground.policy, replace(stage, batch=batch), 0)
+        assert [len(pairs) for pairs in found] == lengths
     used = torch.stack(
         (
             torch.cat([each.chosen for each in same[:2]]),
@@ -261,19 +268,62 @@ def test_reward_at_equal_kl() -> None:
 
         return results_of(part, found)
 
-    assert declared.at_equal_kl(results(0.0)).values == pytest.approx([0.25] * 4)
+    def gains(question: Question) -> tuple[float, ...]:
+        return question.estimates["reward"].values
+
+    found = declared.at_equal_kl(results(0.0))
+    assert gains(found) == pytest.approx([0.25] * 4)
+    assert found.further == {"spo_points": 8, "dpo_points": 12}
     # KL is the same in all seeds, so the jackknife's values are the seeds' own gains.
-    values = declared.at_equal_kl(results(0.1)).values
-    assert values == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert math.isnan(declared.at_equal_kl(results(0.0), 90.0, 99.0).mean)
+    found = declared.at_equal_kl(results(0.1))
+    assert gains(found) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    (row,) = decide([declared.at_equal_kl(results(0.0), 90.0, 99.0)])
+    assert (row["spo_points"], row["dpo_points"], row["verdict"]) == (0, 0, "broken")
+
+
+def test_all_intervals_of_a_part_hold_at_once() -> None:
+    kl, reward, broken = (
+        Estimate((0.0, 0.5, 1.0)),
+        Estimate((0.1, 0.2, 0.3)),
+        Estimate((math.nan, 0.1, 0.2)),
+    )
+    rows = decide(
+        [
+            Question("both", {"log KL": kl, "reward": reward}, lambda *ends: str(len(ends)), {}),
+            Question("broken", {"J": broken}, verdict, {}),
+        ]
+    )
+    assert [(row["measure"], row["verdict"]) for row in rows] == [
+        ("log KL", "2"),
+        ("reward", "2"),
+        ("J", "broken"),
+    ]
+    assert (rows[1]["low"], rows[1]["high"]) == reward.interval(3)
+
+
+@pytest.mark.parametrize(
+    ("log_kl", "reward", "says"),
+    [(-0.5, 0.0, "holds"), (-0.5, -0.1, "not shown"), (0.5, 0.1, "not shown")],
+)
+def test_both_halves_of_staying_closer_have_to_hold(
+    log_kl: float, reward: float, says: str
+) -> None:
+    def found(arm: Arm, seed: int) -> dict[str, Any]:
+        ours = arm.form == "spo"
+        noise = 0.001 * (seed % 2) * ours
+        return {"kl": math.exp(log_kl * ours + noise), "reward": reward * ours + noise}
+
+    rows = decide([declared.closer(results_of(second.OVERTRAINED, found))])
+    assert [row["verdict"] for row in rows] == [says] * 2
 
 
 def test_grids_are_extended_where_an_edge_is_best() -> None:
     part = second.OVERTRAINED
 
-    def extended(best: dict[str, float]) -> set[str]:
+    def extended(best: dict[str, float], stopped: float = 0.1) -> set[str]:
         def found(arm: Arm, _: int) -> dict[str, Any]:
-            return {"rewards": [[float(arm.beta == best[arm.form])]]}
+            early = {"step": 40, "rewards": [[2.0 * (arm.beta == stopped)]]}
+            return {"rewards": [[float(arm.beta == best[arm.form])]], "judgements": [early]}
 
         (longer,) = second.extended((part,), lambda each: results_of(each, found))
         assert longer.arms[: len(part.arms)] == part.arms
@@ -282,6 +332,9 @@ def test_grids_are_extended_where_an_edge_is_best() -> None:
     assert extended({"dpo": 0.1, "spo": 0.1}) == set()
     assert extended({"dpo": 0.05, "spo": 0.1}) == {"dpo:0.0125", "spo:0.003125"}
     assert extended({"dpo": 0.1, "spo": 0.4}) == {"dpo:6.4", "spo:1.6"}
+    # An edge of DPO at its best beta and step extends both grids too; SPO on the way does not.
+    assert extended({"dpo": 0.1, "spo": 0.1}, stopped=1.6) == {"dpo:6.4", "spo:1.6"}
+    assert extended({"dpo": 0.1, "spo": 0.1}, stopped=0.0125) == set()
     assert second.extended((part,), lambda _: None) == (part,)
 
 
@@ -291,11 +344,13 @@ def test_the_pilot_chooses_a_learning_rate_for_each_loss() -> None:
     best = {"squared-gap": 1e-4, "spo-gap-weighted-below0": 1e-3, "dpo": 1e-4, "dpo-soft": 3e-4}
 
     def found(arm: Arm, _: int) -> dict[str, Any]:
+        # Two runs break: one has no J, the other's policy before its failure has the greatest.
+        if arm.form == "dpo-soft" and arm.rate != 3e-4:
+            broken = {"reward": math.nan, "kl": math.nan}, {"reward": 0.9, "kl": 1.0}
+            return {**broken[arm.rate == 1e-4], "stopped_at": 7}
         # The greatest reward is that of another rate, at a KL that costs more.
-        if arm.form == "dpo-soft" and arm.rate == 1e-3:
-            return {"reward": math.nan, "kl": math.nan}
         good = arm.rate == best[arm.form]
-        return {"reward": 0.5 if good else 0.6, "kl": 1.0 if good else 2.0}
+        return {"reward": 0.5 if good else 0.6, "kl": 1.0 if good else 2.0, "stopped_at": None}
 
     part, pilot = second.rated(parts, lambda each: results_of(each, found))
     assert pilot == second.PILOT
@@ -368,12 +423,16 @@ def test_the_first_study(folder: str, tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.usefixtures("_in_this_process")
-def test_the_second_study(folder: str, tmp_path: Path) -> None:
+def test_the_second_study(folder: str, tmp_path: Path, monkeypatch) -> None:
     study = tmp_path / "study"
     command = ["sentiment", "--model", folder, "--quick", "--output", str(study)]
     assert main(command) == 0
     for part, number in (("matched", 3), ("overtrained", 5), ("on-policy", 3)):
         assert len(rows_of(study / part / "decided.csv")) == number
+        rewards = rows_of(study / part / "rewards.csv")
+        assert {row["policy"] for row in rewards} == {
+            row["policy"] for row in rows_of(study / part / "policies.csv") if row["stage"] == part
+        }
     # Of a grid of two betas an end is the best, so both grids were extended by a factor of 4.
     rows = rows_of(study / "overtrained/policies.csv")
     arms = {row["policy"] for row in rows if row["stage"] == "overtrained"}
@@ -396,3 +455,31 @@ def test_the_second_study(folder: str, tmp_path: Path) -> None:
     )
     rates = [float(row["rate"]) for row in rows_of(study / "road/road.csv")]
     assert sorted(rates) == [rate for rate in (1e-4, 3e-4, 1e-3) for _ in range(8)]
+    the_objective_is_that_of_the_completions(study / "on-policy")
+    settings = json.loads((study / "settings.json").read_text())
+    policies = {row["policy"] for row in rows_of(study / "on-policy/rewards.csv")}
+    assert policies == {"reference", *settings["on-policy, settled"]["arms"]}
+    rows = rows_of(study / "on-policy/decided.csv")
+    for row in rows:
+        rates = (f"rate {rate})" in row["ours"] + row["theirs"] for rate in ("0.0001", "0.001"))
+        assert (" rate " in row["at_edge"]) == any(rates)
+    assert rows[1]["at_edge"].startswith(("dpo lowest", "dpo highest"))  # of a grid of two betas
+    monkeypatch.setattr(spoloss, "__version__", "0")
+    assert main(command) == 2
+    monkeypatch.undo()
+    del settings["versions"]
+    (study / "settings.json").write_text(json.dumps(settings))
+    assert main(command) == 2
+
+
+def the_objective_is_that_of_the_completions(folder: Path) -> None:
+    keys = ("policy", "seed", "step")
+    found = defaultdict(list)
+    for row in rows_of(folder / "rewards.csv"):
+        both = (map(float, row[measure].split()) for measure in ("rewards", "log_ratios"))
+        found[tuple(row[key] for key in keys)] += zip(*both, strict=True)
+    rows = rows_of(folder / "objective.csv")
+    assert len(rows) > 10
+    for row in rows:
+        reward, kl = np.mean(found[tuple(row[key] for key in keys)], axis=0)
+        assert reward - 0.2 * kl == pytest.approx(float(row["j"]), abs=1e-3)

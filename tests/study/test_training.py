@@ -61,10 +61,10 @@ def test_intervals_widen_with_the_number_of_comparisons() -> None:
     assert (low, high) == pytest.approx(
         (0.56 - 4.3027 * wins.error, 0.56 + 4.3027 * wins.error), rel=1e-4
     )
-    assert results.verdict(wins, 1) == "better"
-    assert results.verdict(wins, 100) == "not distinguishable"
+    assert results.verdict(wins.interval(1)) == "better"
+    assert results.verdict(wins.interval(100)) == "not distinguishable"
     mirrored = results.Estimate(tuple(1 - value for value in wins.values))
-    assert results.verdict(mirrored, 1) == "worse"
+    assert results.verdict(mirrored.interval(1)) == "worse"
     assert results.win_interval(results.Estimate((0.2, 0.8)), 1) == (0.0, 1.0)
 
 
@@ -176,5 +176,15 @@ def test_a_run_stops_at_the_first_loss_that_is_not_finite() -> None:
     assert len(stopped.grad_norms) == stopped.stopped_at
     assert all(map(math.isfinite, stopped.grad_norms[:-1]))
     assert stopped.summary()["grad_norm_max"] == math.inf
+    assert stopped.summary()["steps"] == stopped.stopped_at - 1
     assert all(torch.isfinite(parameter).all() for parameter in stopped.policy.parameters())
     assert train("spo-below0:1000", stage).stopped_at is None
+
+
+def test_a_run_without_a_batch_takes_no_step() -> None:
+    stage = Stage(pairs=16, steps=2, batch=16)
+    start = policy_of("reference")
+    none = training.train_on_pairs(start, lambda _: iter(()), parse_arm("dpo:1"), stage)
+    summary = none.summary()
+    assert (summary["steps"], summary["stopped_at"]) == (0, None)
+    assert math.isnan(summary["grad_norm_max"])

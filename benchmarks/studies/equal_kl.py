@@ -1,0 +1,44 @@
+"""Reward at equal KL: a regression over policies that differ in loss, beta and seed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.studies.results import Estimate, Results
+
+
+def points_within(results: Results, low: float, high: float) -> pd.DataFrame:
+    """Seed, log KL, reward and whether the loss is SPO, of every policy whose KL is in a range."""
+    found = [
+        (seed, math.log(found["kl"]), found["reward"], arm.form == "spo")
+        for arm, each in results.arms.items()
+        for seed, found in zip(results.part.all_seeds, each, strict=True)
+        if low < found["kl"] < high
+    ]
+    return pd.DataFrame(found, columns=["seed", "log_kl", "reward", "spo"])
+
+
+def spo_effect(points: pd.DataFrame) -> Estimate:
+    """Reward of SPO less that of DPO at equal KL.
+
+    It is the coefficient of "SPO" in the regression reward ~ seed + log KL + (log KL)^2 + SPO. The
+    values are the jackknife's pseudo-values over the seeds, so its error is clustered by seed. nan
+    without both losses and two seeds.
+    """
+    seeds = points["seed"].unique()
+    if len(seeds) < 2 or points["spo"].nunique() < 2:
+        return Estimate((math.nan,))
+    whole, number = coefficient(points), len(seeds)
+    without = (coefficient(points[points["seed"] != seed]) for seed in seeds)
+    return Estimate(tuple(number * whole - (number - 1) * each for each in without))
+
+
+def coefficient(points: pd.DataFrame) -> float:
+    """That of "SPO" in the least-squares fit."""
+    log_kl = points["log_kl"]
+    columns = (points["spo"], log_kl, log_kl**2, pd.get_dummies(points["seed"]))
+    fit = np.linalg.lstsq(np.column_stack(columns).astype(float), points["reward"], rcond=None)
+    return float(fit[0][0])
