@@ -208,31 +208,20 @@ class Paper(TorchDispatchMode):
     # ------------------------------------------------------------------------ the compiled kernels
 
     def exponentials(
-        self,
-        products: Tensor,
-        transform: _exponentials.Transform,  # noqa: ARG002
-        target: Tensor,  # noqa: ARG002
-        stop: int,  # noqa: ARG002
-        sums: _exponentials.Sums,
-        dtype: torch.dtype,
+        self, products: _exponentials.Products, sums: _exponentials.Sums, dtype: torch.dtype
     ) -> _exponentials.Exponentials:
         """The compiled block: two reads and one write, as in the code that Inductor writes."""
-        exps = torch.empty_like(products, dtype=dtype)
-        self.launch("exponentials", traffic=2 * _bytes(products) + _bytes(exps))
+        exps = torch.empty_like(products.values, dtype=dtype)
+        self.launch("exponentials", traffic=2 * _bytes(products.values) + _bytes(exps))
         shift, earlier = torch.empty_like(sums.peak), torch.empty_like(sums.peak)
         found = _exponentials.Sums(*map(torch.empty_like, sums))
         return _exponentials.Exponentials(exps, shift, earlier, found)
 
     def sums_alone(
-        self,
-        products: Tensor,
-        transform: _exponentials.Transform,  # noqa: ARG002
-        target: Tensor,  # noqa: ARG002
-        stop: int,  # noqa: ARG002
-        sums: _exponentials.Sums,
+        self, products: _exponentials.Products, sums: _exponentials.Sums
     ) -> _exponentials.Sums:
         """The compiled sums: one read."""
-        self.launch("sums_alone", traffic=_bytes(products))
+        self.launch("sums_alone", traffic=_bytes(products.values))
         return _exponentials.Sums(*map(torch.empty_like, sums))
 
     def compiled(self, function: Any) -> Any:

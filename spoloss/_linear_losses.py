@@ -71,19 +71,11 @@ class LinearLosses(Generic[Head, Completions, Array, LinearPairLoss]):
           TypeError: as `linear_pair_loss`, or `linear_below` is not a number.
           ValueError: as `linear_pair_loss`, or `linear_below` is out of range.
         """
+        references = reference_chosen_logps, reference_rejected_logps
+        shared = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
+        pairs = SPO(linear_below), head, chosen, rejected, *references
         return self.linear_pair_loss(
-            SPO(linear_below),
-            head,
-            chosen,
-            rejected,
-            reference_chosen_logps,
-            reference_rejected_logps,
-            beta=beta,
-            reward_gap=reward_gap,
-            weights=weights,
-            nll_weight=nll_weight,
-            average=average,
-            reduction=reduction,
+            *pairs, beta=beta, reward_gap=reward_gap, weights=weights, **shared
         )
 
     def linear_dpo_loss(
@@ -127,19 +119,10 @@ class LinearLosses(Generic[Head, Completions, Array, LinearPairLoss]):
           TypeError: as `linear_pair_loss`, or `label_smoothing` is not a number.
           ValueError: as `linear_pair_loss`, or `label_smoothing` is out of range.
         """
-        return self.linear_pair_loss(
-            DPO(label_smoothing),
-            head,
-            chosen,
-            rejected,
-            reference_chosen_logps,
-            reference_rejected_logps,
-            beta=beta,
-            weights=weights,
-            nll_weight=nll_weight,
-            average=average,
-            reduction=reduction,
-        )
+        references = reference_chosen_logps, reference_rejected_logps
+        shared = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
+        pairs = DPO(label_smoothing), head, chosen, rejected, *references
+        return self.linear_pair_loss(*pairs, beta=beta, weights=weights, **shared)
 
     def linear_squared_loss(
         self,
@@ -184,19 +167,11 @@ class LinearLosses(Generic[Head, Completions, Array, LinearPairLoss]):
           TypeError: as `linear_pair_loss`.
           ValueError: as `linear_pair_loss`.
         """
+        references = reference_chosen_logps, reference_rejected_logps
+        shared = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
+        pairs = Squared(), head, chosen, rejected, *references
         return self.linear_pair_loss(
-            Squared(),
-            head,
-            chosen,
-            rejected,
-            reference_chosen_logps,
-            reference_rejected_logps,
-            beta=beta,
-            reward_gap=reward_gap,
-            weights=weights,
-            nll_weight=nll_weight,
-            average=average,
-            reduction=reduction,
+            *pairs, beta=beta, reward_gap=reward_gap, weights=weights, **shared
         )
 
     def linear_ipo_loss(
@@ -239,17 +214,9 @@ class LinearLosses(Generic[Head, Completions, Array, LinearPairLoss]):
           TypeError: as `linear_pair_loss`.
           ValueError: as `linear_pair_loss`.
         """
+        references = reference_chosen_logps, reference_rejected_logps
+        shared = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
+        pairs = Squared(), head, chosen, rejected, *references
         return self.linear_pair_loss(
-            Squared(),
-            head,
-            chosen,
-            rejected,
-            reference_chosen_logps,
-            reference_rejected_logps,
-            beta=beta,
-            reward_gap=IPO_GAP,
-            weights=weights,
-            nll_weight=nll_weight,
-            average=average,
-            reduction=reduction,
+            *pairs, beta=beta, reward_gap=IPO_GAP, weights=weights, **shared
         )

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from spoloss._arrays import cast, filled, namespace, per_pair
+from spoloss._arrays import cast, conform, filled, namespace, per_pair
 from spoloss._inputs import beta_for_gap
 from spoloss.gradients import pair_grad
 from spoloss.losses import MarginLoss, PairLoss
-from spoloss.pairs import log_ratio_margin, pair_loss
+from spoloss.pairs import pair_loss
 
 
 class Constants(NamedTuple):
@@ -45,7 +45,8 @@ class Constants(NamedTuple):
         Returns:
           The margin of that policy.
         """
-        margin = log_ratio_margin(like, like, self.reference_chosen, self.reference_rejected)
+        names = "the pairs", "reference_chosen_logps", "reference_rejected_logps"
+        margin, *_ = conform(names, (like, *self[:2]), numbers_from=1)
         beta_for_gap(self.beta, self.reward_gap, margin)  # also the range of their ratio
         if self.weights is not None:
             per_pair("weights", self.weights, margin, positive=False)

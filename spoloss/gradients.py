@@ -36,9 +36,6 @@ def spo_grad(
     h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
     y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference (eq. 4).
 
-    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
-    to `policy_rejected_logps`.
-
     Args:
       policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
       policy_rejected_logps: log pi(y_l), nats, [B].
@@ -51,7 +48,7 @@ def spo_grad(
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), [B] each, as `pair_grad`.
+      PairGrad(policy_chosen=dl/dh, policy_rejected=-dl/dh), [B] each, as `pair_grad`.
 
     Raises:
       TypeError: as `pair_grad`, or `linear_below` is not a number.
@@ -80,9 +77,6 @@ def dpo_grad(
     h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
     y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference.
 
-    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
-    to `policy_rejected_logps`.
-
     Args:
       policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
       policy_rejected_logps: log pi(y_l), nats, [B].
@@ -94,7 +88,7 @@ def dpo_grad(
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), [B] each, as `pair_grad`.
+      PairGrad(policy_chosen=dl/dh, policy_rejected=-dl/dh), [B] each, as `pair_grad`.
 
     Raises:
       TypeError: as `pair_grad`, or `label_smoothing` is not a number.
@@ -123,9 +117,6 @@ def squared_grad(
     h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
     y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference (eq. 4).
 
-    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
-    to `policy_rejected_logps`.
-
     Args:
       policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
       policy_rejected_logps: log pi(y_l), nats, [B].
@@ -137,7 +128,7 @@ def squared_grad(
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), [B] each, as `pair_grad`.
+      PairGrad(policy_chosen=dl/dh, policy_rejected=-dl/dh), [B] each, as `pair_grad`.
 
     Raises:
       TypeError: as `pair_grad`.
@@ -165,9 +156,6 @@ def ipo_grad(
     h = (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) is the margin, in nats:
     y_w is the chosen completion, y_l the rejected one, pi the policy, pi_ref the reference.
 
-    dl/dh is the derivative with respect to `policy_chosen_logps`, and -dl/dh the one with respect
-    to `policy_rejected_logps`.
-
     Args:
       policy_chosen_logps: log pi(y_w), summed over the tokens, in nats, [B].
       policy_rejected_logps: log pi(y_l), nats, [B].
@@ -178,7 +166,7 @@ def ipo_grad(
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen, policy_rejected), [B] each, as `pair_grad`.
+      PairGrad(policy_chosen=dl/dh, policy_rejected=-dl/dh), [B] each, as `pair_grad`.
 
     Raises:
       TypeError: as `pair_grad`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass, field
+from typing import Any
 
 import jax
 from jax import Array
@@ -12,6 +13,12 @@ Axis = str | tuple[str, ...] | None
 """The name of a mesh axis, or the names of several, or none."""
 
 
+def static(default: Any = MISSING) -> Any:
+    """A dataclass field that is static under `jax.jit`, and no child of the pytree."""
+    return field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Head:
     """The head of a language model: how hidden states become logits.
@@ -42,15 +49,16 @@ class Head:
     weight: Array
     bias: Array | None = None
     _: KW_ONLY
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    temperature: float = 1.0
-    chunk_size: int | None = None
-    mesh: Mesh | None = None
-    batch_axis: Axis = None
-    vocab_axis: Axis = None
+    softcap: float | None = static(None)
+    logit_scale: float = static(1.0)
+    temperature: float = static(1.0)
+    chunk_size: int | None = static(None)
+    mesh: Mesh | None = static(None)
+    batch_axis: Axis = static(None)
+    vocab_axis: Axis = static(None)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Completions:
     """The hidden states of completions, and which of their tokens count.
@@ -82,20 +90,5 @@ class Completions:
     _: KW_ONLY
     token_weights: Array | None = None
     cu_seqlens: Array | None = None
-    ignore_index: int = -100
-    shift: bool = True
-
-
-jax.tree_util.register_dataclass(
-    Head,
-    data_fields=["weight", "bias"],
-    meta_fields=[
-        *("softcap", "logit_scale", "temperature", "chunk_size"),
-        *("mesh", "batch_axis", "vocab_axis"),
-    ],
-)
-jax.tree_util.register_dataclass(
-    Completions,
-    data_fields=["hidden", "labels", "token_weights", "cu_seqlens"],
-    meta_fields=["ignore_index", "shift"],
-)
+    ignore_index: int = static(-100)
+    shift: bool = static(True)

@@ -11,9 +11,10 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from spoloss._objective import averages
-from spoloss.jax._arguments import Completions
+from spoloss.jax._arguments import Completions, static
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sequences:
     """The tokens of some sequences, as the positions that predict them. A pytree of its arrays.
@@ -32,7 +33,7 @@ class Sequences:
     counts: Array
     weights: Array | None
     cu_seqlens: Array | None
-    longest: int
+    longest: int = static()
 
     @property
     def count(self) -> int:
@@ -94,13 +95,6 @@ class Sequences:
         offsets, length = self.cu_seqlens, self.targets.shape[1]
         rising = (offsets[1:] >= offsets[:-1]).all()
         return jnp.where(rising & (offsets[0] == 0) & (offsets[-1] == length), zero, jnp.nan)
-
-
-jax.tree_util.register_dataclass(
-    Sequences,
-    data_fields=["targets", "counts", "weights", "cu_seqlens"],
-    meta_fields=["longest"],
-)
 
 
 def sequences_of(completions: Completions) -> Sequences:

@@ -64,12 +64,9 @@ class Table:
     """
 
     def __init__(self, sides: tuple[Sequences, ...], rows: int, *, whole_pairs: bool) -> None:
-        """Sort the tokens.
+        """Sort the tokens of both sides, or of one side alone, for tiles of so many `rows`.
 
-        Args:
-          sides: the sequences of chosen and rejected, or of one side alone.
-          rows: the number of tokens per tile.
-          whole_pairs: whether pairs that fit in a tile must not be split.
+        With `whole_pairs`, no tile splits a pair that fits in it.
         """
         self.rows, self.pairs, self.sides = rows, sides[0].count, len(sides)
         self.may_be_long = whole_pairs and sum(side.longest for side in sides) > rows

@@ -39,7 +39,18 @@ class RefuseSecondDerivative(torch.autograd.Function):
         return RefuseSecondDerivative.apply(grad, *inputs), in_dims[0]  # type: ignore[no-untyped-call]
 
 
-class Anchor(torch.autograd.Function):
+class Unbatched(torch.autograd.Function):
+    """A function that torch.vmap cannot batch, because tiles depend on the number of tokens."""
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        raise RuntimeError(
+            "the fused head does not support torch.vmap, because its tiles depend on the number of "
+            "tokens. Call it on the whole batch, or use sequence_logps on the logits"
+        )
+
+
+class Anchor(Unbatched):
     """A 0-d tensor that depends on some tensors in autograd's graph, without keeping them alive.
 
     No first backward runs through it: it is no input of the function whose gradients it refuses to
@@ -57,10 +68,6 @@ class Anchor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
         return tuple([None] * ctx.count)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Tensor) -> NoReturn:  # noqa: ARG004
-        refuse_vmap()
 
 
 def anchor(*inputs: Tensor | None) -> Tensor:
@@ -80,18 +87,6 @@ def refuse_second_derivative(
     return tuple(
         None if grad is None else RefuseSecondDerivative.apply(grad, *wanted)  # type: ignore[no-untyped-call]
         for grad in grads
-    )
-
-
-def refuse_vmap() -> NoReturn:
-    """Raise the error for `torch.vmap` of the fused head, with the alternatives.
-
-    Raises:
-      RuntimeError: always.
-    """
-    raise RuntimeError(
-        "the fused head does not support torch.vmap, because its tiles depend on the number of "
-        "tokens. Call it on the whole batch, or use sequence_logps on the logits"
     )
 
 
@@ -126,10 +121,15 @@ class Held:
 
     They are not among autograd's saved tensors, so no hook of the user holds them when the last
     backward overwrites them.
+
+    Attributes:
+      sizes: the number of hidden states of each side. Their gradients are held as one, [rows, D].
+      anchor: a tensor that depends on the inputs, for the error of a second derivative.
     """
 
-    def __init__(self) -> None:
-        """Hold nothing."""
+    def __init__(self, sizes: tuple[int, ...], *inputs: Tensor | None) -> None:
+        """Hold nothing yet, for gradients with respect to these inputs."""
+        self.sizes, self.anchor = sizes, anchor(*inputs)
         self._gradients: tuple[Tensor | None, ...] | None = None
 
     def put(self, *gradients: Tensor | None) -> None:

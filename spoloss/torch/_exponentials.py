@@ -69,6 +69,27 @@ class Transform(NamedTuple):
         return bend
 
 
+class Products(NamedTuple):
+    """A block of products of n tokens, and what turns them into exponentials.
+
+    Attributes:
+      values: [n, C] of hidden states and weight. The eager form overwrites them.
+      transform: from products to logits.
+      target: [n] the target's entry of the vocabulary, which may be in another block.
+      stop: one past the block's last entry. Its first may be 0, a number that torch.compile makes a
+        graph of its own for.
+    """
+
+    values: Tensor
+    transform: Transform
+    target: Tensor
+    stop: int
+
+    def column(self) -> Tensor:
+        """[n] the target's column, outside of [0, C) if it is not in this block."""
+        return self.target - (self.stop - self.values.shape[1])
+
+
 class Sums(NamedTuple):
     """The running sums of an online softmax for n tokens, after some blocks.
 
@@ -123,73 +144,47 @@ class Exponentials(NamedTuple):
 
 
 def exponentials_of(
-    products: Tensor,
-    transform: Transform,
-    target: Tensor,
-    stop: int,
-    sums: Sums,
-    *,
-    dtype: torch.dtype,
-    compiles: bool,
+    products: Products, sums: Sums, dtype: torch.dtype, *, compiles: bool
 ) -> Exponentials:
     """The exponentials of a block in `dtype`, and the sums with this block included.
 
-    Args:
-      products: [n, C]; overwritten if nothing is compiled.
-      transform: from products to logits.
-      target: [n] the target's entry of the vocabulary, which may be in another block.
-      stop: one past the block's last entry. Its first may be 0, a number that torch.compile makes a
-        graph of its own for.
-      sums: of the earlier blocks.
-      dtype: the dtype of the exponentials.
-      compiles: whether torch.compile fuses the block.
+    `compiles` says whether torch.compile fuses the block.
     """
     form = _fused(exponentials, products) if compiles else exponentials_
-    found: Exponentials = form(products, transform, target, stop, sums, dtype)
+    found: Exponentials = form(products, sums, dtype)
     return found
 
 
-def sums_of(
-    products: Tensor, transform: Transform, target: Tensor, stop: int, sums: Sums, *, compiles: bool
-) -> Sums:
+def sums_of(products: Products, sums: Sums, *, compiles: bool) -> Sums:
     """The sums of `exponentials_of` alone. A compiled kernel then writes nothing of size [n, C]."""
     if not compiles:
-        return exponentials_(products, transform, target, stop, sums, products.dtype).sums
-    found: Sums = _fused(sums_alone, products)(products, transform, target, stop, sums)
+        return exponentials_(products, sums, products.values.dtype).sums
+    found: Sums = _fused(sums_alone, products)(products, sums)
     return found
 
 
-def exponentials(
-    products: Tensor,
-    transform: Transform,
-    target: Tensor,
-    stop: int,
-    sums: Sums,
-    dtype: torch.dtype,
-) -> Exponentials:
+def exponentials(products: Products, sums: Sums, dtype: torch.dtype) -> Exponentials:
     """`exponentials_of` without side effects.
 
     The products are read twice: for the sums, and for the exponentials.
     """
-    logits, bend = transform(products)
-    found = sums_alone(products, transform, target, stop, sums)
+    logits, bend = products.transform(products.values)
+    found = sums_alone(products, sums)
     shift = _shift(found.peak, dtype)
-    column = _column(products, target, stop)
-    exps = torch.where(_is_target(logits, column), 0.0, (logits - shift[:, None]).exp())
+    is_target = _is_target(logits, products.column())
+    exps = torch.where(is_target, 0.0, (logits - shift[:, None]).exp())
     exps = (exps if bend is None else exps * bend).to(dtype)
     return Exponentials(exps, shift, (_shift(sums.peak, dtype) - shift).exp(), found)
 
 
-def sums_alone(
-    products: Tensor, transform: Transform, target: Tensor, stop: int, sums: Sums
-) -> Sums:
+def sums_alone(products: Products, sums: Sums) -> Sums:
     """`sums_of` without side effects.
 
     Inductor finds a maximum and the sum of the exponentials below it in one reading of the
     products, if they have exactly the form of `largest` and `total`.
     """
-    logits, _ = transform(products)
-    column = _column(products, target, stop)
+    logits, _ = products.transform(products.values)
+    column = products.column()
     is_target = _is_target(logits, column)
     # Finite, because -inf - -inf is nan. The next larger logit makes such a sum 0.
     others = torch.where(is_target, -math.inf, logits).clamp(min=torch.finfo(logits.dtype).min)
@@ -203,21 +198,14 @@ def sums_alone(
     return Sums(peak, sums.others * earlier + total[:, 0] * here, logit)
 
 
-def exponentials_(
-    products: Tensor,
-    transform: Transform,
-    target: Tensor,
-    stop: int,
-    sums: Sums,
-    dtype: torch.dtype,
-) -> Exponentials:
+def exponentials_(products: Products, sums: Sums, dtype: torch.dtype) -> Exponentials:
     """`exponentials_of` in place."""
-    bend = transform.in_place(products)
-    width, column = products.shape[1], _column(products, target, stop)
+    values, column = products.values, products.column()
+    bend, width = products.transform.in_place(values), values.shape[1]
     here, index = _in_block(column, width), column.clamp(0, width - 1)[:, None]
-    logit = torch.where(here, products.gather(1, index).squeeze(1), sums.target)
-    peak = torch.maximum(sums.peak, products.amax(dim=1))
-    exps = products.sub_(peak[:, None]).exp_()
+    logit = torch.where(here, values.gather(1, index).squeeze(1), sums.target)
+    peak = torch.maximum(sums.peak, values.amax(dim=1))
+    exps = values.sub_(peak[:, None]).exp_()
     exps.scatter_(1, index, torch.where(here[:, None], 0.0, exps.gather(1, index)))
     others = sums.others * (sums.peak - peak).exp() + exps.sum(dim=1)
     if bend is not None:
@@ -234,11 +222,6 @@ def _shift(peak: Tensor, dtype: torch.dtype) -> Tensor:
     return peak - math.log(FLOAT16_SCALE) if dtype == torch.float16 else peak
 
 
-def _column(products: Tensor, target: Tensor, stop: int) -> Tensor:
-    """[n] the target's column, outside of [0, C) if it is not in this block."""
-    return target - (stop - products.shape[1])
-
-
 def _in_block(column: Tensor, width: int) -> Tensor:
     """[n] whether the target is among the columns of a block."""
     return (column >= 0) & (column < width)
@@ -249,19 +232,20 @@ def _is_target(logits: Tensor, column: Tensor) -> Tensor:
     return torch.arange(logits.shape[1], device=logits.device) == column[:, None]
 
 
-def _fused(function: Callable[..., Any], products: Tensor) -> Callable[..., Any]:
+def _fused(function: Callable[..., Any], products: Products) -> Callable[..., Any]:
     """The function as one kernel, or as it is if the width is no multiple of `_VECTOR`."""
-    return compiled(function) if products.shape[1] % _VECTOR == 0 else function
+    return compiled(function) if products.values.shape[1] % _VECTOR == 0 else function
 
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled for products of any height and of widths that are a multiple of 16."""
+    """The function, compiled for blocks of any height and of widths that are a multiple of 16."""
 
-    def aligned(products: Tensor, *others: Any) -> Any:
+    def aligned(products: Products, *others: Any) -> Any:
         # Inductor uses these facts, and derives the first from no larger multiple than 16.
-        torch._check(products.shape[1] % _VECTOR == 0)  # type: ignore[no-untyped-call]
-        torch._check(products.shape[1] >= _VECTOR)  # type: ignore[no-untyped-call]
+        width = products.values.shape[1]
+        torch._check(width % _VECTOR == 0)  # type: ignore[no-untyped-call]
+        torch._check(width >= _VECTOR)  # type: ignore[no-untyped-call]
         return function(products, *others)
 
     # Else Inductor writes the logits of a head with bias and soft-cap to memory.

@@ -11,24 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spoloss._objective import Constants, Objective
-from spoloss.torch._autograd import (
-    Held,
-    Kind,
-    anchor,
-    needs_grad,
-    refuse_second_derivative,
-    refuse_vmap,
-)
+from spoloss.torch._autograd import Held, Kind, Unbatched, needs_grad, refuse_second_derivative
 from spoloss.torch._gradients import Wanted, held_dtype
 from spoloss.torch._head import HeadOptions, Projection
 from spoloss.torch._labels import Sequences
-from spoloss.torch._one_pass import one_pass
+from spoloss.torch._one_pass import OnePass
 from spoloss.torch._operator import compiled_logps
 from spoloss.torch._recompute import token_logps
 from spoloss.torch._tokens import Batch, TokenTable, make_table
@@ -98,36 +91,17 @@ def fused_loss(
         value = objective.value(sums, lengths, constants)
     else:
         table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
-        held = Held()
-        call = _Call(table, objective, options, wanted, held)
-        logps = _OnePass.apply(*inputs, table.tokens.weight, lengths, *constants, call)  # type: ignore[no-untyped-call]
+        held = Held(table.sizes, *inputs)
+        call = table, objective, options, wanted, held
+        logps = _OnePass.apply(*inputs, table.tokens.weight, lengths, *constants, *call)  # type: ignore[no-untyped-call]
         # Autograd differentiates the value with respect to the constants, `_Attach` the inputs.
         sums = table.sums(logps, slice(0, len(table.lengths)))
-        known = _Known(held, table.sizes, anchor(*inputs))
         value = objective.value(sums, lengths, constants)
-        value = _Attach.apply(value, *inputs, known)  # type: ignore[no-untyped-call]
+        value = _Attach.apply(value, *inputs, held)  # type: ignore[no-untyped-call]
     return LinearPairLoss(value, *(logps.detach() for logps in objective.logps(sums, lengths)))
 
 
-class _Call(NamedTuple):
-    """What `_OnePass` needs beside its tensors.
-
-    Attributes:
-      table: the tokens.
-      objective: the loss.
-      options: those of the head.
-      wanted: which gradients to compute.
-      held: where to put them.
-    """
-
-    table: TokenTable
-    objective: Objective
-    options: HeadOptions
-    wanted: Wanted
-    held: Held
-
-
-class _OnePass(torch.autograd.Function):
+class _OnePass(Unbatched):
     """The log-probability of each row of the table, as a constant; the gradients are held."""
 
     @staticmethod
@@ -140,13 +114,12 @@ class _OnePass(torch.autograd.Function):
         lengths: Tensor,
         *others: Any,
     ) -> Tensor:
-        *constants, call = others
+        *constants, table, objective, options, wanted, held = others
         with torch.autocast(chosen.device.type, enabled=False):
-            head = Projection.of(weight, bias, call.options)
-            batch = Batch.of(_with_weights(call.table, token_weights), chosen, rejected)
-            of_loss = call.objective, lengths, Constants(*constants)
-            found = one_pass(head, batch, *of_loss, call.wanted)
-            call.held.put(
+            head = Projection.of(weight, bias, options)
+            batch = Batch.of(_with_weights(table, token_weights), chosen, rejected)
+            found = OnePass(head, batch, objective, lengths, Constants(*constants), wanted)
+            held.put(
                 found.gradients.hidden,
                 found.gradients.head.weight(held_dtype(weight.dtype)),
                 None if bias is None else found.gradients.head.bias(held_dtype(bias.dtype)),
@@ -161,31 +134,13 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
         return (None,) * len(ctx.needs_input_grad)
 
-    @staticmethod
-    def vmap(*_: Any) -> NoReturn:
-        refuse_vmap()
-
 
 def _with_weights(table: TokenTable, weight: Tensor | None) -> TokenTable:
     """The table inside of an autograd function, which unwraps its arguments under torch.func."""
     return dataclasses.replace(table, tokens=dataclasses.replace(table.tokens, weight=weight))
 
 
-class _Known(NamedTuple):
-    """What `_Attach` needs beside its tensors.
-
-    Attributes:
-      held: the gradients with respect to the hidden states of all sides, the weight and the bias.
-      sizes: the number of hidden states of each side.
-      anchor: a tensor that depends on the inputs, for the error of a second derivative.
-    """
-
-    held: Held
-    sizes: tuple[int, ...]
-    anchor: Tensor
-
-
-class _Attach(torch.autograd.Function):
+class _Attach(Unbatched):
     """The identity on the loss, with known gradients, which the backward only scales."""
 
     @staticmethod
@@ -194,15 +149,15 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _, *tensors, ctx.known = inputs
+        _, *tensors, ctx.held = inputs
         # Only shapes and dtypes, because saved inputs would stay in memory until the backward.
         ctx.kinds = [None if tensor is None else Kind.of(tensor) for tensor in tensors]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            hidden, *of_head = ctx.known.held.scaled(*3 * [upstream])
-            sides = (None, None) if hidden is None else torch.split(hidden, list(ctx.known.sizes))
+            hidden, *of_head = ctx.held.scaled(*3 * [upstream])
+            sides = (None, None) if hidden is None else torch.split(hidden, list(ctx.held.sizes))
             grads = tuple(
                 None if grad is None or not need else grad.view(kind.shape).to(kind.dtype)
                 for grad, need, kind in zip(
@@ -211,8 +166,4 @@ class _Attach(torch.autograd.Function):
             )
         # The value is no function of the inputs here, so its second derivative with respect to a
         # constant and an input would be a silent zero.
-        return *refuse_second_derivative((upstream, *grads), ctx.known.anchor), None
-
-    @staticmethod
-    def vmap(*_: Any) -> NoReturn:
-        refuse_vmap()
+        return *refuse_second_derivative((upstream, *grads), ctx.held.anchor), None

@@ -46,13 +46,7 @@ class Gradients:
     """
 
     def __init__(self, model: Projection, wanted: Wanted, hidden: Tensor | None) -> None:
-        """Start without any contribution.
-
-        Args:
-          model: the head that computes the logits.
-          wanted: which gradients to accumulate.
-          hidden: zeros for the gradient of the hidden states, or None.
-        """
+        """Start without any contribution; `hidden` is zeros."""
         self.hidden = hidden
         self.head = HeadGradient(model, wanted)
         self._model, self._wanted = model, wanted
@@ -94,14 +88,7 @@ class Gradients:
     def write_hidden(
         self, tokens: Tokens, softmax: Softmax, product: Tensor, slopes: Tensor
     ) -> None:
-        """Write the rows of the gradient of the hidden states that belong to one tile.
-
-        Args:
-          tokens: the tile's tokens.
-          softmax: the tile's softmax.
-          product: [n, D] sum of p_v * weight[v] over all entries v except the target.
-          slopes: [n] as in `add`.
-        """
+        """Write a tile's rows of the gradient of the hidden states, from `Softmax.product`."""
         if self.hidden is None:
             return
         at_target = self._model.weight[softmax.target] * softmax.complement[:, None]
@@ -145,14 +132,7 @@ class HeadGradient:
     def add(
         self, states: Tensor, softmax: Softmax, blocks: Iterable[Block], slopes: Tensor
     ) -> None:
-        """Add the contribution of one tile.
-
-        Args:
-          states: hidden states, [n, D].
-          softmax: the tile's softmax.
-          blocks: the exponentials of all entries, in order.
-          slopes: [n] as in `Gradients.add`.
-        """
+        """Add the contribution of one tile, whose blocks cover all entries, in order."""
         of_others, unit = -slopes / softmax.total, None
         if self._model.factor_dtype == torch.float16:
             unit = unit_of(states, of_others * (1.0 / FLOAT16_SCALE))

@@ -16,15 +16,9 @@ from spoloss.torch._vocab_parallel import VocabShard
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How logits are computed from the hidden states h, and how the work is split into tiles.
-
-        logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
+    """The options of a `Head` after the checks, and what the call adds to them.
 
     Attributes:
-      softcap: None for no soft-capping.
-      logit_scale: factor before the soft-capping.
-      temperature: divisor after the soft-capping.
-      chunk_size: tokens per tile, or None for the device's default.
       dtype: the dtype of the products under autocast, or None for the weight's dtype.
       shard: this rank's part of a head that is split over the vocabulary, or None.
     """

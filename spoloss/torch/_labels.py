@@ -156,16 +156,11 @@ def sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def sum_runs(values: Tensor, run: Tensor, count: int) -> Tensor:
-    """The sum over each run of equal numbers in `run`, [n] -> [count].
+    """The sum over each run of equal numbers in `run`, which rises from 0 to `count` - 1 at most.
 
     Each run is cut into pieces where a multiple of `_PIECE` lies in it. The pieces are summed as
     rows of a matrix, which PyTorch does pairwise, and then those of each run. So a sum is accurate
     to a few eps and the same every time, and no shape depends on the numbers in `run`.
-
-    Args:
-      values: [n] the values.
-      run: [n] the run that each value belongs to, rising from 0 to at most `count` - 1.
-      count: the number of runs.
     """
     position = torch.arange(len(values), device=values.device)
     many = len(values) // _PIECE + 1  # pieces, if there is one run

@@ -34,8 +34,6 @@ accumulated in an array of its own and multiplied by the side's slope at the end
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -44,41 +42,17 @@ from spoloss._objective import Constants, Objective
 from spoloss.torch._gradients import Gradients, Wanted, held_dtype
 from spoloss.torch._head import Projection
 from spoloss.torch._softmax import Softmax, Workspace, softmax_of
-from spoloss.torch._tiles import Group, plan, tallest, tiles
+from spoloss.torch._tiles import plan, tallest, tiles
 from spoloss.torch._tokens import Batch, Tile
 
 
-@dataclass(frozen=True)
-class Pass:
-    """The results of one pass.
+class OnePass:
+    """One pass over a batch of pairs, tile by tile, without holding all logits.
 
     Attributes:
       logps: the log-probability of each row of the table, nats.
       gradients: the gradients of the loss.
     """
-
-    logps: Tensor
-    gradients: Gradients
-
-
-def one_pass(
-    head: Projection,
-    batch: Batch,
-    objective: Objective,
-    lengths: Tensor,
-    constants: Constants,
-    wanted: Wanted,
-) -> Pass:
-    """Log-probabilities and gradients of a batch of pairs, without holding all logits."""
-    run = _Run(head, batch, objective, lengths, constants, wanted)
-    # Long pairs first, because the gradient can hold a direction while it is empty.
-    for group in sorted(run.groups, key=lambda group: group.fits):
-        (run.add_group if group.fits else run.add_long_pair)(slice(group.first, group.last))
-    return Pass(run.logps, run.gradients)
-
-
-class _Run:
-    """One pass over a batch, tile by tile."""
 
     def __init__(
         self,
@@ -89,18 +63,22 @@ class _Run:
         constants: Constants,
         wanted: Wanted,
     ) -> None:
+        """Visit all pairs."""
         table, self.heights = batch.table, head.tiles.heights
         self.head, self.batch, self.table = head, batch, table
         self.objective, self.lengths, self.constants = objective, lengths, constants
         self.wanted = wanted
-        self.groups: list[Group] = plan(table.lengths, self.heights)
-        tokens = tallest(table.lengths, self.groups, self.heights)
+        groups = plan(table.lengths, self.heights)
+        tokens = tallest(table.lengths, groups, self.heights)
         self.workspace = Workspace(head, tokens, keep=wanted.head)
         hidden = batch.zeros(held_dtype(batch.hidden[0].dtype)) if wanted.hidden else None
         self.gradients = Gradients(head, wanted, hidden)
         self.logps = head.weight.new_empty(len(table), dtype=head.dtype)
+        # Long pairs first, because the gradient can hold a direction while it is empty.
+        for group in sorted(groups, key=lambda group: group.fits):
+            (self._add_group if group.fits else self._add_long_pair)(group.pairs)
 
-    def add_group(self, pairs: slice) -> None:
+    def _add_group(self, pairs: slice) -> None:
         """Add pairs that share a tile: their slopes are known before the gradient products."""
         rows = self.table.rows(pairs)
         tile, softmax = self._softmax(rows)
@@ -108,7 +86,7 @@ class _Run:
         of_token = tile.tokens.weighted(slopes[tile.tokens.side, tile.tokens.pair - pairs.start])
         self.gradients.add(tile, softmax, self.head.gain * of_token, self.gradients.head)
 
-    def add_long_pair(self, pair: slice) -> None:
+    def _add_long_pair(self, pair: slice) -> None:
         """Add a pair that needs several tiles: the direction of each side, then its slope."""
         directions = self.gradients.directions(self.table.sides)
         for side, direction in enumerate(directions):

@@ -130,14 +130,8 @@ def _backward_operator(
 
 
 @_backward_operator.register_fake
-def _(
-    wanted: list[bool],
-    logps: Tensor,  # noqa: ARG001
-    lse: Tensor,  # noqa: ARG001
-    upstream: Tensor,  # noqa: ARG001
-    *inputs: Any,
-) -> list[Tensor]:
-    hidden, weight, bias = inputs[:3]
+def _(wanted: list[bool], *inputs: Any) -> list[Tensor]:
+    _, _, _, hidden, weight, bias, *_ = inputs
     # The real gradients of the head have its strides, those of the hidden states are contiguous.
     grads = (
         hidden.new_empty(hidden.shape),

@@ -59,14 +59,10 @@ def scaled(rows: Tensor, factor: Tensor, device: Device) -> Tensor:
 
 
 def unit_of(rows: Tensor, factor: Tensor) -> Tensor:
-    """A power of two, 0-d, by which a tile's factors are divided to be in float16's range.
+    """A power of two, 0-d, by which a tile's factors [n] are divided to be in float16's range.
 
     A pair's slope may be outside of it. With this unit, rows * factor / unit and factor / unit are
     at most 2**14 and not all much less, so that the small ones keep their digits.
-
-    Args:
-      rows: [n, D] in float16.
-      factor: [n] in float32.
     """
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1).clamp(min=1.0) * factor.abs()
     largest = largest.new_zeros(()) if len(largest) == 0 else largest.amax()

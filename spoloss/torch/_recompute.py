@@ -12,7 +12,7 @@ of exp(logit - largest), so that the backward can use each block of a tile immed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from torch import Tensor
 from spoloss.torch._autograd import (
     Held,
     Kind,
-    anchor,
+    Unbatched,
     needs_grad,
     refuse_batched,
     refuse_second_derivative,
-    refuse_vmap,
 )
 from spoloss.torch._gradients import Gradients, Wanted, held_dtype
 from spoloss.torch._head import HeadOptions, Projection
@@ -49,8 +48,8 @@ def token_logps(
     table = make_table(sides, vocabulary=options.vocabulary(weight))
     if frozen and any(map(needs_grad, hidden)):
         call = Call(table, options, directions=True)
-        known = _Known(Held(), table.sizes, anchor(*hidden))
-        logps = _Directed.apply(*hidden, weight, bias, call, known)  # type: ignore[no-untyped-call]
+        held = Held(table.sizes, *hidden)
+        logps = _Directed.apply(*hidden, weight, bias, call, held)  # type: ignore[no-untyped-call]
     else:
         call = Call(table, options, directions=False)
         logps, _ = _Recomputed.apply(*hidden, weight, bias, call)  # type: ignore[no-untyped-call]
@@ -88,21 +87,7 @@ class Forward(NamedTuple):
     directions: Tensor | None
 
 
-class _Known(NamedTuple):
-    """What `_Directed` keeps for its backward.
-
-    Attributes:
-      held: the directions.
-      sizes: the number of hidden states of each side.
-      anchor: a tensor that depends on the hidden states, for the error of a second derivative.
-    """
-
-    held: Held
-    sizes: tuple[int, ...]
-    anchor: Tensor
-
-
-class _Directed(torch.autograd.Function):
+class _Directed(Unbatched):
     """Log-probabilities of the targets of all sides. The backward scales the directions.
 
     It needs neither the hidden states nor the head, so they may change or be freed.
@@ -110,14 +95,14 @@ class _Directed(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        *hidden, weight, bias, call, known = inputs
+        *hidden, weight, bias, call, held = inputs
         found = forward(weight, bias, call, *hidden)
-        known.held.put(found.directions)
+        held.put(found.directions)
         return found.logps
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        *hidden, _, _, _, ctx.known = inputs
+        *hidden, _, _, _, ctx.held = inputs
         ctx.kinds = [Kind.of(states) for states in hidden]
         ctx.set_materialize_grads(False)
 
@@ -126,16 +111,12 @@ class _Directed(torch.autograd.Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
-            (rows,) = ctx.known.held.scaled(upstream[:, None])
-            grads = _by_side(rows, ctx.known.sizes, ctx.kinds)
-        return *refuse_second_derivative(grads, ctx.known.anchor), *(None,) * 4
-
-    @staticmethod
-    def vmap(*_: Any) -> NoReturn:
-        refuse_vmap()
+            (rows,) = ctx.held.scaled(upstream[:, None])
+            grads = _by_side(rows, ctx.held.sizes, ctx.kinds)
+        return *refuse_second_derivative(grads, ctx.held.anchor), *(None,) * 4
 
 
-class _Recomputed(torch.autograd.Function):
+class _Recomputed(Unbatched):
     """Log-probabilities and log-sum-exp. The backward computes the logits again."""
 
     @staticmethod
@@ -166,10 +147,6 @@ class _Recomputed(torch.autograd.Function):
             of_sides = _by_side(grads.hidden, ctx.call.table.sizes, kinds)
         of_all = (*of_sides, grads.weight, grads.bias)
         return *refuse_second_derivative(of_all, *hidden, weight, bias), None
-
-    @staticmethod
-    def vmap(*_: Any) -> NoReturn:
-        refuse_vmap()
 
 
 def _by_side(

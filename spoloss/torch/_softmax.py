@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spoloss.torch._exponentials import Sums, Transform, exponentials_of, sums_of
+from spoloss.torch._exponentials import Products, Sums, exponentials_of, sums_of
 from spoloss.torch._head import Projection
 from spoloss.torch._products import accumulate
 from spoloss.torch._tokens import Tile
@@ -144,14 +144,9 @@ def known_softmax(
 def known_blocks(
     head: Projection, tile: Tile, softmax: Softmax, product: Tensor | None, workspace: Workspace
 ) -> Iterator[Block]:
-    """The blocks of a tile whose softmax is known, one at a time.
+    """The blocks of a tile whose softmax is known, one at a time, each valid until the next.
 
-    Args:
-      head: the head.
-      tile: n tokens.
-      softmax: the tile's softmax.
-      product: memory [n, D], in which the iteration puts `Softmax.product`; or None.
-      workspace: memory for the logits. A block is valid until the next.
+    The iteration puts `Softmax.product` in `product`, unless that is None.
     """
     sums = Sums.known(softmax.peak)
     shift = sums.peak
@@ -167,19 +162,15 @@ def _visit(
 ) -> Iterator[tuple[Block, Sums]]:
     """The blocks of a tile in turn, each with the sums that include it.
 
-    Args:
-      head: the head.
-      tile: n tokens.
-      sums: the sums before the first block.
-      product: memory [n, D] for the sum of exps @ weight over the blocks so far, relative to the
-        last block's shift; or None.
-      workspace: memory for the logits. Unless it keeps all blocks, a block is valid until the next.
+    Unless `product` is None, it becomes the sum [n, D] of exps @ weight over the blocks so far,
+    relative to the last block's shift. Unless the workspace keeps all blocks, a block is valid
+    until the next.
     """
     compiles = head.device.compiles
     for columns in head.tiles.blocks(len(tile.states)):
-        logits = _logits(head, tile, columns, workspace)
-        found = exponentials_of(*logits, sums, dtype=head.factor_dtype, compiles=compiles)
-        del logits  # else they would still live while the next block is made
+        products = _products(head, tile, columns, workspace)
+        found = exponentials_of(products, sums, head.factor_dtype, compiles=compiles)
+        del products  # else they would still live while the next ones are made
         if product is not None:
             empty = columns.start == 0
             if not empty:
@@ -192,23 +183,14 @@ def _visit(
 def _sums(head: Projection, tile: Tile, sums: Sums, workspace: Workspace) -> Sums:
     """The sums over all blocks of a tile, where nothing needs the exponentials."""
     for columns in head.tiles.blocks(len(tile.states), sums=True):
-        logits = _logits(head, tile, columns, workspace)
-        sums = sums_of(*logits, sums, compiles=head.device.compiles)
-        del logits
+        products = _products(head, tile, columns, workspace)
+        sums = sums_of(products, sums, compiles=head.device.compiles)
+        del products
     return sums
 
 
-class _Logits(NamedTuple):
-    """Products [n, C] of a block, the transform that makes them logits, targets and last entry."""
-
-    products: Tensor
-    transform: Transform
-    target: Tensor
-    stop: int
-
-
-def _logits(head: Projection, tile: Tile, columns: slice, workspace: Workspace) -> _Logits:
-    """Some columns of the logits of a tile, before the transform."""
-    products = head.products(tile.states, columns, workspace.block(len(tile.states), columns))
+def _products(head: Projection, tile: Tile, columns: slice, workspace: Workspace) -> Products:
+    """Some columns of a tile, before they become logits."""
+    values = head.products(tile.states, columns, workspace.block(len(tile.states), columns))
     target = head.local(tile.tokens.target)
-    return _Logits(products, head.transform(columns), target, columns.stop)
+    return Products(values, head.transform(columns), target, columns.stop)

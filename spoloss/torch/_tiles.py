@@ -120,14 +120,10 @@ class Tiles:
         return cls(vocabulary, *blocks, Heights(memory.rows, kept // 2, single, kept))
 
     def blocks(self, rows: int, *, sums: bool = False) -> Iterator[slice]:
-        """The vocabulary in blocks of about equal size, for a tile of `rows` tokens.
+        """The vocabulary in blocks of about equal size for a tile of `rows` tokens, or its `sums`.
 
         With a width of 30,413, rows would start at odd addresses, which is slow on a GPU. So widths
         are multiples of ALIGNED, and the remainder of the vocabulary is a block of its own.
-
-        Args:
-          rows: tokens of the tile.
-          sums: whether only sums are taken of the blocks.
         """
         aligned = self.vocabulary - self.vocabulary % ALIGNED
         block = self.sums_block if sums else self.block
@@ -147,25 +143,16 @@ class Tiles:
 
 
 class Group(NamedTuple):
-    """Consecutive pairs, from `first` up to but not including `last`.
+    """Consecutive pairs, and whether they fit in one tile. If not, they are one long pair."""
 
-    Attributes:
-      first: the first pair.
-      last: one past the last pair.
-      fits: whether all their tokens fit in one tile. If not, the group is one long pair.
-    """
-
-    first: int
-    last: int
+    pairs: slice
     fits: bool
 
 
 def plan(lengths: Sequence[int], heights: Heights) -> list[Group]:
     """Groups that cover all pairs in order, each as large as a tile allows.
 
-    Args:
-      lengths: the number of tokens of each pair, both sides together.
-      heights: the largest number of tokens per tile.
+    The length of a pair is the number of tokens of both sides together.
     """
     groups: list[Group] = []
     first = 0
@@ -174,7 +161,8 @@ def plan(lengths: Sequence[int], heights: Heights) -> list[Group]:
         while last < len(lengths) and tokens + lengths[last] <= heights.shared:
             tokens += lengths[last]
             last += 1
-        groups.append(Group(first, last, last > first + 1 or tokens <= heights.single))
+        fits = last > first + 1 or tokens <= heights.single
+        groups.append(Group(slice(first, last), fits))
         first = last
     return groups
 
@@ -190,7 +178,7 @@ def tiles(rows: slice, most: int) -> Iterator[slice]:
 def tallest(lengths: Sequence[int], groups: Sequence[Group], heights: Heights) -> int:
     """An upper bound of the tokens of any tile that the groups need."""
     return max(
-        (sum(lengths[g.first : g.last]) if g.fits else heights.part for g in groups), default=0
+        (sum(lengths[group.pairs]) if group.fits else heights.part for group in groups), default=0
     )
 
 

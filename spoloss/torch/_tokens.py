@@ -99,12 +99,7 @@ class TokenTable:
         return slice(self.starts[index], self.starts[index + 1])
 
     def sums(self, logps: Tensor, pairs: slice) -> Tensor:
-        """The weighted sum over each sequence of some pairs, [sides, p].
-
-        Args:
-          logps: log-probabilities of all rows.
-          pairs: the p pairs.
-        """
+        """The weighted sums [sides, p] over the sequences of some pairs, from those of all rows."""
         rows, count = self.rows(pairs), pairs.stop - pairs.start
         tokens = self.tokens[rows]
         run = torch.add(tokens.side, tokens.pair - pairs.start, alpha=self.sides)

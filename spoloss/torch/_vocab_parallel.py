@@ -41,13 +41,7 @@ class VocabShard:
     def join_sums(
         self, peak: Tensor, others: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums over all shards for n tokens: peak, sum of exponentials, target's logit.
-
-        Args:
-          peak: [n] the largest logit of this rank, which it subtracted before its exponentials.
-          others: [n] the sum of this rank's exponentials, without the target.
-          target: [n] the target's logit, -inf if another rank has it.
-        """
+        """The columns [n] of `Sums` over all shards, from those of this rank."""
         highest = torch.stack([peak, target])
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
         others = others * (peak - highest[0]).exp()

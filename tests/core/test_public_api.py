@@ -90,7 +90,7 @@ def test_imports_run_downwards() -> None:
     [
         ("spoloss.losses", "from spoloss.pairs import spo_loss"),
         ("spoloss.torch._head", "from spoloss.torch.logps import sequence_logps"),
-        ("spoloss.torch._tiles", "from spoloss.torch._one_pass import one_pass"),
+        ("spoloss.torch._tiles", "from spoloss.torch._one_pass import OnePass"),
         ("spoloss.torch.logps", "from spoloss import spo_loss"),
     ],
 )

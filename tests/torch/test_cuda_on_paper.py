@@ -293,7 +293,7 @@ def mutants() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
         patch.setattr(_gradients, "add_rows", reads)
 
     def whole_logits(patch: pytest.MonkeyPatch) -> None:
-        original = _one_pass.one_pass
+        original = _one_pass.OnePass
 
         def wasteful(head: Any, batch: Any, *others: Any) -> Any:
             extra = head.weight.new_empty(len(batch.table), len(head.weight))
@@ -301,7 +301,7 @@ def mutants() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
             del extra
             return found
 
-        patch.setattr(_fused, "one_pass", wasteful)
+        patch.setattr(_fused, "OnePass", wasteful)
 
     def mask(patch: pytest.MonkeyPatch) -> None:
         original = _gradients.add_rows

@@ -42,29 +42,31 @@ def sizes(
 def test_pairs_share_a_tile_as_long_as_it_has_room() -> None:
     heights = Heights(rows=1, shared=10, single=12, part=5)
     assert plan([4, 6, 1, 12, 3, 13, 0, 2], heights) == [
-        Group(0, 2, fits=True),  # 10 tokens fill the tile
-        Group(2, 3, fits=True),
-        Group(3, 4, fits=True),  # 12: more than pairs may share, as much as one may take
-        Group(4, 5, fits=True),
-        Group(5, 6, fits=False),  # 13: a long pair
-        Group(6, 8, fits=True),
+        Group(slice(0, 2), fits=True),  # 10 tokens fill the tile
+        Group(slice(2, 3), fits=True),
+        Group(slice(3, 4), fits=True),  # 12: more than pairs may share, as much as one may take
+        Group(slice(4, 5), fits=True),
+        Group(slice(5, 6), fits=False),  # 13: a long pair
+        Group(slice(6, 8), fits=True),
     ]
 
 
 @given(LENGTHS, HEIGHTS)
 def test_groups_cover_all_pairs_within_the_heights(lengths: list[int], heights: Heights) -> None:
     groups = plan(lengths, heights)
-    edges = [0, *(group.last for group in groups)]
+    edges = [0, *(group.pairs.stop for group in groups)]
     assert edges[-1] == len(lengths)
-    assert [(group.first, group.last) for group in groups] == list(itertools.pairwise(edges))
+    assert [(group.pairs.start, group.pairs.stop) for group in groups] == list(
+        itertools.pairwise(edges)
+    )
     for group in groups:
-        tokens = sum(lengths[group.first : group.last])
-        alone = group.last == group.first + 1
+        tokens = sum(lengths[group.pairs])
+        alone = group.pairs.stop == group.pairs.start + 1
         assert group.fits == (tokens <= (heights.single if alone else heights.shared))
         if not alone:
             assert tokens <= heights.shared
-        if group.last < len(lengths) and group.fits:
-            assert tokens + lengths[group.last] > heights.shared
+        if group.pairs.stop < len(lengths) and group.fits:
+            assert tokens + lengths[group.pairs.stop] > heights.shared
 
 
 @given(st.integers(0, 50), st.integers(0, 300), st.integers(1, 40))
@@ -83,7 +85,7 @@ def test_no_tile_is_taller_than_the_tallest(lengths: list[int], heights: Heights
     groups = plan(lengths, heights)
     bound = tallest(lengths, groups, heights)
     for group in groups:
-        tokens = sum(lengths[group.first : group.last])
+        tokens = sum(lengths[group.pairs])
         assert (tokens if group.fits else min(tokens, heights.part)) <= bound
 
 

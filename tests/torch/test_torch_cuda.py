@@ -267,10 +267,10 @@ def test_a_small_card_has_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("form", [_exponentials.exponentials, _exponentials.exponentials_])
 def test_small_exponentials_survive_float16(form: Any) -> None:
     """exp(-20) is 2e-9, less than the smallest float16."""
-    products, none = torch.tensor([[0.0, -20.0]]), torch.tensor([-1])
+    values, none = torch.tensor([[0.0, -20.0]]), torch.tensor([-1])
     transform = _exponentials.Transform(None, None, 1.0, 1.0)
-    sums = _exponentials.Sums.start(products, torch.float32)
-    found = form(products, transform, none, 2, sums, torch.float16)
+    sums = _exponentials.Sums.start(values, torch.float32)
+    found = form(_exponentials.Products(values, transform, none, 2), sums, torch.float16)
     exact = torch.tensor([0.0, -20.0]).exp() * (-found.shift).exp()
     torch.testing.assert_close(found.exps[0].float(), exact, rtol=2e-2, atol=0.0)
 
@@ -283,7 +283,7 @@ def test_the_compiler_knows_that_a_block_is_aligned(
     facts = []
 
     def keep(graph: torch.fx.GraphModule, *_: Any, **_options: Any) -> Any:
-        (products,) = graph.graph.find_nodes(op="placeholder", target="L_products_")
+        (products,) = graph.graph.find_nodes(op="placeholder", target="L_products_values")
         facts.append(statically_known_true(products.meta["example_value"].shape[1] % 16 == 0))
         return graph.forward
 
@@ -295,5 +295,6 @@ def test_the_compiler_knows_that_a_block_is_aligned(
     transform = _exponentials.Transform(None, 30.0, 0.5, 1.25)
     for rows, width, stop in ((3, 32, 32), (5, 64, 96), (7, 48, 48)):
         none, sums = torch.full((rows,), -1), _exponentials.Sums.known(torch.zeros(rows))
-        compiled(torch.zeros(rows, width), transform, none, stop, sums, torch.float32)
+        products = _exponentials.Products(torch.zeros(rows, width), transform, none, stop)
+        compiled(products, sums, torch.float32)
     assert facts == [known]

@@ -43,11 +43,9 @@ def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def forgets_to_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
     right = _exponentials.exponentials_
 
-    def wrong(
-        products: Tensor, transform: Any, target: Tensor, stop: int, sums: Any, dtype: Any
-    ) -> Any:
+    def wrong(products: Any, sums: Any, dtype: Any) -> Any:
         fresh = sums._replace(others=torch.zeros_like(sums.others))
-        found = right(products, transform, target, stop, fresh, dtype)
+        found = right(products, fresh, dtype)
         return found._replace(sums=found.sums._replace(others=found.sums.others + sums.others))
 
     monkeypatch.setattr(_exponentials, "exponentials_", wrong)
@@ -58,8 +56,8 @@ def counts_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         _exponentials,
         "exponentials_",
-        lambda products, transform, target, *others: right(
-            products, transform, torch.zeros_like(target), *others
+        lambda products, *others: right(
+            products._replace(target=torch.zeros_like(products.target)), *others
         ),
     )
 
@@ -104,18 +102,18 @@ def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
         lse, found = logits.logsumexp(dim=1), []
         mine = eager = alone = _exponentials.Sums.start(products, single)
         for begin, end in ((0, 170), (170, 300)):
-            part, transform = products[:, begin:end], whole._replace(bias=whole.bias[begin:end])
-            exps, shift, _, mine = block(part, transform, targets, end, mine, dtype)
+            transform = whole._replace(bias=whole.bias[begin:end])
+            part = _exponentials.Products(products[:, begin:end], transform, targets, end)
+            exps, shift, _, mine = block(part, mine, dtype)
             assert exps.dtype == dtype
             assert exps.max() <= (2**14 if dtype == torch.float16 else 1)
             found.append(exps * (shift - lse).exp()[:, None])
-            exps, _, _, eager = _exponentials.exponentials_(
-                part.clone(), transform, targets, end, eager, single
-            )
+            copy = part._replace(values=part.values.clone())
+            exps, _, _, eager = _exponentials.exponentials_(copy, eager, single)
             normal = exps * (eager.peak - lse).exp()[:, None]
             expected = (want * bend)[:, begin:end]
             torch.testing.assert_close(normal, expected, **close)
-            alone = sums_of(part, transform, targets, end, alone)
+            alone = sums_of(part, alone)
         ends = 2e-12 if dtype == torch.float16 else 0.0
         rounded = {"rtol": max(close["rtol"], 20.0 * torch.finfo(dtype).eps), "atol": ends}
         torch.testing.assert_close(torch.cat(found, dim=1), want * bend, **rounded)
