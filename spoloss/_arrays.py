@@ -101,9 +101,9 @@ def per_pair(name: str, value: Any, like: Any, *, positive: bool = True) -> Any:
     """A parameter that is one number for all pairs, or an array with one number per pair.
 
     An array is 0-d (a traced number) or of the shape of the log-probabilities `like`. It is
-    returned in their dtype but at least float32, so that half precision rounds no parameter. Values
-    are checked of numbers alone: to read those of arrays would synchronise with the device and
-    break compilation. An error names the argument.
+    returned in their dtype but at least float32, so that half precision rounds no parameter. Only
+    the range of numbers is checked: reading the values of arrays would synchronise with the device
+    and break compilation. An error names the argument.
     """
     if is_number(value):
         if positive:
@@ -229,6 +229,13 @@ def softplus(xp: Any, x: Any) -> Any:
         positive = x > 0.0
         return xp.where(positive, x, 0.0) + xp.log1p(xp.exp(xp.where(positive, -x, x)))
     return xp.logaddexp(xp.zeros_like(x), x)
+
+
+def averages(sums: Any, lengths: Any) -> Any:
+    """Sums over tokens divided by their lengths. A sequence without tokens, of sum 0, stays 0."""
+    xp = namespace(sums)
+    lengths = cast(xp, lengths, sums.dtype)
+    return sums / xp.where(lengths == 0.0, 1.0, lengths)
 
 
 def detach(array: Any) -> Any:

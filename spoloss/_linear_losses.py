@@ -72,10 +72,10 @@ class LinearLosses(Generic[Head, Completions, Array, LinearPairLoss]):
           ValueError: as `linear_pair_loss`, or `linear_below` is out of range.
         """
         references = reference_chosen_logps, reference_rejected_logps
-        shared = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
-        pairs = SPO(linear_below), head, chosen, rejected, *references
+        options = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
+        arguments = SPO(linear_below), head, chosen, rejected, *references
         return self.linear_pair_loss(
-            *pairs, beta=beta, reward_gap=reward_gap, weights=weights, **shared
+            *arguments, beta=beta, reward_gap=reward_gap, weights=weights, **options
         )
 
     def linear_dpo_loss(
@@ -120,9 +120,9 @@ class LinearLosses(Generic[Head, Completions, Array, LinearPairLoss]):
           ValueError: as `linear_pair_loss`, or `label_smoothing` is out of range.
         """
         references = reference_chosen_logps, reference_rejected_logps
-        shared = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
-        pairs = DPO(label_smoothing), head, chosen, rejected, *references
-        return self.linear_pair_loss(*pairs, beta=beta, weights=weights, **shared)
+        options = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
+        arguments = DPO(label_smoothing), head, chosen, rejected, *references
+        return self.linear_pair_loss(*arguments, beta=beta, weights=weights, **options)
 
     def linear_squared_loss(
         self,
@@ -168,10 +168,10 @@ class LinearLosses(Generic[Head, Completions, Array, LinearPairLoss]):
           ValueError: as `linear_pair_loss`.
         """
         references = reference_chosen_logps, reference_rejected_logps
-        shared = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
-        pairs = Squared(), head, chosen, rejected, *references
+        options = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
+        arguments = Squared(), head, chosen, rejected, *references
         return self.linear_pair_loss(
-            *pairs, beta=beta, reward_gap=reward_gap, weights=weights, **shared
+            *arguments, beta=beta, reward_gap=reward_gap, weights=weights, **options
         )
 
     def linear_ipo_loss(
@@ -201,7 +201,7 @@ class LinearLosses(Generic[Head, Completions, Array, LinearPairLoss]):
           rejected: the rejected completions, P of them.
           reference_chosen_logps: log pi_ref(y_w|x), nats, [P]; 0.0 for no reference.
           reference_rejected_logps: log pi_ref(y_l|x), nats, [P]; 0.0 for no reference.
-          beta: strength of the pull to the reference, 1 / nats, > 0: a number or [P].
+          beta: half of the inverse of the target margin, 1 / nats, > 0: a number or [P].
           weights: factor of each pair: a number or [P]. None means 1.
           nll_weight: factor of the chosen completions' negative log-likelihood per token, >= 0.
           average: use log-probabilities per token instead of sums, also for the reference.
@@ -215,8 +215,8 @@ class LinearLosses(Generic[Head, Completions, Array, LinearPairLoss]):
           ValueError: as `linear_pair_loss`.
         """
         references = reference_chosen_logps, reference_rejected_logps
-        shared = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
-        pairs = Squared(), head, chosen, rejected, *references
+        options = {"nll_weight": nll_weight, "average": average, "reduction": reduction}
+        arguments = Squared(), head, chosen, rejected, *references
         return self.linear_pair_loss(
-            *pairs, beta=beta, reward_gap=IPO_GAP, weights=weights, **shared
+            *arguments, beta=beta, reward_gap=IPO_GAP, weights=weights, **options
         )

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from spoloss._arrays import cast, conform, filled, namespace, per_pair
-from spoloss._inputs import beta_for_gap
+from spoloss._arrays import averages, cast, conform, filled, namespace, per_pair
+from spoloss._inputs import LOGPS, beta_for_gap
 from spoloss.gradients import pair_grad
 from spoloss.losses import MarginLoss, PairLoss
 from spoloss.pairs import pair_loss
@@ -40,17 +40,19 @@ class Constants(NamedTuple):
         """Check the numbers before any computation. `pair_loss` would check them after.
 
         Args:
-          like: log-probabilities of a policy, whose shape, dtype and device count.
+          like: an array of the shape, dtype and device of the policy's log-probabilities.
 
         Returns:
-          The margin of that policy.
+          `like` in the dtype of the margins, which that of a reference may widen.
         """
-        names = "the pairs", "reference_chosen_logps", "reference_rejected_logps"
-        margin, *_ = conform(names, (like, *self[:2]), numbers_from=1)
-        beta_for_gap(self.beta, self.reward_gap, margin)  # also the range of their ratio
+        names = "the policy's log-probabilities", *LOGPS[2:]
+        like, *_ = conform(
+            names, (like, self.reference_chosen, self.reference_rejected), numbers_from=1
+        )
+        beta_for_gap(self.beta, self.reward_gap, like)  # also the range of their ratio
         if self.weights is not None:
-            per_pair("weights", self.weights, margin, positive=False)
-        return margin
+            per_pair("weights", self.weights, like, positive=False)
+        return like
 
     def of(self, pairs: slice) -> Constants:
         """Those of some pairs."""
@@ -140,10 +142,3 @@ def _of_nll(
     """`pair_loss` or `pair_grad` of the chosen completions' NLL, weighted like the loss."""
     loss, logps = _NegativeLogLikelihood(), averages(sums, lengths)
     return function(loss, logps, logps, 0.0, 0.0, beta=1.0, weights=weights, reduction=reduction)
-
-
-def averages(sums: Any, lengths: Any) -> Any:
-    """Sums over tokens divided by their lengths. A sequence without tokens, of sum 0, stays 0."""
-    xp = namespace(sums)
-    lengths = cast(xp, lengths, sums.dtype)
-    return sums / xp.where(lengths == 0.0, 1.0, lengths)

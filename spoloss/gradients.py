@@ -48,7 +48,8 @@ def spo_grad(
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen=dl/dh, policy_rejected=-dl/dh), [B] each, as `pair_grad`.
+      PairGrad(policy_chosen, policy_rejected), [B] each: dl/dh and -dl/dh of each pair, times its
+      weight, divided by B for "mean". float64 if any of the four is, else float32.
 
     Raises:
       TypeError: as `pair_grad`, or `linear_below` is not a number.
@@ -88,7 +89,8 @@ def dpo_grad(
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen=dl/dh, policy_rejected=-dl/dh), [B] each, as `pair_grad`.
+      PairGrad(policy_chosen, policy_rejected), [B] each: dl/dh and -dl/dh of each pair, times its
+      weight, divided by B for "mean". float64 if any of the four is, else float32.
 
     Raises:
       TypeError: as `pair_grad`, or `label_smoothing` is not a number.
@@ -128,7 +130,8 @@ def squared_grad(
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen=dl/dh, policy_rejected=-dl/dh), [B] each, as `pair_grad`.
+      PairGrad(policy_chosen, policy_rejected), [B] each: dl/dh and -dl/dh of each pair, times its
+      weight, divided by B for "mean". float64 if any of the four is, else float32.
 
     Raises:
       TypeError: as `pair_grad`.
@@ -166,7 +169,8 @@ def ipo_grad(
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
 
     Returns:
-      PairGrad(policy_chosen=dl/dh, policy_rejected=-dl/dh), [B] each, as `pair_grad`.
+      PairGrad(policy_chosen, policy_rejected), [B] each: dl/dh and -dl/dh of each pair, times its
+      weight, divided by B for "mean". float64 if any of the four is, else float32.
 
     Raises:
       TypeError: as `pair_grad`.
@@ -221,8 +225,10 @@ def pair_grad(
       float32.
 
     Raises:
-      TypeError: as `pair_loss`.
-      ValueError: as `pair_loss`.
+      TypeError: an array is not real floating point, or from another library than the first, or
+        `loss` is not a loss object.
+      ValueError: the shapes differ, a number is out of range (arrays are not inspected), or
+        `reduction` is unknown.
     """
     policies = policy_chosen_logps, policy_rejected_logps
     references = reference_chosen_logps, reference_rejected_logps

@@ -70,9 +70,9 @@ def check_loss(loss: MarginLoss | PairLoss, *, limits: bool = False) -> None:
         for dtype in library.dtypes:
             case = _Case(loss, of_pairs, library, dtype)
             _check_form(case)
+            _check_alone(case)
             for beta in _BETAS:
                 _check_numbers(case, beta)
-            _check_alone(case)
             if limits:
                 _check_limits(case)
     if len(refused) == len(libraries):
@@ -231,12 +231,15 @@ def _check_alone(case: _Case) -> None:
     where, pairs = case.inside(_BETA), [array[:, None] for array in case.arrays()]
     for name, function in case.functions().items():
         try:
-            alone = case.library.vmap(function, (0, 0, None))(*pairs, _BETA)[:, 0]
+            alone = case.library.vmap(function, (0, 0, None))(*pairs, _BETA)
         except Exception as error:
-            message = str(error).splitlines()[0]
+            message = str(error).partition("\n")[0]
             case.holds(False, f"{name} must not read numbers out of arrays: {message}")
+        case.holds(alone.shape == pairs[0].shape, f"{name} of one pair must have shape (1,)")
         together = function(*case.arrays(), _BETA)
-        case.close(f"{name} of a pair depends on the other pairs", alone, together, _BETA, where)
+        case.close(
+            f"{name} of a pair depends on the other pairs", alone[:, 0], together, _BETA, where
+        )
 
 
 def _check_limits(case: _Case) -> None:

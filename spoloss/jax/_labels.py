@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from spoloss._objective import averages
+from spoloss._arrays import averages
 from spoloss.jax._arguments import Completions, static
 
 

@@ -184,14 +184,15 @@ def _forward(head: Any, hidden: Any, sides: Any) -> tuple[Arrays, Any]:
 
 def _backward(residual: Any, upstream: tuple[Array | SymbolicZero, ...]) -> tuple[Any, Any, None]:
     marks, directions, (head, hidden, sides), kinds = residual
-    factors = tuple(
-        jnp.zeros(up.shape, up.dtype) if isinstance(up, SymbolicZero) else up for up in upstream
-    )
+    missing = [isinstance(up, SymbolicZero) for up in upstream]
     wanted, by_head = wanted_of(marks), HeadSums(None, None)
     if wanted.head:
+        ups = zip(upstream, missing, strict=True)
+        factors = tuple(jnp.zeros(up.shape, up.dtype) if none else up for up, none in ups)
         _, by_hidden, by_head = _visit_again(head, hidden, sides, factors, wanted)
     else:
-        by_hidden = tuple(map(scaled, map(or_none, directions), factors))
+        kept = zip(directions, upstream, missing, strict=True)
+        by_hidden = tuple(None if none else scaled(or_none(rows), up) for rows, up, none in kept)
     return *kinds.gradients(by_head, by_hidden), None
 
 

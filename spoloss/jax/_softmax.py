@@ -188,7 +188,7 @@ class Projection:
         if self.options.softcap is None:
             return jnp.ones_like(logits)
         # A padded entry's logit is -inf, and no longer the -softcap that its slope belongs to.
-        bent = jnp.maximum(logits * (self.options.temperature / self.options.softcap), -1.0)
+        bent = jnp.clip(logits * (self.options.temperature / self.options.softcap), -1.0, 1.0)
         return 1.0 - bent * bent
 
     def _columns(self, targets: Array) -> Array:

@@ -23,14 +23,8 @@ def on_platform(
     """`run(tokens per tile, *args)`, with the tiles of the platform that it is compiled for.
 
     A traced array does not know its device. So where the size depends on the platform, the program
-    contains `run` for each of them, and JAX compiles one.
-
-    Args:
-      run: the computation.
-      rows: the number of tokens per tile from the largest number.
-      vocabulary: V, on this device.
-      chunk_size: the largest number of tokens per tile; None for the default memory.
-      args: arrays.
+    contains `run` for each of them, and JAX compiles one. `rows` gives the number of tokens per
+    tile from the largest number, which is `chunk_size`, or follows from the default memory.
     """
     if chunk_size is not None:
         return run(rows(chunk_size), *args)
@@ -49,11 +43,8 @@ def tile_rows(sides: tuple[int, ...], pairs: int, most: int) -> int:
     """The number of tokens per tile, chosen so that pairs of full length leave no place empty.
 
     Whole pairs share a tile if at least one fits. Otherwise each side of a pair uses some tiles.
-
-    Args:
-      sides: the largest number of tokens that count in a sequence, by side.
-      pairs: the number of pairs.
-      most: the largest number of tokens per tile.
+    `sides` are the largest numbers of tokens that count in a sequence, and `most` is that of a
+    tile.
     """
     pair = max(1, sum(sides))
     if pair > most:

@@ -94,9 +94,9 @@ def linear_pair_loss(
     check_pairs(_count(chosen), _count(rejected))
     references = reference_chosen_logps, reference_rejected_logps
     constants = Constants(*references, beta, reward_gap, weights)
-    margin = constants.check(jnp.zeros(_count(chosen), wide(chosen.hidden)))
+    like = constants.check(jnp.zeros(_count(chosen), wide(chosen.hidden)))
     objective = Objective(loss, float(nll_weight), reduction, bool(average))
-    constants = _as_arrays(constants, margin)
+    constants = _as_arrays(constants, like)
     found: LinearPairLoss = _pair_loss(objective, head, chosen, rejected, constants)
     return found
 
@@ -136,10 +136,10 @@ def _count(side: Completions) -> int:
     return len(side.labels) if side.cu_seqlens is None else len(side.cu_seqlens) - 1
 
 
-def _as_arrays(constants: Constants, margin: Array) -> Constants:
+def _as_arrays(constants: Constants, like: Array) -> Constants:
     """The numbers of each pair as arrays, for `jax.jit`: references as [P], others as they are."""
     *references, beta, reward_gap, weights = constants
     return Constants(
-        *(jnp.full_like(margin, float(r)) if is_number(r) else r for r in references),
-        *(None if n is None else jnp.asarray(n, margin.dtype) for n in (beta, reward_gap, weights)),
+        *(jnp.full_like(like, float(r)) if is_number(r) else r for r in references),
+        *(None if n is None else jnp.asarray(n, like.dtype) for n in (beta, reward_gap, weights)),
     )

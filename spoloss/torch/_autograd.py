@@ -71,7 +71,10 @@ class Anchor(Unbatched):
 
 
 def anchor(*inputs: Tensor | None) -> Tensor:
-    """An anchor for the inputs that require a gradient, for `refuse_second_derivative`."""
+    """An anchor for the inputs that require a gradient, for `refuse_second_derivative`.
+
+    Pass it to an autograd function in a tuple, so that torch.func unwraps it at each of its levels.
+    """
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     result: Tensor = Anchor.apply(*wanted)  # type: ignore[no-untyped-call]
     return result
@@ -91,11 +94,7 @@ def refuse_second_derivative(
 
 
 def refuse_batched(upstream: Tensor) -> None:
-    """Raise an error for an upstream gradient with a dimension that vmap added.
-
-    Raises:
-      RuntimeError: under `torch.func.jacrev`, `vmap` of a gradient or `is_grads_batched`.
-    """
+    """Raise an error for an upstream gradient with a dimension that vmap added."""
     if is_batched(upstream):
         raise RuntimeError(
             "this backward fills its gradients tile by tile, which does not work under "
@@ -124,12 +123,11 @@ class Held:
 
     Attributes:
       sizes: the number of hidden states of each side. Their gradients are held as one, [rows, D].
-      anchor: a tensor that depends on the inputs, for the error of a second derivative.
     """
 
-    def __init__(self, sizes: tuple[int, ...], *inputs: Tensor | None) -> None:
-        """Hold nothing yet, for gradients with respect to these inputs."""
-        self.sizes, self.anchor = sizes, anchor(*inputs)
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        """Hold nothing yet."""
+        self.sizes = sizes
         self._gradients: tuple[Tensor | None, ...] | None = None
 
     def put(self, *gradients: Tensor | None) -> None:

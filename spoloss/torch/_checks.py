@@ -95,7 +95,8 @@ def _join_shards(
     facts |= {"head.chunk_size": head.chunk_size or 0}
     facts |= {"whether gradients are enabled": int(torch.is_grad_enabled())}
     dtype = options.dtype or head.weight.dtype
-    tiles = tiles_of(head.weight, dtype, head.chunk_size, device_of(head.weight))
+    device = device_of(head.weight.new_empty(0, dtype=dtype))
+    tiles = tiles_of(head.weight, dtype, head.chunk_size, device)
     targets = [side.targets for side in sides]
     return join(group, head.weight, targets, facts, tiles.heights)
 

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from spoloss._objective import Constants, Objective
-from spoloss.torch._autograd import Held, Kind, Unbatched, needs_grad, refuse_second_derivative
+from spoloss.torch._autograd import (
+    Held,
+    Kind,
+    Unbatched,
+    anchor,
+    needs_grad,
+    refuse_second_derivative,
+)
 from spoloss.torch._gradients import Wanted, held_dtype
 from spoloss.torch._head import HeadOptions, Projection
 from spoloss.torch._labels import Sequences
@@ -91,13 +98,13 @@ def fused_loss(
         value = objective.value(sums, lengths, constants)
     else:
         table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
-        held = Held(table.sizes, *inputs)
+        held = Held(table.sizes)
         call = table, objective, options, wanted, held
         logps = _OnePass.apply(*inputs, table.tokens.weight, lengths, *constants, *call)  # type: ignore[no-untyped-call]
         # Autograd differentiates the value with respect to the constants, `_Attach` the inputs.
         sums = table.sums(logps, slice(0, len(table.lengths)))
         value = objective.value(sums, lengths, constants)
-        value = _Attach.apply(value, *inputs, held)  # type: ignore[no-untyped-call]
+        value = _Attach.apply(value, *inputs, (held, anchor(*inputs)))  # type: ignore[no-untyped-call]
     return LinearPairLoss(value, *(logps.detach() for logps in objective.logps(sums, lengths)))
 
 
@@ -149,7 +156,7 @@ class _Attach(Unbatched):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _, *tensors, ctx.held = inputs
+        _, *tensors, (ctx.held, ctx.anchor) = inputs
         # Only shapes and dtypes, because saved inputs would stay in memory until the backward.
         ctx.kinds = [None if tensor is None else Kind.of(tensor) for tensor in tensors]
 
@@ -166,4 +173,4 @@ class _Attach(Unbatched):
             )
         # The value is no function of the inputs here, so its second derivative with respect to a
         # constant and an input would be a silent zero.
-        return *refuse_second_derivative((upstream, *grads), ctx.held.anchor), None
+        return *refuse_second_derivative((upstream, *grads), ctx.anchor), None

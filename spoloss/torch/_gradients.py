@@ -46,7 +46,7 @@ class Gradients:
     """
 
     def __init__(self, model: Projection, wanted: Wanted, hidden: Tensor | None) -> None:
-        """Start without any contribution; `hidden` is zeros."""
+        """Start without any contribution; `hidden` is zeros, or None if it is not wanted."""
         self.hidden = hidden
         self.head = HeadGradient(model, wanted)
         self._model, self._wanted = model, wanted

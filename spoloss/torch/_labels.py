@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spoloss._arrays import averages
 from spoloss._checks import check_tokens
-from spoloss._objective import averages
 from spoloss.torch._arguments import Completions
 from spoloss.torch._autograd import is_batched
 
@@ -30,14 +30,12 @@ _PIECE = 128
 
 def check_labels(prefix: str, tokens: Completions, of: str) -> None:
     """`check_tokens`, the dtype of the offsets and, on the CPU, that they rise from 0 to T."""
+    check_tokens(torch, prefix, tokens, of)
     name, cu_seqlens = f"{prefix}cu_seqlens", tokens.cu_seqlens
     if cu_seqlens is None:
-        check_tokens(torch, prefix, tokens, of)
         return
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        kind = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
-        raise TypeError(f"{name} must be int32 or int64, got {kind}")
-    check_tokens(torch, prefix, tokens, of)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
     length = tokens.labels.shape[1]
     if _is_readable(cu_seqlens) and not rises(cu_seqlens, length):
         raise ValueError(f"{name} must rise from 0 to T = {length}, got {cu_seqlens.tolist()}")
@@ -92,11 +90,7 @@ class Sequences:
         return averages(sums, self.lengths()) if average else sums
 
     def check_weights(self, name: str) -> None:
-        """Check the weights, where that does not synchronise with a device.
-
-        Raises:
-          ValueError: a weight is negative, infinite or nan.
-        """
+        """Raise an error for a weight that is negative or not finite, if the host can read it."""
         if _is_readable(self.targets) and (self.targets == UNWEIGHABLE).any():
             raise ValueError(f"{name} must be finite and not negative, got another number")
 

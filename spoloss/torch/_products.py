@@ -35,8 +35,8 @@ def accumulate(
 ) -> None:
     """Add a @ b to `total` in the dtype of `total`. With `empty`, overwrite `total`.
 
-    On a device with wide sums, `b` is rounded to the dtype of `a`, and `unit`, 0-d, multiplies the
-    product.
+    On a device with wide sums, `b` is rounded to the dtype of `a`. There, `unit`, 0-d, multiplies
+    the product.
     """
     beta = 0.0 if empty else 1.0
     if not device.wide_sums or a.dtype == total.dtype:
@@ -46,8 +46,11 @@ def accumulate(
     if WIDE_TOTALS and unit is None:
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
         return
-    more, unit = product(a, b, total.dtype, device), total.new_ones(()) if unit is None else unit
-    torch.mul(more, unit, out=total) if empty else total.addcmul_(more, unit)
+    more = product(a, b, total.dtype, device)
+    if empty:
+        total.copy_(more) if unit is None else torch.mul(more, unit, out=total)
+    else:
+        total.add_(more) if unit is None else total.addcmul_(more, unit)
 
 
 def scaled(rows: Tensor, factor: Tensor, device: Device) -> Tensor:
@@ -66,7 +69,8 @@ def unit_of(rows: Tensor, factor: Tensor) -> Tensor:
     """
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1).clamp(min=1.0) * factor.abs()
     largest = largest.new_zeros(()) if len(largest) == 0 else largest.amax()
-    return torch.exp2(torch.frexp(largest).exponent.clamp(min=-100) - 14.0)
+    exponent = torch.frexp(largest).exponent.to(largest.dtype)
+    return torch.exp2(exponent.clamp(min=-100.0) - 14.0)
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:

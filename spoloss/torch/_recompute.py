@@ -21,6 +21,7 @@ from spoloss.torch._autograd import (
     Held,
     Kind,
     Unbatched,
+    anchor,
     needs_grad,
     refuse_batched,
     refuse_second_derivative,
@@ -48,8 +49,8 @@ def token_logps(
     table = make_table(sides, vocabulary=options.vocabulary(weight))
     if frozen and any(map(needs_grad, hidden)):
         call = Call(table, options, directions=True)
-        held = Held(table.sizes, *hidden)
-        logps = _Directed.apply(*hidden, weight, bias, call, held)  # type: ignore[no-untyped-call]
+        kept = Held(table.sizes), anchor(*hidden)
+        logps = _Directed.apply(*hidden, weight, bias, call, kept)  # type: ignore[no-untyped-call]
     else:
         call = Call(table, options, directions=False)
         logps, _ = _Recomputed.apply(*hidden, weight, bias, call)  # type: ignore[no-untyped-call]
@@ -95,14 +96,14 @@ class _Directed(Unbatched):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        *hidden, weight, bias, call, held = inputs
+        *hidden, weight, bias, call, (held, _) = inputs
         found = forward(weight, bias, call, *hidden)
         held.put(found.directions)
         return found.logps
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        *hidden, _, _, _, ctx.held = inputs
+        *hidden, _, _, _, (ctx.held, ctx.anchor) = inputs
         ctx.kinds = [Kind.of(states) for states in hidden]
         ctx.set_materialize_grads(False)
 
@@ -113,7 +114,7 @@ class _Directed(Unbatched):
         with torch.no_grad():
             (rows,) = ctx.held.scaled(upstream[:, None])
             grads = _by_side(rows, ctx.held.sizes, ctx.kinds)
-        return *refuse_second_derivative(grads, ctx.held.anchor), *(None,) * 4
+        return *refuse_second_derivative(grads, ctx.anchor), *(None,) * 4
 
 
 class _Recomputed(Unbatched):

@@ -95,14 +95,10 @@ class Workspace:
 def softmax_of(
     head: Projection, tile: Tile, workspace: Workspace, *, keep: bool, product: bool
 ) -> Softmax:
-    """The softmax of a tile.
+    """The softmax of a tile, with hidden states in the dtype of the head's products.
 
-    Args:
-      head: the head.
-      tile: n tokens, with hidden states in the dtype of the head's products.
-      workspace: memory for the logits.
-      keep: whether to keep the exponentials of all blocks, for the weight's gradient.
-      product: whether to compute `Softmax.product`, for the gradient of the hidden states.
+    With `keep`, it has the exponentials of all blocks, for the weight's gradient; with `product`,
+    `Softmax.product`, for the gradient of the hidden states.
     """
     blocks: list[Block] = []
     sums = Sums.start(tile.states, head.dtype)

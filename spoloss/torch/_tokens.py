@@ -172,13 +172,9 @@ class Batch:
 
 
 def make_table(sides: list[Sequences], *, vocabulary: int) -> TokenTable:
-    """The table of all tokens whose label counts.
+    """The table of all tokens whose label counts, of the same number of sequences on each side.
 
     The host needs their number, so a call synchronises with the device here, and nowhere else.
-
-    Args:
-      sides: the sequences of each side, the same number on each.
-      vocabulary: V of the whole head.
 
     Raises:
       ValueError: a label that counts is outside [0, vocabulary), its weight is negative, infinite

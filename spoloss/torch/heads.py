@@ -85,12 +85,11 @@ def linear_pair_loss(
     check_flag("average", average)
     sides = {"chosen": chosen, "rejected": rejected}
     call = prepare(head, sides)
-    pairs, others = (side.count for side in call.sequences)
-    check_pairs(pairs, others)
+    check_pairs(*(side.count for side in call.sequences))
     references = reference_chosen_logps, reference_rejected_logps
     constants = Constants(*references, beta, reward_gap, weights)
     dtype = torch.promote_types(chosen.hidden.dtype, torch.float32)
-    like = chosen.hidden.new_zeros(pairs, dtype=dtype)
+    like = chosen.hidden.new_zeros(call.sequences[0].count, dtype=dtype)
     constants.check(like)
     left_out = _zero_weights(weights, like)
     sequences = [replace(side, left_out=left_out) for side in call.sequences]

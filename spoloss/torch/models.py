@@ -95,13 +95,13 @@ def _refuse_distributed(model: Any, linear: Any) -> None:
         (hasattr(weight, "ds_id"), "DeepSpeed ZeRO-3 has partitioned the head's weight"),
         (hasattr(weight, "full_tensor"), "the head's weight is a sharded DTensor"),
         (wrapped, "FSDP has sharded the model"),
-        (len(devices) > 1, f"device_map has spread the model over {', '.join(devices)}"),
-        (getattr(weight, "is_meta", False), "the head's weight is on the meta device"),
+        (len(devices) > 1, f"device_map has spread the model over {', '.join(devices)}: use one"),
+        (getattr(weight, "is_meta", False), "the head's weight is on the meta device: load it"),
     ):
         if refused:
             raise ValueError(
-                f"{reason}. Call head_of while the weights are whole and on one device, or build a "
-                "Head inside the wrapped module's forward"
+                f"{reason}. Call head_of while the weights are whole and on one device. Under FSDP "
+                "or DeepSpeed you can also build a Head inside the wrapped module's forward"
             )
 
 
