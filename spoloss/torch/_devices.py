@@ -47,6 +47,7 @@ CUDA = Device(GPU_MEMORY, wide_sums=True, compiles=importlib.util.find_spec("tri
 BEFORE_AMPERE = CUDA._replace(wide_sums=False, compiles=False)
 OTHERS = {
     "xpu": BEFORE_AMPERE,
+    "npu": BEFORE_AMPERE,
     "mps": Device(MPS_MEMORY, wide_sums=False, compiles=False),
 }
 

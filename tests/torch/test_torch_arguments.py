@@ -114,9 +114,9 @@ def test_a_number_of_pytorch_on_the_cpu_is_a_number_on_any_device() -> None:
     assert spoloss.spo_loss(*logps, beta=number, weights=number).device.type == "meta"
 
 
-@pytest.mark.parametrize("kind", ["mps", "xpu"])
+@pytest.mark.parametrize("kind", ["mps", "npu", "xpu"])
 def test_a_gpu_of_another_kind_has_larger_tiles_than_a_cpu(kind: str) -> None:
-    there = SimpleNamespace(is_cuda=False, device=torch.device(kind))
+    there = SimpleNamespace(is_cuda=False, device=SimpleNamespace(type=kind))
     found = _devices.device_of(there)  # type: ignore[arg-type]
     assert found.memory.block_bytes > _devices.CPU.memory.block_bytes
     assert not found.wide_sums
