@@ -109,7 +109,8 @@ def test_it_compiles_and_then_nan_marks_what_no_check_could(way: Callable[..., T
         (torch.tensor([0, 6, 15]), ValueError, "rise from 0 to T = 16"),
         (torch.tensor([0]), ValueError, r"shape \[S \+ 1\] with S >= 1, got \(1,\)"),
         (torch.tensor([[0, 16]]), ValueError, r"shape \[S \+ 1\]"),
-        (torch.tensor([0.0, 16.0]), TypeError, "int32 or int64, got torch.float32"),
+        (torch.tensor([0.0, 16.0]), TypeError, "must be integer, got torch.float32"),
+        (torch.tensor([0, 16], dtype=torch.int16), TypeError, "int32 or int64, got torch.int16"),
         (torch.tensor([0, 16], device="meta"), ValueError, r"on the cpu of \S*labels, got meta"),
     ],
 )

@@ -275,6 +275,18 @@ def test_small_exponentials_survive_float16(form: Any) -> None:
     torch.testing.assert_close(found.exps[0].float(), exact, rtol=2e-2, atol=0.0)
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.float32])
+def test_the_unit_of_float16_is_a_power_of_two_for_any_default_dtype(default: torch.dtype) -> None:
+    rows = torch.tensor([[1.5, -3.0]], dtype=torch.float16)
+    torch.set_default_dtype(default)
+    try:
+        unit = _products.unit_of(rows, torch.tensor([2.0**-40], dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    # The largest product, 3 * 2^-40, is between 2^13 and 2^14 units.
+    assert torch.equal(unit, torch.tensor(2.0**-52))
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_the_compiler_knows_that_a_block_is_aligned(
     monkeypatch: pytest.MonkeyPatch, *, known: bool
