@@ -184,15 +184,17 @@ def _forward(head: Any, hidden: Any, sides: Any) -> tuple[Arrays, Any]:
 
 def _backward(residual: Any, upstream: tuple[Array | SymbolicZero, ...]) -> tuple[Any, Any, None]:
     marks, directions, (head, hidden, sides), kinds = residual
-    missing = [isinstance(up, SymbolicZero) for up in upstream]
     wanted, by_head = wanted_of(marks), HeadSums(None, None)
     if wanted.head:
-        ups = zip(upstream, missing, strict=True)
-        factors = tuple(jnp.zeros(up.shape, up.dtype) if none else up for up, none in ups)
+        factors = tuple(
+            jnp.zeros(up.shape, up.dtype) if isinstance(up, SymbolicZero) else up for up in upstream
+        )
         _, by_hidden, by_head = _visit_again(head, hidden, sides, factors, wanted)
     else:
-        kept = zip(directions, upstream, missing, strict=True)
-        by_hidden = tuple(None if none else scaled(or_none(rows), up) for rows, up, none in kept)
+        kept = zip(directions, upstream, strict=True)
+        by_hidden = tuple(
+            None if isinstance(up, SymbolicZero) else scaled(or_none(rows), up) for rows, up in kept
+        )
     return *kinds.gradients(by_head, by_hidden), None
 
 
