@@ -5,6 +5,7 @@ Their gradients are not differentiable. A second derivative is an error instead 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -115,19 +116,25 @@ class Kind(NamedTuple):
         return cls(tensor.shape, tensor.dtype)
 
 
+def by_side(rows: Tensor | None, kinds: Sequence[Kind]) -> tuple[Tensor | None, ...]:
+    """The gradient of the hidden states of all sides, [rows, D], cut into those of each side."""
+    if rows is None:
+        return (None,) * len(kinds)
+    parts = torch.split(rows, [kind.shape[:2].numel() for kind in kinds])
+    return tuple(
+        part.view(kind.shape).to(kind.dtype) for part, kind in zip(parts, kinds, strict=True)
+    )
+
+
 class Held:
     """Gradients that a forward computed, held until the last backward.
 
     They are not among autograd's saved tensors, so no hook of the user holds them when the last
     backward overwrites them.
-
-    Attributes:
-      sizes: the number of hidden states of each side. Their gradients are held as one, [rows, D].
     """
 
-    def __init__(self, sizes: tuple[int, ...]) -> None:
+    def __init__(self) -> None:
         """Hold nothing yet."""
-        self.sizes = sizes
         self._gradients: tuple[Tensor | None, ...] | None = None
 
     def put(self, *gradients: Tensor | None) -> None:

@@ -22,6 +22,7 @@ from spoloss.torch._autograd import (
     Kind,
     Unbatched,
     anchor,
+    by_side,
     needs_grad,
     refuse_second_derivative,
 )
@@ -98,7 +99,7 @@ def fused_loss(
         value = objective.value(sums, lengths, constants)
     else:
         table = make_table(sides, vocabulary=options.vocabulary(inputs.weight))
-        held = Held(table.sizes)
+        held = Held()
         call = table, objective, options, wanted, held
         logps = _OnePass.apply(*inputs, table.tokens.weight, lengths, *constants, *call)  # type: ignore[no-untyped-call]
         # Autograd differentiates the value with respect to the constants, `_Attach` the inputs.
@@ -164,12 +165,11 @@ class _Attach(Unbatched):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             hidden, *of_head = ctx.held.scaled(*3 * [upstream])
-            sides = (None, None) if hidden is None else torch.split(hidden, list(ctx.held.sizes))
-            grads = tuple(
-                None if grad is None or not need else grad.view(kind.shape).to(kind.dtype)
-                for grad, need, kind in zip(
-                    (*sides, *of_head), ctx.needs_input_grad[1:], ctx.kinds, strict=False
-                )
+            head = zip(of_head, ctx.kinds[2:], strict=True)
+            grads = (
+                *by_side(hidden, ctx.kinds[:2]),
+                # Autograd copies a gradient that Python still refers to, but not a view of it.
+                *(g if g is None else g.view(kind.shape).to(kind.dtype) for g, kind in head),
             )
         # The value is no function of the inputs here, so its second derivative with respect to a
         # constant and an input would be a silent zero.

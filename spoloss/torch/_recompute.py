@@ -22,6 +22,7 @@ from spoloss.torch._autograd import (
     Kind,
     Unbatched,
     anchor,
+    by_side,
     needs_grad,
     refuse_batched,
     refuse_second_derivative,
@@ -49,7 +50,7 @@ def token_logps(
     table = make_table(sides, vocabulary=options.vocabulary(weight))
     if frozen and any(map(needs_grad, hidden)):
         call = Call(table, options, directions=True)
-        kept = Held(table.sizes), anchor(*hidden)
+        kept = Held(), anchor(*hidden)
         logps = _Directed.apply(*hidden, weight, bias, call, kept)  # type: ignore[no-untyped-call]
     else:
         call = Call(table, options, directions=False)
@@ -113,7 +114,7 @@ class _Directed(Unbatched):
             return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             (rows,) = ctx.held.scaled(upstream[:, None])
-            grads = _by_side(rows, ctx.held.sizes, ctx.kinds)
+            grads = by_side(rows, ctx.kinds)
         return *refuse_second_derivative(grads, ctx.anchor), *(None,) * 4
 
 
@@ -144,22 +145,9 @@ class _Recomputed(Unbatched):
         with torch.no_grad():
             found = Forward(logps, lse, None)
             grads = backward(weight, bias, ctx.call, found, upstream, wanted, *hidden)
-            kinds = [Kind.of(states) for states in hidden]
-            of_sides = _by_side(grads.hidden, ctx.call.table.sizes, kinds)
+            of_sides = by_side(grads.hidden, [Kind.of(states) for states in hidden])
         of_all = (*of_sides, grads.weight, grads.bias)
         return *refuse_second_derivative(of_all, *hidden, weight, bias), None
-
-
-def _by_side(
-    rows: Tensor | None, sizes: Sequence[int], kinds: Sequence[Kind]
-) -> tuple[Tensor | None, ...]:
-    """The gradient of the hidden states of all sides, [rows, D], cut into those of each side."""
-    if rows is None:
-        return (None,) * len(kinds)
-    parts = torch.split(rows, list(sizes))
-    return tuple(
-        part.view(kind.shape).to(kind.dtype) for part, kind in zip(parts, kinds, strict=True)
-    )
 
 
 class Grads(NamedTuple):
