@@ -13,7 +13,6 @@ not take long.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +34,7 @@ from benchmarks.fused_jax_ways import (
     make_problem,
     mean_loss,
 )
-from benchmarks.record import RESULTS, Others, Table, machine
+from benchmarks.record import RESULTS, Table, machine
 from benchmarks.turns import (
     CHECK_FLOP,
     FLOOR,
@@ -48,6 +47,7 @@ from benchmarks.turns import (
     sizes,
     summaries,
     take_turns,
+    timed,
     together,
 )
 
@@ -98,19 +98,15 @@ def max_error(got: Any, want: Any) -> float:
     return max(jax.tree.leaves(jax.tree.map(error, got, want)))
 
 
-def timed(run: Callable[[Problem], Any], problem: Problem) -> Timed:
-    """One call."""
-    with Others() as others:
-        start = time.perf_counter()
-        jax.block_until_ready(run(problem))
-        seconds = time.perf_counter() - start
-    return Timed(seconds, others.share)
+def repetition(program: Callable[[Problem], Any], problem: Problem) -> Callable[[], Timed]:
+    """What runs a program once and says how long it took."""
+    return partial(timed, lambda: jax.block_until_ready(program(problem)))
 
 
 def compiled(function: Callable[[Problem], Any], problem: Problem) -> Any:
     """The program of a function, warmed up."""
     program = jax.jit(function).lower(problem).compile()
-    timed(program, problem)
+    repetition(program, problem)()
     return program
 
 
@@ -120,11 +116,11 @@ def measure(floor: Cell, names: Sequence[str], rounds: int) -> dict[str, dict[st
     problem = make_problem(*size)
     tilings = floors(problem.labels.size, frozen=floor.frozen)
     trials = {tiling: compiled(tiling, problem) for tiling in tilings}
-    tiling = min(tilings, key=lambda tiling: timed(trials[tiling], problem).seconds)
+    tiling = min(tilings, key=lambda tiling: repetition(trials[tiling], problem)().seconds)
     programs = {FLOOR: trials[tiling]}
     for name in names:
         programs[name] = compiled(gradients_of(WAYS[name].loss, frozen=floor.frozen), problem)
-    repeat = {name: partial(timed, program, problem) for name, program in programs.items()}
+    repeat = {name: repetition(program, problem) for name, program in programs.items()}
     found: dict[str, dict[str, Any]] = dict(
         summaries(take_turns(repeat.pop(FLOOR), repeat, rounds))
     )

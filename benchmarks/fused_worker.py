@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from benchmarks import turns
 from benchmarks.fused_problem import Problem, max_error, random_problem, real_problem
 from benchmarks.fused_ways import FLOOR_ROWS, WAYS, Step, Way, floor
 from benchmarks.record import Others
@@ -97,12 +98,8 @@ class HostGauge:
 
     def timed(self, call: Callable[[], object]) -> Timed:
         """How long one call takes."""
-        now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        with Others() as others:
-            start = now()
-            call()
-            seconds = now() - start
-        return Timed(seconds, others.share)
+        one = torch.get_num_threads() == 1
+        return turns.timed(call, time.process_time if one else time.perf_counter)
 
     @staticmethod
     def _status(name: str) -> int | None:

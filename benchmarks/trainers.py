@@ -229,15 +229,20 @@ def train(cell: Cell, model: str, steps: int) -> Measured:
 # ----------------------------------------------------------------------------------- the command
 
 
-def measure(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, list[Measured]]:
-    """Every way and TRL's own loss, once in each round, odd rounds backwards."""
-    basis = replace(cells[0], way=BASIS)
+def measure(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, dict[str, Any]]:
+    """The columns of the rows. Every way runs once in each round, and so does TRL's own loss."""
+    basis, absent = replace(cells[0], way=BASIS), {}
     found: dict[Cell, list[Measured]] = {cell: [] for cell in dict.fromkeys([basis, *cells])}
     turns = [cell for turn in range(options.rounds) for cell in list(found)[:: 1 - 2 * (turn % 2)]]
     for cell in tqdm(turns, unit="process", disable=None):
-        with Apart() as process:
-            found[cell].append(process.call(train, cell, options.model, options.steps))
-    return found
+        if cell in absent:
+            continue
+        try:
+            with Apart() as process:
+                found[cell].append(process.call(train, cell, options.model, options.steps))
+        except ModuleNotFoundError as problem:
+            absent[cell] = {"note": f"not installed: {problem}"}
+    return {cell: absent.get(cell) or summary(found[cell], found[basis]) for cell in cells}
 
 
 def summary(ours: Sequence[Measured], trl: Sequence[Measured]) -> dict[str, Any]:
@@ -278,9 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"{Path(options.model).name}, float32, {machine(*PACKAGES)}"
     table = Table(path, title, Cell)
     cells = table.missing([Cell(way, *shape) for way in options.ways])
-    found = measure(cells, options) if cells else {}
-    for cell in cells:
-        table.add(cell, **summary(found[cell], found[replace(cell, way=BASIS)]))
+    for cell, columns in (measure(cells, options) if cells else {}).items():
+        table.add(cell, **columns)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.record import Others
+
 FLOOR = "matmul_floor"
 HEADS = {"trained": False, "frozen": True}
 SHAPES = ("4x256", "16x64", "2x1024", "1x4096")
@@ -32,6 +34,15 @@ class Timed(NamedTuple):
 
     seconds: float
     others: float
+
+
+def timed(call: Callable[[], object], now: Callable[[], float] = time.perf_counter) -> Timed:
+    """One repetition, by a clock."""
+    with Others() as others:
+        start = now()
+        call()
+        seconds = now() - start
+    return Timed(seconds, others.share)
 
 
 Turns = list[tuple[Timed, Timed]]
