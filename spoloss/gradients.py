@@ -46,6 +46,7 @@ def spo_grad(
       linear_below: x0 in (-700, 1), or None. For x < x0 the loss continues along its tangent.
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
+        Static under jax.jit, as `linear_below`.
 
     Returns:
       PairGrad(policy_chosen, policy_rejected), [B] each: dl/dh and -dl/dh of each pair, times its
@@ -87,6 +88,7 @@ def dpo_grad(
       label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels.
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
+        Static under jax.jit, as `label_smoothing`.
 
     Returns:
       PairGrad(policy_chosen, policy_rejected), [B] each: dl/dh and -dl/dh of each pair, times its
@@ -128,6 +130,7 @@ def squared_grad(
       reward_gap: known difference of the rewards, r_w - r_l > 0: a number or [B]. None means 1.
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
+        Static under jax.jit.
 
     Returns:
       PairGrad(policy_chosen, policy_rejected), [B] each: dl/dh and -dl/dh of each pair, times its
@@ -167,6 +170,7 @@ def ipo_grad(
       beta: half of the inverse of the target margin, 1 / nats, > 0: a number or [B].
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
       reduction: "mean" or "sum" of the loss to differentiate, or "none" for each pair's own loss.
+        Static under jax.jit.
 
     Returns:
       PairGrad(policy_chosen, policy_rejected), [B] each: dl/dh and -dl/dh of each pair, times its

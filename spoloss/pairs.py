@@ -56,7 +56,7 @@ def spo_loss(
       reward_gap: known difference of the rewards, r_w - r_l > 0: a number or [B]. None means 1.
       linear_below: x0 in (-700, 1), or None. For x < x0 the loss continues along its tangent.
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
-      reduction: "mean" over the B pairs, "sum" or "none".
+      reduction: "mean" over the pairs, "sum" or "none"; static under jax.jit, as `linear_below`.
 
     Returns:
       The loss: 0-d, or [B] for "none". float64 if any of the four is, else float32.
@@ -99,7 +99,7 @@ def dpo_loss(
       beta: strength of the pull to the reference, 1 / nats, > 0: a number or [B].
       label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels.
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
-      reduction: "mean" over the B pairs, "sum" or "none".
+      reduction: "mean" over the pairs, "sum" or "none"; static under jax.jit, as `label_smoothing`.
 
     Returns:
       The loss: 0-d, or [B] for "none". float64 if any of the four is, else float32.
@@ -141,7 +141,7 @@ def squared_loss(
       beta: inverse of the target margin for a reward gap of 1, 1 / nats, > 0: a number or [B].
       reward_gap: known difference of the rewards, r_w - r_l > 0: a number or [B]. None means 1.
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
-      reduction: "mean" over the B pairs, "sum" or "none".
+      reduction: "mean" over the pairs, "sum" or "none"; static under jax.jit.
 
     Returns:
       The loss: 0-d, or [B] for "none". float64 if any of the four is, else float32.
@@ -183,7 +183,7 @@ def ipo_loss(
       reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
       beta: half of the inverse of the target margin, 1 / nats, > 0: a number or [B].
       weights: factor of each pair: a number or [B]. 0 leaves a pair out. None means 1.
-      reduction: "mean" over the B pairs, "sum" or "none".
+      reduction: "mean" over the pairs, "sum" or "none"; static under jax.jit.
 
     Returns:
       The loss: 0-d, or [B] for "none". float64 if any of the four is, else float32.

@@ -51,6 +51,7 @@ def spo_prob_grad(
       beta: inverse of the target margin for a reward gap of 1, 1 / nats, > 0: a number or [B].
       reward_gap: known difference of the rewards, r_w - r_l > 0: a number or [B]. None means 1.
       linear_below: x0 in (-700, 1), or None. For x < x0 the loss continues along its tangent.
+        Static under jax.jit.
 
     Returns:
       PairProbGrad(policy_chosen, policy_rejected), each a SignedLog(sign, log_abs) of arrays, [B].
@@ -92,6 +93,7 @@ def dpo_prob_grad(
       reference_rejected_logps: log pi_ref(y_l), nats, [B]; 0.0 for no reference.
       beta: strength of the pull to the reference, 1 / nats, > 0: a number or [B].
       label_smoothing: e in [0, 0.5), the assumed fraction of pairs with swapped labels.
+        Static under jax.jit.
 
     Returns:
       PairProbGrad(policy_chosen, policy_rejected), each a SignedLog(sign, log_abs) of arrays, [B].

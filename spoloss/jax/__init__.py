@@ -1,4 +1,4 @@
-"""The JAX wing: log-probabilities, and the fused head from hidden states to the loss.
+"""For JAX: log-probabilities, and the fused head from hidden states to the loss.
 
 The functions `linear_..._loss` compute the loss from hidden states and the head's weight in one
 pass, without holding the logits. The losses of log-probabilities are in `spoloss` itself.

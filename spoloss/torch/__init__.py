@@ -1,4 +1,4 @@
-"""The PyTorch wing: log-probabilities, the fused head from hidden states to the loss, and modules.
+"""For PyTorch: log-probabilities, the fused head from hidden states to the loss, and modules.
 
 The functions `linear_..._loss` compute the loss from hidden states and the head's weight in one
 pass, without holding the logits. The losses of log-probabilities are in `spoloss` itself.
