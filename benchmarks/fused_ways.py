@@ -96,36 +96,22 @@ class _APODown:
 
 
 def spoloss(formula: Formula, softcap: float | None = None) -> Step:
-    """This package: one pass for a loss of pairs, `linear_logps` for any other loss.
-
-    Version 0.2 has other signatures, and pair losses of the margin alone. It is still called, so
-    that `benchmarks.versions` can compare the versions.
-    """
+    """This package: one pass for a loss of pairs, `linear_logps` for any other loss."""
     import spoloss
     import spoloss.torch as wing
 
-    old = not hasattr(wing, "Head")
-    pair_losses = {dpo: spoloss.DPO(), spo: spoloss.SPO()} | ({} if old else {apo_down: _APODown()})
+    pair_losses = {dpo: spoloss.DPO(), spo: spoloss.SPO(), apo_down: _APODown()}
 
     def by_pair(problem: Problem) -> Tensor:
-        sides, labels = (problem.chosen, problem.rejected), problem.labels.chunk(2)
-        options = {"beta": BETA}
-        if old:
-            given = *sides, problem.weight, *labels
-            options["shift"] = False
-        else:
-            both = map(partial(wing.Completions, shift=False), sides, labels)
-            given = wing.Head(problem.weight, softcap=softcap), *both
-        pair_loss = pair_losses[formula]
-        return wing.linear_pair_loss(pair_loss, *given, *problem.reference.chunk(2), **options).loss
+        head = wing.Head(problem.weight, softcap=softcap)
+        sides = (problem.chosen, problem.rejected), problem.labels.chunk(2)
+        given = head, *map(partial(wing.Completions, shift=False), *sides)
+        references = problem.reference.chunk(2)
+        return wing.linear_pair_loss(pair_losses[formula], *given, *references, beta=BETA).loss
 
     def by_logps(problem: Problem) -> Tensor:
-        hidden, weight, labels = problem.hidden, problem.weight, problem.labels
-        if old:
-            logps = wing.linear_logps(hidden, weight, labels, shift=False)
-        else:
-            completions = wing.Completions(hidden, labels, shift=False)
-            logps = wing.linear_logps(wing.Head(weight, softcap=softcap), completions)
+        completions = wing.Completions(problem.hidden, problem.labels, shift=False)
+        logps = wing.linear_logps(wing.Head(problem.weight, softcap=softcap), completions)
         return mean_loss(formula, logps, problem.reference)
 
     return _backwards(by_pair if formula in pair_losses else by_logps)

@@ -7,7 +7,7 @@ Each version has one process for all repetitions of a cell, and the two take tur
 this version gives a ratio to either repetition of the other beside it, in which a slow drift of the
 machine cancels. The median of the ratios and their quartiles are reported. Memory is the growth of
 a fresh process's peak over what it held before the call, gradients included, as a median of several
-processes. The other checkout needs version 0.2 or later.
+processes. The other checkout needs version 0.3 or later.
 """
 
 from __future__ import annotations
