@@ -20,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +37,8 @@ toy = load("toy")
 Grads = dict[str, Tensor]
 
 BETA = 0.1
+PAIRS = toy.pairs(6)
+EVEN, UNEVEN = 3, 4  # pairs of a micro-batch: 3 + 3, or 4 + 2
 
 
 def models(**options: Any) -> tuple[nn.Module, nn.Module]:
@@ -127,6 +130,18 @@ def relative_error(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> 
     off = torch.cat([(grads[name].detach().double() - exact[name]).flatten() for name in exact])
     size = torch.cat([exact[name].flatten() for name in exact])
     return (off.norm() / size.norm()).item()
+
+
+def assert_step(
+    loss: Any, grads: Grads, exact: tuple[float, Grads], tolerance: float = 1e-6
+) -> None:
+    """Loss and gradient of a step are those of `exact_step`."""
+    assert float(loss) == pytest.approx(exact[0], rel=tolerance)
+    assert relative_error(grads, exact[1]) < tolerance
+
+
+def grads_of(policy: nn.Module) -> Grads:
+    return {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def run_script(name: str) -> list[float]:

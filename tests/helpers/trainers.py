@@ -1,4 +1,4 @@
-"""What the tests of Trainer and TRL share: arguments of one step, batches, TRL's end of text."""
+"""What the tests of trainers share: arguments of one step, adapters, batches, TRL's end of text."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ def trainer_arguments(folder: Path, size: int) -> dict[str, Any]:
         "disable_tqdm": True,
         "use_cpu": True,
     }
+
+
+def lightning_arguments(folder: Path) -> dict[str, Any]:
+    """The same on CPUs for `lightning.Trainer`, with no files."""
+    return {
+        "accelerator": "cpu",
+        "accumulate_grad_batches": 2,
+        "default_root_dir": folder,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
+def lora(**options: Any) -> Any:
+    """Not the initial B = 0: base and adapter must differ, for the reference to matter."""
+    from peft import LoraConfig
+
+    targets = {"target_modules": ["q_proj", "v_proj"], **options}
+    return LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **targets)
 
 
 def named(pairs: list[Any], *names: str) -> dict[str, Tensor]:

@@ -1,13 +1,9 @@
-"""The recipes without a framework make the gradient that `exact_step` makes.
-
-The gradient of a step is what reaches the optimizer.
-"""
+"""The recipes without a framework make the gradient that `exact_step` makes."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,12 +16,15 @@ from torch import Tensor, nn
 from helpers.interpreter import run_python
 from helpers.recipes_oracle import (
     BETA,
+    EVEN,
+    PAIRS,
     RECIPES,
-    Grads,
+    UNEVEN,
+    assert_step,
     exact_step,
+    grads_of,
     load,
     models,
-    relative_error,
     run_script,
     toy,
 )
@@ -33,88 +32,53 @@ from spoloss.torch import head_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EXACT = 1e-6
-FLOAT64 = 1e-10
-PAIRS = toy.pairs(6)
-FORMS = ("logits", "tiles")
+# ------------------------------------------------------------------------------------- PyTorch
 
 
-def grads_of(policy: nn.Module) -> Grads:
-    return {name: parameter.grad for name, parameter in policy.named_parameters()}
-
-
-# ------------------------------------------------------------------------------ plain PyTorch
-
-
-def step(loss_of: Any, *inputs: Any, size: int) -> float:
-    batches = [toy.collate(PAIRS[i : i + size]) for i in range(0, len(PAIRS), size)]
-    return load("plain_pytorch").accumulate(partial(loss_of, *inputs), batches, BETA)
-
-
-@pytest.mark.parametrize("size", [6, 4])  # at once, and 4 + 2 pairs
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tied", [False, True])
-def test_plain_pytorch(form, size, tied) -> None:
-    policy, reference = models(tied=tied)
-    loss, exact = exact_step(policy, reference, PAIRS)
+def plain(form: str, size: int, policy: nn.Module, reference: nn.Module) -> float:
     heads = (head_of(policy), head_of(reference)) if form == "tiles" else ()
-    loss_of = getattr(load("plain_pytorch"), f"loss_by_{form}")
-    found = step(loss_of, policy, reference, *heads, size=size)
-    assert found == pytest.approx(loss, rel=EXACT)
-    assert relative_error(grads_of(policy), exact) < EXACT
+    loss_of = partial(getattr(load("plain_pytorch"), f"loss_by_{form}"), policy, reference, *heads)
+    batches = [toy.collate(PAIRS[i : i + size]) for i in range(0, len(PAIRS), size)]
+    return load("plain_pytorch").accumulate(loss_of, batches, BETA)
 
 
-def test_the_comparison_sees_a_mean_of_means_and_swapped_pairs() -> None:
-    recipe = load("plain_pytorch")
-
-    def mean(*arguments: Any) -> Tensor:
-        # `accumulate` divides by all 6 pairs: the mean of 2 micro-batches' means, times 6 / 2.
-        return recipe.loss_by_logits(*arguments) / (len(arguments[2].labels) // 2) * len(PAIRS) / 2
-
-    def swapped(policy: Any, reference: Any, batch: Any, beta: float) -> Tensor:
-        rows = [torch.cat(rows.chunk(2)[::-1]) for rows in batch]
-        return recipe.loss_by_logits(policy, reference, toy.Batch(*rows), beta)
-
-    _, exact = exact_step(*models(), PAIRS)
-    for wrong, least in ((mean, 0.3), (swapped, 1.0)):
-        policy, reference = models()
-        step(wrong, policy, reference, size=4)
-        assert relative_error(grads_of(policy), exact) > least
-
-
-# -------------------------------------------------------------------------------- padding-free
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_free(form, attention) -> None:
+def padding_free(form: str, policy: nn.Module, reference: nn.Module) -> float:
     recipe = load("padding_free")
-    policy, reference = models()
-    sides = []
-    for model in (policy, reference):
-        model.set_attn_implementation(attention)
-        head = [head_of(model)] if form == "tiles" else []
-        sides.append(partial(getattr(recipe, f"by_{form}"), model, *head))
-    found = recipe.mean_loss(*sides, recipe.pack(PAIRS), BETA)
-    found.backward()
-    loss, exact = exact_step(policy, reference, PAIRS)
-    assert found.item() == pytest.approx(loss, rel=EXACT)
-    assert relative_error(grads_of(policy), exact) < EXACT
+    heads = ([head_of(policy)], [head_of(reference)]) if form == "tiles" else ([], [])
+    by, models = getattr(recipe, f"by_{form}"), (policy, reference)
+    sides = [partial(by, model, *head) for model, head in zip(models, heads, strict=True)]
+    loss = recipe.mean_loss(*sides, recipe.pack(PAIRS), BETA)
+    loss.backward()
+    return loss.item()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_shared_prompts(attention) -> None:
+def shared_prompts(policy: nn.Module, reference: nn.Module) -> float:
     recipe = load("shared_prompts")
-    policy, reference = models()
-    for model in (policy, reference):
-        model.set_attn_implementation(attention)
     row, heads = recipe.pack(PAIRS), (head_of(policy), head_of(reference))
     assert row.ids.shape[1] == sum(len(part) for pair in PAIRS for part in pair)
-    found = recipe.mean_loss(policy, reference, heads, row, BETA)
-    found.backward()
-    loss, exact = exact_step(policy, reference, PAIRS)
-    assert found.item() == pytest.approx(loss, rel=EXACT)
-    assert relative_error(grads_of(policy), exact) < EXACT
+    loss = recipe.mean_loss(policy, reference, heads, row, BETA)
+    loss.backward()
+    return loss.item()
+
+
+STEPS = {
+    f"{name}, {form}": partial(step, form, *options)
+    for name, step, *options in [
+        ("plain, even", plain, EVEN),
+        ("plain, uneven", plain, UNEVEN),
+        ("padding-free", padding_free),
+    ]
+    for form in ("logits", "tiles")
+} | {"shared prompts": shared_prompts}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(("tied", "attention"), [(False, "sdpa"), (True, "eager")])
+def test_pytorch(step, tied, attention) -> None:
+    policy, reference = models(tied=tied)
+    for model in (policy, reference):
+        model.set_attn_implementation(attention)
+    assert_step(step(policy, reference), grads_of(policy), exact_step(policy, reference, PAIRS))
 
 
 # --------------------------------------------------------------------------------------- NumPy
@@ -134,10 +98,9 @@ class Bigram(nn.Module):
 def test_numpy() -> None:
     random = np.random.default_rng(0)
     table, reference = random.normal(size=(2, toy.VOCABULARY, toy.VOCABULARY))
-    value, grad = load("numpy_bigram").loss_and_grad(table, reference, PAIRS, BETA)
-    loss, exact = exact_step(Bigram(table), Bigram(reference), PAIRS)
-    assert value == pytest.approx(loss, rel=FLOAT64)
-    assert relative_error({"table": torch.tensor(grad)}, exact) < FLOAT64
+    loss, grad = load("numpy_bigram").loss_and_grad(table, reference, PAIRS, BETA)
+    exact = exact_step(Bigram(table), Bigram(reference), PAIRS)
+    assert_step(loss, {"table": torch.tensor(grad)}, exact, 1e-10)
 
 
 def test_numpy_runs_without_other_libraries() -> None:
@@ -152,138 +115,84 @@ def test_numpy_runs_without_other_libraries() -> None:
     assert others == "[]"
 
 
-# ---------------------------------------------------------------------------------- call sites
+# ------------------------------------------------- trainers that are not installed: their calls
 
-# The shape of each trainer's call: what it passes, unpacks and does with the result. These classes
-# are written from the releases that the recipe names, so they do not see what a trainer changes.
-
-
-class OpenRLHFCall:
-    """openrlhf/trainer/dpo_trainer.py of OpenRLHF 0.11.2: lines 64 and 163 to 197."""
-
-    beta = BETA
-
-    def step(self, *logps: Tensor) -> tuple[Tensor, ...]:
-        loss, chosen_reward, reject_reward = self.loss_fn(*logps)
-        assert isinstance(loss.item(), float)
-        return loss, chosen_reward, reject_reward
-
-
-class LlamaFactoryV0Call:
-    """src/llamafactory/train/dpo/trainer.py of 0.9.5: lines 206 to 216 and 283 to 301."""
-
-    beta = BETA
-
-    def step(self, *logps: Tensor) -> tuple[Tensor, ...]:
-        losses, chosen_rewards, rejected_rewards = self.dpo_loss(*logps)
-        losses += 0.0 * -logps[0]  # pref_ftx, in place
-        return losses.mean(), chosen_rewards, rejected_rewards
-
-
-class LlamaFactoryV1Call:
-    """src/llamafactory/v1/trainers/dpo_trainer.py at ff6d4d1: lines 316 to 332 and 390 to 436."""
-
-    def step(self, *logps: Tensor) -> tuple[Tensor, ...]:
-        losses = self.compute_sigmoid_dpo_loss(*logps, beta=BETA, label_smoothing=0.0)
-        return losses.mean(), *(BETA * (logps[i] - logps[i + 2]).detach() for i in range(2))
-
-
-class OpenInstructCall:
-    """open_instruct/dpo_utils.py of 0.3.0: lines 654 to 664."""
-
-    def step(self, *logps: Tensor) -> tuple[Tensor, ...]:
-        losses, *rewards = self.dpo_loss(*logps, beta=BETA, label_smoothing=0.0)
-        return losses.mean(), *rewards
-
-
-CALLS = {
-    "openrlhf": OpenRLHFCall,
-    "llama_factory_v0": LlamaFactoryV0Call,
-    "llama_factory_v1": LlamaFactoryV1Call,
-    "open_instruct": OpenInstructCall,
+LOSSES = {  # by function of call_sites.py, how that trainer calls what the function has replaced
+    "openrlhf": lambda site, *logps: site.loss_fn(*logps),
+    "llama_factory_v0": lambda site, *logps: site().dpo_loss(*logps),
+    "llama_factory_v1": lambda site, *logps: (
+        site.compute_sigmoid_dpo_loss(*logps, beta=BETA, label_smoothing=0.0),
+        *rewards_of_dpo(*logps),  # its own
+    ),
+    "open_instruct": lambda site, *logps: site.dpo_loss(*logps, beta=BETA, label_smoothing=0.0),
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_shape_of_call(name) -> None:
-    site = CALLS[name]()
-    getattr(load("call_sites"), name)(CALLS[name] if name == "llama_factory_v0" else site)
-    check_call(site.step)
+@pytest.mark.parametrize("name", LOSSES)
+def test_call_sites(name) -> None:
+    site = type("Site", (), {"beta": BETA})
+    getattr(load("call_sites"), name)(site)
+    check_call(partial(LOSSES[name], site), count=0 if name == "openrlhf" else 4)
 
 
-def check_call(step: Callable[..., tuple[Any, ...]]) -> None:
-    """A trainer's step returns the mean of SPO, and the rewards of DPO without a gradient."""
+def rewards_of_dpo(*logps: Tensor) -> list[Tensor]:
+    return [BETA * (logps[i] - logps[i + 2]).detach() for i in range(2)]
+
+
+def check_call(call: Any, count: int = 4) -> None:
+    """The trainer gets losses, or if `count` is 0 their mean, and rewards without a gradient."""
     torch.manual_seed(0)
     logps = [(-20.0 - 5.0 * torch.rand(4)).requires_grad_() for _ in range(4)]
-    loss, *rewards = step(*logps)
+    losses, *rewards = call(*logps)
+    assert losses.shape == ((count,) if count else ())
     x = BETA * (logps[0] - logps[1] - logps[2] + logps[3])
     expected = (-x * torch.exp(-x)).mean()
-    torch.testing.assert_close(loss, expected)
-    grads = torch.autograd.grad(loss, logps[:2])
+    torch.testing.assert_close(losses.mean(), expected)
+    losses += 0.0  # in place, as LLaMA-Factory does
+    grads = torch.autograd.grad(losses.mean(), logps[:2])
     torch.testing.assert_close(grads, torch.autograd.grad(expected, logps[:2]))
-    of_dpo = [BETA * (logps[i] - logps[i + 2]).detach() for i in range(2)]
-    torch.testing.assert_close(rewards, of_dpo)
+    torch.testing.assert_close(rewards, rewards_of_dpo(*logps))
     assert not any(reward.requires_grad for reward in rewards)
 
 
-# ------------------------------------------------------------------------------------- ms-swift
-
-
-class MsSwiftCall:
-    """swift/rlhf_trainers/dpo_trainer.py of ms-swift 4.6.0: lines 87 to 90, 228 and 397 to 410."""
-
-    beta = BETA
-    label_smoothing, reference_free, f_divergence_type = 0.0, False, "reverse_kl"
-
-    def dpo_loss(self, *arguments: Any) -> tuple[Any, ...]:
-        return arguments
-
-    def step(self, loss_type: str, *logps: Tensor) -> tuple[Any, ...]:
-        losses, chosen_rewards, rejected_rewards = self.dpo_loss(*logps, loss_type, {})
-        return losses.mean(), chosen_rewards, rejected_rewards
-
-
 @pytest.fixture
-def ms_swift_trainer(monkeypatch: pytest.MonkeyPatch) -> type[MsSwiftCall]:
-    """The class that ms-swift finds in its table after it has imported the plugin."""
-    table = {"dpo": "swift.rlhf_trainers.DPOTrainer"}
-    stand_ins = {
+def ms_swift_trainer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A trainer of the class that ms-swift finds in its table after it has imported the plugin."""
+    options = {"label_smoothing": 0.0, "reference_free": False, "f_divergence_type": "reverse_kl"}
+    theirs = type("DPOTrainer", (), {"beta": BETA, "dpo_loss": lambda _, *call: call, **options})
+    table: dict[str, str] = {}
+    for name, contents in {
         "swift": {},
-        "swift.rlhf_trainers": {"DPOTrainer": MsSwiftCall},
+        "swift.rlhf_trainers": {"DPOTrainer": theirs},
         "swift.trainers": {"TrainerFactory": SimpleNamespace(TRAINER_MAPPING=table)},
-    }
-    for name, contents in stand_ins.items():
+    }.items():
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "ms_swift", raising=False)
     load("ms_swift")
     module_name, _, class_name = table["dpo"].rpartition(".")
-    return getattr(sys.modules.pop(module_name), class_name)
+    return getattr(sys.modules.pop(module_name), class_name)()
 
 
 def test_ms_swift(ms_swift_trainer) -> None:
-    check_call(partial(ms_swift_trainer().step, "spo"))
-
-
-def test_ms_swift_keeps_its_other_losses(ms_swift_trainer) -> None:
-    call = (*range(4), "sft", {})
-    assert ms_swift_trainer().dpo_loss(*call) == call
+    check_call(lambda *logps: ms_swift_trainer.dpo_loss(*logps, "spo", {}))
+    of_another_loss = (*range(4), "sft", {})
+    assert ms_swift_trainer.dpo_loss(*of_another_loss) == of_another_loss
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "option",
     [
-        ("label_smoothing", 0.1),
-        ("reference_free", True),
-        ("f_divergence_type", "js_divergence"),
+        {"label_smoothing": 0.1},
+        {"reference_free": True},
+        {"f_divergence_type": "js_divergence"},
     ],
 )
-def test_ms_swift_refuses_options_of_other_losses(ms_swift_trainer, name, value) -> None:
-    trainer = ms_swift_trainer()
-    setattr(trainer, name, value)
-    with pytest.raises(ValueError, match=name):
-        trainer.step("spo", *torch.zeros(4, 2))
+def test_ms_swift_refuses_options_of_other_losses(ms_swift_trainer, option) -> None:
+    vars(ms_swift_trainer).update(option)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        ms_swift_trainer.dpo_loss(*torch.zeros(4, 2), "spo", {})
 
 
 # ------------------------------------------------------------------------------------- the files

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import lightning
 import pytest
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    get_peft_model,
-)
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from helpers.recipes_oracle import (
     BETA,
-    Grads,
+    EVEN,
+    PAIRS,
+    UNEVEN,
     Recorder,
+    assert_step,
     exact_step,
+    grads_of,
     load,
     models,
     relative_error,
     run_script,
     toy,
 )
+from helpers.trainers import lightning_arguments, lora
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "fresh_accelerate"),
@@ -41,58 +38,30 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]
 
-EXACT = 1e-6
-PAIRS = toy.pairs(6)
-EVEN, UNEVEN = 3, 4  # pairs of a micro-batch: 3 + 3, or 4 + 2
 
-
-# ----------------------------------------------------------------------------------- Lightning
-
-
-def lightning_step(folder: Path, size: int, nominal: int) -> tuple[Any, Grads]:
+@pytest.mark.parametrize(
+    ("size", "divisor", "share"),
+    [(EVEN, 3, 1.0), (UNEVEN, 3, 1.0), (UNEVEN, 4, 6 / 8)],  # 8: two full micro-batches of 4
+)
+def test_lightning(tmp_path, size, divisor, share) -> None:
     policy, reference = models()
     recorder = Recorder(policy)
     module = load("lightning_module").SPOModule(
-        policy, reference, pairs_per_micro_batch=nominal, beta=BETA
+        policy, reference, pairs_per_micro_batch=divisor, beta=BETA
     )
     module.configure_optimizers = lambda: recorder
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        accumulate_grad_batches=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    trainer = lightning.Trainer(max_epochs=1, **lightning_arguments(tmp_path))
     trainer.fit(module, torch.utils.data.DataLoader(PAIRS, size, collate_fn=toy.collate))
     (grads,) = recorder.steps
-    return trainer, grads
-
-
-@pytest.mark.parametrize(
-    ("size", "nominal", "share"),
-    [(EVEN, 3, 1.0), (UNEVEN, 3, 1.0), (UNEVEN, 4, 6 / 8)],  # 8: two full micro-batches of 4
-)
-def test_lightning(tmp_path, size, nominal, share) -> None:
-    _, grads = lightning_step(tmp_path, size, nominal)
     _, exact = exact_step(*models(), PAIRS)
-    assert relative_error(grads, {name: share * grad for name, grad in exact.items()}) < EXACT
-
-
-def test_lightning_logs_and_leaves_the_reference_out_of_checkpoints(tmp_path) -> None:
-    trainer, _ = lightning_step(tmp_path, 6, 6)
-    loss, _ = exact_step(*models(), PAIRS)
-    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss, rel=EXACT)
+    assert relative_error(grads, {name: share * grad for name, grad in exact.items()}) < 1e-6
+    last, _ = exact_step(*models(), PAIRS[size:])
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(last, rel=1e-6)
     assert "train/rewards/margins" in trainer.callback_metrics
-    assert not trainer.lightning_module.reference.training
+    assert not reference.training
     trainer.save_checkpoint(tmp_path / "checkpoint")
     saved = torch.load(tmp_path / "checkpoint", weights_only=True)
-    assert saved["state_dict"].keys() == {f"policy.{name}" for name in models()[0].state_dict()}
-
-
-# ---------------------------------------------------------------------------------- Accelerate
+    assert saved["state_dict"].keys() == {f"policy.{name}" for name in policy.state_dict()}
 
 
 @pytest.mark.parametrize("size", [EVEN, UNEVEN])
@@ -107,22 +76,14 @@ def test_accelerate(size) -> None:
     train = load("accelerate_loop").train
     losses = train(policy, reference, loader, optimizer, accelerator, micro_batches=2, beta=BETA)
     parts = (pairs[: 2 * size], pairs[2 * size :])
-    for mean, grads, part in zip(list(losses), recorder.steps, parts, strict=True):
-        loss, exact = exact_step(*models(), part)
-        assert mean == pytest.approx(loss, rel=EXACT)
-        assert relative_error(grads, exact) < EXACT
+    for loss, grads, part in zip(list(losses), recorder.steps, parts, strict=True):
+        assert_step(loss, grads, exact_step(*models(), part))
 
 
 # ---------------------------------------------------------------------------------------- PEFT
 
 
-def lora(**options: Any) -> LoraConfig:
-    # Not the initial B = 0: base and adapter must differ, for the reference to matter.
-    targets = {"target_modules": ["q_proj", "v_proj"], **options}
-    return LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **targets)
-
-
-def pair_loss(policy: PeftModel) -> torch.Tensor:
+def pair_loss(policy: torch.nn.Module) -> torch.Tensor:
     return load("peft_fused").FusedSPO(policy, BETA)(toy.collate(PAIRS))
 
 
@@ -133,13 +94,11 @@ def test_peft_fused(options) -> None:
     if options:
         with torch.no_grad():  # a head that has moved off the reference's
             policy.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.1)
-    expected, exact = exact_step(policy, base, PAIRS)
+    exact = exact_step(policy, base, PAIRS)
     loss = pair_loss(policy)
     loss.backward()
-    grads = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
-    assert loss.item() == pytest.approx(expected, rel=EXACT)
-    assert relative_error(grads, exact) < EXACT
-    assert any("lm_head" in name for name in exact) == bool(options)
+    assert_step(loss.item(), grads_of(policy), exact)
+    assert any("lm_head" in name for name in exact[1]) == bool(options)
 
 
 @pytest.mark.parametrize("fresh", [True, False])

@@ -16,17 +16,14 @@ from mlx.optimizers import SGD
 
 from helpers.recipes_oracle import (
     BETA,
+    PAIRS,
     MeanOfEmbeddings,
+    assert_step,
     exact_step,
     load,
     moved,
-    relative_error,
     run_script,
-    toy,
 )
-
-EXACT = 1e-6
-PAIRS = toy.pairs(6)
 
 
 @pytest.fixture(autouse=True)
@@ -56,29 +53,27 @@ def setup() -> tuple[Any, Any, Any]:
     return policy, reference, load("mlx_nn").make_train_step(policy, reference, SGD(1.0), BETA)
 
 
-def assert_exact(policy: Any, reference: Any, train_step: Any, count: int) -> None:
+def check(policy: Any, reference: Any, train_step: Any, count: int) -> None:
     before = weights(policy)
-    loss, exact = exact_step(
-        MeanOfEmbeddings(before), MeanOfEmbeddings(weights(reference)), PAIRS[:count]
-    )
-    value = train_step(*load("toy_mlx").batch(count)).item()
+    sides = MeanOfEmbeddings(before), MeanOfEmbeddings(weights(reference))
+    exact = exact_step(*sides, PAIRS[:count])
+    loss = train_step(*load("toy_mlx").batch(count)).item()
     grads = {name: torch.tensor(before[name] - w) for name, w in weights(policy).items()}
-    assert value == pytest.approx(loss, rel=EXACT)
-    assert relative_error(grads, exact) < EXACT
+    assert_step(loss, grads, exact)
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_every_step_makes_the_gradient_of_equation_6() -> None:
     policy, reference, train_step = setup()
     for count in (6, 6, 4):
-        assert_exact(policy, reference, train_step, count)
+        check(policy, reference, train_step, count)
 
 
 def test_the_compiled_step_sees_a_reference_that_changes() -> None:
     policy, reference, train_step = setup()
     train_step(*load("toy_mlx").batch(6))
     reference.update({"head": reference.head * 2.0})
-    assert_exact(policy, reference, train_step, 6)
+    check(policy, reference, train_step, 6)
 
 
 def test_recipe_runs_as_a_script() -> None:
