@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from helpers.recipes_oracle import BETA, load, toy
 from helpers.steps import (
     PAIRS,
-    CalledHead,
+    Batch,
     Cases,
     Exact,
     Hidden,
@@ -40,143 +40,100 @@ vocab_parallel = load("vocab_parallel")
 case = Cases()
 
 
-def ranks_by_pairs() -> float:
-    """What a sum over the pairs of this rank is multiplied by under an engine that averages."""
-    return dist.get_world_size() / len(PAIRS)
+def at_once(setting: Setting) -> list[Batch]:
+    return [setting.mine]
+
+
+def accumulated(setting: Setting) -> list[Batch]:
+    return setting.micro_batches
 
 
 # --------------------------------------------------------------------------------------------- DDP
 
 
+def placeholder(setting: Setting) -> list[Batch]:
+    ids, mask, labels, ref = setting.batch(PAIRS)
+    if dist.get_rank() > 0:
+        labels, ref = torch.full_like(labels, -100), torch.zeros_like(ref)
+    return [(ids, mask, labels, ref)]
+
+
 @case("DDP: fused")
 @case("DDP: fused, tied", tied=True)
 @case("DDP: fused, find_unused_parameters", find_unused_parameters=True)
+@case("DDP: fused, accumulated", batches=accumulated)
+@case("DDP: fused, a rank without pairs", batches=placeholder)
 @case("DDP: logits", owner=ddp.LogitsSPO)
 @case("DDP: logits, tied", owner=ddp.LogitsSPO, tied=True)
-def ddp_at_once(setting: Setting, owner: type = ddp.FusedSPO, **options: Any) -> Step:
+def ddp_step(
+    setting: Setting, owner: type = ddp.FusedSPO, batches: Any = at_once, **options: Any
+) -> Step:
     wrapped = DDP(owner(setting.policy), **options)
-    return lambda: ddp.backward(wrapped, [setting.mine])
+    return lambda: ddp.backward(wrapped, batches(setting))
 
 
-@case("DDP: fused, accumulated")
-def ddp_accumulated(setting: Setting) -> Step:
-    wrapped = DDP(ddp.FusedSPO(setting.policy))
-    return lambda: ddp.backward(wrapped, setting.micro_batches)
-
-
-@case("DDP: fused, a rank without pairs")
-def ddp_stand_in(setting: Setting) -> Step:
-    wrapped = DDP(ddp.FusedSPO(setting.policy))
-    ids, mask, labels, ref = setting.all
-    if dist.get_rank() > 0:
-        labels, ref = torch.full_like(labels, -100), torch.zeros_like(ref)
-    return lambda: ddp.backward(wrapped, [(ids, mask, labels, ref)])
-
-
-def logits_outside(wrapped: nn.Module, setting: Setting) -> None:
-    ids, mask, labels, ref = setting.mine
-    logps = sequence_logps(wrapped(ids, attention_mask=mask).logits, labels)
-    loss = spo_loss(*logps.chunk(2), *ref.chunk(2), beta=BETA, reduction="sum")
-    (loss * ranks_by_pairs()).backward()
-
-
-@case("DDP: logits, without an owner")
-def ddp_logits_outside(setting: Setting) -> Step:
-    wrapped = DDP(setting.policy)
-    return lambda: logits_outside(wrapped, setting)
-
-
-def fused_outside(wrapped: nn.Module, weight: Callable[[], Tensor], setting: Setting) -> None:
-    *inputs, labels, ref = setting.mine
-    (loss_sum(wrapped(*inputs), weight(), labels, ref) * ranks_by_pairs()).backward()
-
-
-@case("DDP: weight outside")
+@case("DDP: mean of the ranks' means", Wrong(0.26), factor=lambda pairs: 1 / pairs)
+@case("DDP: sum / pairs of all ranks", Wrong(0.50), factor=lambda _: 1 / len(PAIRS))
 @case(
-    "DDP: weight outside, find_unused_parameters",
-    Refused("RuntimeError: Expected to mark a variable"),
-    find_unused_parameters=True,
+    "DDP: mean of the micro-batches' means",
+    Wrong(0.28),
+    factor=lambda pairs: 1 / pairs / 2,
+    batches=accumulated,
 )
-def ddp_weight_outside(setting: Setting, **options: Any) -> Step:
-    wrapped = DDP(Hidden(setting.policy), **options)
-    return lambda: fused_outside(wrapped, lambda: setting.policy.lm_head.weight, setting)
-
-
-@case("DDP: mean of the ranks' means", Wrong(0.26))
-def ddp_mean(setting: Setting) -> Step:
+@case("DDP: bypassing the wrapper", Wrong(0.99), factor=lambda _: 2 / len(PAIRS), past=True)
+def ddp_wrong(
+    setting: Setting,
+    factor: Callable[[int], float],
+    batches: Callable[[Setting], list[Batch]] = at_once,
+    past: bool = False,
+) -> Step:
     wrapped = DDP(ddp.FusedSPO(setting.policy))
-    return lambda: (wrapped(*setting.mine) / (len(setting.mine[0]) // 2)).backward()
-
-
-@case("DDP: sum / pairs of all ranks", Wrong(0.50))
-def ddp_no_world(setting: Setting) -> Step:
-    wrapped = DDP(ddp.FusedSPO(setting.policy))
-    return lambda: (wrapped(*setting.mine) / len(PAIRS)).backward()
-
-
-@case("DDP: mean of the micro-batches' means", Wrong(0.28))
-def ddp_micro_means(setting: Setting) -> Step:
-    wrapped = DDP(ddp.FusedSPO(setting.policy))
+    forward = wrapped.module if past else wrapped
 
     def step() -> None:
-        for batch in setting.micro_batches:
-            (wrapped(*batch) / (len(batch[0]) // 2) / len(setting.micro_batches)).backward()
+        for batch in batches(setting):
+            (forward(*batch) * factor(len(batch[0]) // 2)).backward()
 
     return step
 
 
-@case("DDP: bypassing the wrapper", Wrong(0.99))
-def ddp_past(setting: Setting) -> Step:
-    wrapped = DDP(ddp.FusedSPO(setting.policy))
-    return lambda: (wrapped.module(*setting.mine) * ranks_by_pairs()).backward()
+@case("DDP: logits, without an owner", wrap=DDP)
+@case("FSDP2: logits, without an owner", wrap=fully_shard)
+def without_owner(setting: Setting, wrap: Callable[[nn.Module], nn.Module]) -> Step:
+    wrapped = wrap(setting.policy)
+    ids, mask, labels, ref = setting.mine
+
+    def step() -> None:
+        logps = sequence_logps(wrapped(ids, attention_mask=mask).logits, labels)
+        loss = spo_loss(*logps.chunk(2), *ref.chunk(2), beta=BETA, reduction="sum")
+        (loss * dist.get_world_size() / len(PAIRS)).backward()
+
+    return step
 
 
 # ------------------------------------------------------------------------------------------- FSDP2
 
-BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # casts the inputs as well
+CAST = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # the inputs as well
 
 
 @case("FSDP2: fused")
 @case("FSDP2: fused, tied", tied=True)
-@case("FSDP2: bfloat16", Exact(0.01), dtype=torch.float32, mp_policy=fsdp2.BFLOAT16)
-@case("FSDP2: bfloat16, inputs cast", Wrong(0.016), dtype=torch.float32, mp_policy=BFLOAT16)
-def fsdp_fused(setting: Setting, **options: Any) -> Step:
-    sharded = fsdp2.shard(fsdp2.FusedSPO(setting.policy), **options)
-    return lambda: fsdp2.backward(sharded, [setting.mine])
-
-
-@case("FSDP2: fused, accumulated")
-def fsdp_accumulated(setting: Setting) -> Step:
-    sharded = fsdp2.shard(fsdp2.FusedSPO(setting.policy))
-    return lambda: fsdp2.backward(sharded, setting.micro_batches)
-
-
-@case("FSDP2: fused, not resharded after the forward", reshard_after_forward=False)
-@case("FSDP2: fused, head in a group of its own, called", owner=CalledHead, own_group=True)
+@case("FSDP2: fused, accumulated", batches=accumulated)
 @case("FSDP2: logits", owner=ddp.LogitsSPO)
 @case("FSDP2: logits, tied", owner=ddp.LogitsSPO, tied=True)
-@case("FSDP2: logits, head in a group of its own", owner=ddp.LogitsSPO, own_group=True)
-def fsdp_root(
-    setting: Setting,
-    owner: type = fsdp2.FusedSPO,
-    own_group: bool = False,
-    reshard_after_forward: bool = True,
+@case("FSDP2: bfloat16", Exact(0.01), dtype=torch.float32, mp_policy=fsdp2.BFLOAT16)
+@case("FSDP2: bfloat16, inputs cast", Wrong(0.016), dtype=torch.float32, mp_policy=CAST)
+def fsdp_step(
+    setting: Setting, owner: type = fsdp2.FusedSPO, batches: Any = at_once, **options: Any
 ) -> Step:
+    sharded = fsdp2.shard(owner(setting.policy), **options)
+    return lambda: fsdp2.backward(sharded, batches(setting))
+
+
+@case("FSDP2: fused, head in a group of its own, after an evaluation")
+@case("FSDP2: logits, head in a group of its own, after an evaluation", owner=ddp.LogitsSPO)
+def fsdp_own_group(setting: Setting, owner: type = fsdp2.FusedSPO) -> Step:
     root = owner(setting.policy)
-    if own_group:
-        fully_shard(setting.policy.lm_head)
-    sharded = fully_shard(root, reshard_after_forward=reshard_after_forward)
-    return lambda: fsdp2.backward(sharded, [setting.mine])
-
-
-@case("FSDP2: fused, head in a group of its own, accumulated, after an evaluation")
-@case(
-    "FSDP2: tied head in a group of its own",
-    Refused("ValueError: Parameter 'model.lm_head.weight' is"),
-    tied=True,
-)
-def fsdp_own_group(setting: Setting) -> Step:
-    root = fsdp2.FusedSPO(setting.policy)
     fully_shard(setting.policy.lm_head)
     sharded = fsdp2.shard(root)
 
@@ -188,12 +145,6 @@ def fsdp_own_group(setting: Setting) -> Step:
     return step
 
 
-@case("FSDP2: logits, without an owner")
-def fsdp_logits_outside(setting: Setting) -> Step:
-    sharded = fully_shard(setting.policy, reshard_after_forward=True)
-    return lambda: logits_outside(sharded, setting)
-
-
 @case("FSDP2: full_tensor of the head", Wrong(0.62), weight=lambda w: w.full_tensor())
 @case(
     "FSDP2: shard of the head",
@@ -203,17 +154,13 @@ def fsdp_logits_outside(setting: Setting) -> Step:
 def fsdp_outside(setting: Setting, weight: Callable[[Any], Tensor]) -> Step:
     fully_shard(setting.policy.lm_head)
     root = fully_shard(Hidden(setting.policy), reshard_after_forward=True)
-    return lambda: fused_outside(root, lambda: weight(setting.policy.lm_head.weight), setting)
+    *inputs, labels, ref = setting.mine
 
+    def step() -> None:
+        loss = loss_sum(root(*inputs), weight(setting.policy.lm_head.weight), labels, ref)
+        (loss * dist.get_world_size() / len(PAIRS)).backward()
 
-@case(
-    "FSDP2: the model is the root, its owner not",
-    Refused("RuntimeError: aten.embedding.default got"),
-)
-def fsdp_inner_root(setting: Setting) -> Step:
-    owner = fsdp2.FusedSPO(setting.policy)
-    fully_shard(setting.policy)
-    return lambda: fsdp2.backward(owner, [setting.mine])
+    return step
 
 
 # ------------------------------------------------------ vocabulary parallel, and tensor parallel
@@ -251,18 +198,6 @@ class ShiftsLate(sequence_parallel.SliceLogps):
         return sequence_logps(self.model(ids, position_ids=positions).logits, labels)
 
 
-class PlainSum(torch.autograd.Function):
-    """The same sum as `SumOverRanks`, but with the gradient as it comes."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:  # noqa: ARG004
-        return sequence_parallel.SumOverRanks.forward(None, part)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
-        return grad
-
-
 def all_reduced(part: Tensor) -> Tensor:
     total = part.clone()
     dist.all_reduce(total)
@@ -277,17 +212,8 @@ def bare(module: nn.Module) -> nn.Module:
 @case("sequence parallel: DDP, fused, tied", tied=True)
 @case("sequence parallel: DDP, logits", slices=sequence_parallel.LogitsSliceLogps)
 @case("sequence parallel: FSDP2, fused", engine=fully_shard)
+@case("sequence parallel: dist.all_reduce, an engine that sums", total=all_reduced, engine=bare)
 @case("sequence parallel: an engine that sums", Wrong(1.00), engine=bare)
-@case(
-    "sequence parallel: backward returns the gradient unchanged, an engine that sums",
-    total=PlainSum.apply,
-    engine=bare,
-)
-@case(
-    "sequence parallel: backward returns the gradient unchanged",
-    Wrong(0.50),
-    total=PlainSum.apply,
-)
 @case("sequence parallel: dist.all_reduce", Wrong(0.50), total=all_reduced)
 @case("sequence parallel: one margin per slice", Wrong(1.02), total=lambda part: part)
 @case(
@@ -304,7 +230,7 @@ def sequence(
     undo_shift: bool = False,
 ) -> Step:
     wrapped = engine(slices(setting.policy))  # compares whole sequences
-    ids, _, labels, ref = setting.all
+    ids, _, labels, ref = setting.batch(PAIRS)
     setting.policy.set_attn_implementation("ulysses")
     if undo_shift:  # of `cut`
         labels = torch.nn.functional.pad(labels, (1, 0), value=-100)[:, :-1]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -12,36 +12,35 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from helpers.recipes_oracle import BETA, load
-from helpers.steps import PAIRS, Cases, Setting, Step, Wrong, loss_sum
+from helpers.steps import PAIRS, Batch, Cases, Setting, Step, Wrong, loss_sum
 from spoloss import spo_loss
 
 fsdp2, sequence_parallel = load("fsdp2"), load("sequence_parallel")
 vocab_parallel = load("vocab_parallel")
 
-RANKS, HALF = 4, 2
+RANKS, GROUPS = 4, 2
 case = Cases()
 
 
 def square() -> DeviceMesh:
-    return init_device_mesh("cpu", (HALF, HALF), mesh_dim_names=("outer", "inner"))
+    return init_device_mesh("cpu", (GROUPS, RANKS // GROUPS), mesh_dim_names=("outer", "inner"))
 
 
-def of_group(setting: Setting, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+def of_group(setting: Setting, mesh: DeviceMesh) -> Batch:
     """The pairs that the ranks of an inner group share."""
-    parts = setting.parts(HALF, mesh["outer"].get_local_rank())
-    return setting.batch([pair for part in parts for pair in part])
+    parts = setting.parts(GROUPS, mesh["outer"].get_local_rank())
+    return setting.batch([*itertools.chain(*parts)])
 
 
 @case("hybrid sharding: sum * ranks / pairs", factor=RANKS)
-@case("hybrid sharding: sum * shards / pairs", Wrong(0.50), factor=HALF)
+@case("hybrid sharding: sum * shards / pairs", Wrong(0.50), factor=RANKS // GROUPS)
 def hybrid(setting: Setting, factor: int) -> Step:
     sharded = fsdp2.shard(fsdp2.FusedSPO(setting.policy), mesh=square())
     return lambda: (sharded(*setting.mine) * factor / len(PAIRS)).backward()
 
 
-@case("sequence x data parallel: sum * groups / pairs", factor=HALF)
-@case("sequence x data parallel: sum * ranks / pairs", Wrong(1.00), factor=RANKS)
-def sequence(setting: Setting, factor: int) -> Step:
+@case("sequence x data parallel: sum * groups / pairs")
+def sequence(setting: Setting) -> Step:
     mesh = square()
     sequence_parallel.GROUP = mesh["inner"].get_group()
     wrapped = DDP(sequence_parallel.SliceLogps(setting.policy))
@@ -52,7 +51,7 @@ def sequence(setting: Setting, factor: int) -> Step:
         parts = wrapped(*sequence_parallel.cut(ids, labels))
         logps = sequence_parallel.SumOverRanks.apply(parts)
         loss = spo_loss(*logps.chunk(2), *ref.chunk(2), beta=BETA, reduction="sum")
-        (loss * factor / len(PAIRS)).backward()
+        (loss * GROUPS / len(PAIRS)).backward()
 
     return step
 
@@ -68,9 +67,8 @@ class SplitSPO(fsdp2.FusedSPO):
         return loss_sum(hidden, weight.to_local(), labels, ref, vocab_parallel_group=group)
 
 
-@case("vocabulary parallel x FSDP2: sum * groups / pairs", factor=HALF)
-@case("vocabulary parallel x FSDP2: sum * ranks / pairs", Wrong(1.00), factor=RANKS)
-def vocabulary(setting: Setting, factor: int) -> Step:
+@case("vocabulary parallel x FSDP2: sum * groups / pairs")
+def vocabulary(setting: Setting) -> Step:
     mesh = square()
     batch = of_group(setting, mesh)
     root = SplitSPO(setting.policy)
@@ -78,9 +76,8 @@ def vocabulary(setting: Setting, factor: int) -> Step:
     for layer in setting.policy.model.layers:
         fully_shard(layer, mesh=mesh["outer"])
     sharded = fully_shard(root, mesh=mesh["outer"])
-    return lambda: (sharded(*batch) * factor / len(PAIRS)).backward()
+    return lambda: (sharded(*batch) * GROUPS / len(PAIRS)).backward()
 
 
 def run_all() -> dict[str, Any]:
-    assert dist.get_world_size() == RANKS
     return case.run_all()

@@ -1,17 +1,18 @@
 """What the tests on several processes share: cases, what is expected of them, and exact steps.
 
 A case wraps a policy as an engine would, and returns what makes an optimizer step or its gradient,
-mostly a function of a recipe. Exact cases take a second step: what an engine kept of the first
-would be wrong by then.
+mostly a function of a recipe. Whatever the engine, the step must be that of one process on all
+`PAIRS`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,13 +25,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from helpers import recipes_oracle
-from helpers.recipes_oracle import BETA, Grads, exact_step, models, relative_error, toy
+from helpers.recipes_oracle import BETA, Grads, exact_step, models, relative_error, run_script, toy
+from helpers.trainers import with_end
 from spoloss.torch import Completions, Head, linear_spo_loss, sequence_logps
 
 PAIRS = toy.pairs(8)
 PARTS = (PAIRS[:3], PAIRS[3:5], PAIRS[5:7], PAIRS[7:])  # uneven micro-batches
 
+Batch = tuple[Tensor, ...]
 Step = Callable[[], object]
 Found = list[float] | str
 """The relative error of each step, or the error that was raised."""
@@ -87,29 +89,24 @@ class Setting:
     policy: nn.Module
     reference: nn.Module
 
-    def batch(self, pairs: list[Any]) -> tuple[Tensor, ...]:
+    def batch(self, pairs: list[Any]) -> Batch:
         ids, mask, labels = toy.collate(pairs)
         with torch.no_grad():
             ref = sequence_logps(self.reference(ids, attention_mask=mask).logits, labels)
         return ids, mask, labels, ref
 
-    @cached_property
-    def all(self) -> tuple[Tensor, ...]:
-        return self.batch(PAIRS)
-
-    def parts(self, ranks: int, rank: int) -> list[list[Any]]:
-        """The micro-batches of one of some ranks, or of one of some groups of ranks."""
+    def parts(self, ranks: int | None = None, rank: int | None = None) -> list[list[Any]]:
+        """The micro-batches of this rank, or of one of some groups of ranks."""
+        ranks, rank = ranks or dist.get_world_size(), dist.get_rank() if rank is None else rank
         return [PARTS[i] for i in np.array_split(range(len(PARTS)), ranks)[rank]]
 
     @cached_property
-    def micro_batches(self) -> list[tuple[Tensor, ...]]:
-        parts = self.parts(dist.get_world_size(), dist.get_rank())
-        return [self.batch(pairs) for pairs in parts]
+    def micro_batches(self) -> list[Batch]:
+        return [self.batch(pairs) for pairs in self.parts()]
 
     @cached_property
-    def mine(self) -> tuple[Tensor, ...]:
-        parts = self.parts(dist.get_world_size(), dist.get_rank())
-        return self.batch([pair for part in parts for pair in part])
+    def mine(self) -> Batch:
+        return self.batch([*itertools.chain(*self.parts())])
 
 
 @dataclass(frozen=True)
@@ -120,15 +117,26 @@ class Case:
     expected: Exact | Wrong | Refused
     dtype: torch.dtype
     tied: bool
+    ended: bool
 
 
 @dataclass
 class Cases:
-    """The cases of a file, by name; `rate` is the learning rate of their gradient descent."""
+    """The cases of a file, by name.
+
+    Attributes:
+      exact: what is expected if nothing else is said.
+      dtype: of the models.
+      rate: the learning rate of gradient descent.
+      steps: of exact cases; in a second one, what an engine kept of the first would be wrong.
+      around: what each case runs in.
+    """
 
     exact: Exact = Exact(1e-9)
     dtype: torch.dtype = torch.float64
     rate: float = 0.1
+    steps: int = 2
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
     cases: dict[str, Case] = field(default_factory=dict)
 
     def __call__(
@@ -138,34 +146,38 @@ class Cases:
         *,
         dtype: torch.dtype | None = None,
         tied: bool = False,
+        ended: bool = False,
         **options: Any,
     ) -> Callable[[Callable[..., Step]], Callable[..., Step]]:
         """Registers a function of a setting; `options` are its further arguments."""
 
         def register(wrap: Callable[..., Step]) -> Callable[..., Step]:
             made = functools.partial(wrap, **options)
-            self.cases[name] = Case(made, expected or self.exact, dtype or self.dtype, tied)
+            expects = expected or self.exact
+            self.cases[name] = Case(made, expects, dtype or self.dtype, tied, ended)
             return wrap
 
         return register
 
-    def run_all(self, only: Callable[[str, Case], bool] = lambda *_: True) -> dict[str, Any]:
+    def run_all(self, only: Callable[[str], bool] = lambda _: True) -> dict[str, Any]:
         """By case what is expected, and what this rank found."""
         warnings.filterwarnings("error", module="spoloss")
-        chosen = {name: case for name, case in self.cases.items() if only(name, case)}
+        chosen = {name: case for name, case in self.cases.items() if only(name)}
         return {name: (case.expected, self.run(case)) for name, case in chosen.items()}
 
     def run(self, case: Case) -> Found:
         policy, reference = models(tied=case.tied, dtype=case.dtype)
-        steps = 2 if isinstance(case.expected, Exact) else 1
+        steps = self.steps if isinstance(case.expected, Exact) else 1
         errors = []
         try:
-            step = case.wrap(Setting(policy, reference))
-            for exact in exact_steps(case.tied, case.dtype, self.rate)[:steps]:
-                before = whole(policy)
-                step()
-                descend(policy, self.rate)
-                errors.append(step_error(before, policy, exact, self.rate))
+            with self.around():
+                step = case.wrap(Setting(policy, reference))
+                for exact in exact_steps(case.tied, case.dtype, case.ended, self.rate)[:steps]:
+                    before = whole(policy)
+                    step()
+                    descend(policy, self.rate)
+                    moved = {n: (before[n] - w) / self.rate for n, w in whole(policy).items()}
+                    errors.append(relative_error(moved, exact))
         except Exception as error:
             if not isinstance(case.expected, Refused):
                 raise
@@ -182,12 +194,12 @@ def work(_rank: int, module: str) -> dict[str, Any]:
 
 
 @functools.cache
-def exact_steps(tied: bool, dtype: torch.dtype, rate: float) -> list[Grads]:
+def exact_steps(tied: bool, dtype: torch.dtype, ended: bool, rate: float) -> list[Grads]:
     """One process's gradients, of two steps of gradient descent."""
     policy, reference = models(tied=tied, dtype=dtype)
     steps = []
     for _ in range(2):
-        steps.append(exact_step(policy, reference, PAIRS)[1])
+        steps.append(exact_step(policy, reference, with_end(PAIRS) if ended else PAIRS)[1])
         with torch.no_grad():
             for name, parameter in policy.named_parameters():
                 parameter -= rate * steps[-1][name].to(dtype)
@@ -217,12 +229,6 @@ def whole(model: nn.Module) -> Grads:
     return copies
 
 
-def step_error(before: Grads, policy: nn.Module, exact: Grads, rate: float) -> float:
-    """The relative error of the gradient that a step at this rate has moved the policy by."""
-    after = whole(policy)
-    return relative_error({name: (before[name] - after[name]) / rate for name in exact}, exact)
-
-
 # ------------------------------------------------------------------------------- parts of a case
 
 
@@ -245,21 +251,8 @@ class Hidden(nn.Module):
         return self.model.model(ids, attention_mask=mask).last_hidden_state
 
 
-class CalledHead(Hidden):
-    """Calls the head with what the loss needs: an engine gathers the weight of a called module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        model.lm_head.forward = lambda *inputs: loss_sum(
-            inputs[0], model.lm_head.weight, *inputs[1:]
-        )
-
-    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
-        return self.model.lm_head(super().forward(ids, mask), labels, ref)
-
-
 def script_in_group(name: str) -> list[float]:
     """The numbers that a recipe prints that is started as a script in this group of processes."""
     here = {"init_process_group": mock.DEFAULT, "destroy_process_group": mock.DEFAULT}
     with mock.patch.multiple(dist, **here):
-        return recipes_oracle.run_script(name)
+        return run_script(name)

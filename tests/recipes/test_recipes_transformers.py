@@ -81,9 +81,9 @@ def test_trainer(tmp_path, make, size, evaluated_first) -> None:
     (grads,) = recorder.steps
     logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert_step(logged[0], grads, exact)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(exact[0], rel=1e-6)
     reference = trainer.reference if make is subclass else trainer.model.reference
     assert not reference.training
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(exact[0], rel=1e-6)
 
 
 @pytest.mark.parametrize(("size", "error"), [(EVEN, 0.0), (UNEVEN, 0.4)])
