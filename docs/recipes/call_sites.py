@@ -43,15 +43,3 @@ def llama_factory_v1(dpo_trainer: ModuleType) -> None:
 def open_instruct(dpo_utils: ModuleType) -> None:
     """`dpo_utils` is open_instruct.dpo_utils. Run with `loss_type: dpo` (dpo_norm averages)."""
     dpo_utils.dpo_loss = lambda *logps, beta, **_: SPOLoss(beta)(*logps)
-
-
-if __name__ == "__main__":
-    import types
-
-    import torch
-
-    trainer = types.SimpleNamespace(beta=0.1 / 4)  # SPO(0.025), from DPO(0.1)
-    openrlhf(trainer)
-    logps = [-20.0 - torch.rand(6) for _ in range(4)]
-    loss, chosen_rewards, rejected_rewards = trainer.loss_fn(*logps)
-    print(loss, chosen_rewards.mean(), rejected_rewards.mean())

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spoloss import spo_loss
 from spoloss.torch import Completions, head_of, linear_spo_loss, sequence_logps
 
 
@@ -31,14 +30,6 @@ class FusedSPO(nn.Module):
         head = replace(self.head, weight=lm_head.weight, bias=lm_head.bias)
         sides = map(Completions, hidden.chunk(2), labels.chunk(2))
         return linear_spo_loss(head, *sides, *ref.chunk(2), beta=0.1, reduction="sum").loss
-
-
-class LogitsSPO(FusedSPO):
-    """The same from the logits."""
-
-    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
-        logps = sequence_logps(self.model(ids, attention_mask=mask).logits, labels)
-        return spo_loss(*logps.chunk(2), *ref.chunk(2), beta=0.1, reduction="sum")
 
 
 def backward(ddp: DistributedDataParallel, micro_batches: list[tuple[Tensor, ...]]) -> None:

@@ -72,12 +72,6 @@ if __name__ == "__main__":
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
     policy, reference = toy_megatron.model(), toy_megatron.model()
     reference.load_state_dict(policy.state_dict())
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     batch = toy.collate(toy.pairs(4))
-    for _ in range(3):
-        loss = spo_step(policy, reference, batch, beta=0.025)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        print(f"rank {dist.get_rank()}: {loss.item():.6f}")
+    toy.train(policy, lambda: spo_step(policy, reference, batch, beta=0.025))
     dist.destroy_process_group()

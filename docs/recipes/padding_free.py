@@ -68,17 +68,7 @@ def mean_loss(
 if __name__ == "__main__":
     import toy
 
-    policy, reference = toy.models()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    models = toy.models()
     row = pack(toy.pairs(6))
-    forms = {
-        "logits": [partial(by_logits, model) for model in (policy, reference)],
-        "tiles": [partial(by_tiles, model, head_of(model)) for model in (policy, reference)],
-    }
-    for name, models in forms.items():
-        for _ in range(3):
-            loss = mean_loss(*models, row, beta=0.025)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            print(name, loss.item())
+    sides = [partial(by_tiles, model, head_of(model)) for model in models]
+    toy.train(models[0], lambda: mean_loss(*sides, row, beta=0.025))

@@ -45,12 +45,5 @@ if __name__ == "__main__":
 
     model, _ = toy.models()
     policy = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
-    loss_of = FusedSPO(policy, beta=0.025)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    batch = toy.collate(toy.pairs(6))
-    for _ in range(5):
-        loss = loss_of(batch)
-        print(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    loss_of, batch = FusedSPO(policy, beta=0.025), toy.collate(toy.pairs(6))
+    toy.train(policy, lambda: loss_of(batch))

@@ -103,12 +103,6 @@ def mean_loss(
 if __name__ == "__main__":
     import toy
 
-    policy, reference = toy.models()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    row, heads = pack(toy.pairs(6)), (head_of(policy), head_of(reference))
-    for _ in range(3):
-        loss = mean_loss(policy, reference, heads, row, beta=0.025)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        print(loss.item())
+    models = toy.models()
+    row, heads = pack(toy.pairs(6)), (head_of(models[0]), head_of(models[1]))
+    toy.train(models[0], lambda: mean_loss(*models, heads, row, beta=0.025))

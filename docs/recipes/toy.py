@@ -1,19 +1,32 @@
-"""Data for the recipes when started as scripts: a tiny model, its reference, random pairs."""
+"""What the recipes train when started as scripts: a tiny model and its reference, random pairs."""
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY = 64
 IGNORED = -100
+
+TRAINER: dict[str, Any] = {
+    "output_dir": tempfile.gettempdir(),
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+"""Arguments for three steps of Transformers' Trainer, and of TRL."""
 
 
 class Pair(NamedTuple):
@@ -81,6 +94,22 @@ def collate(pairs: list[Pair]) -> Batch:
         mask[row, :length] = 1
         labels[row, len(prompt) : length] = torch.tensor(completion)
     return Batch(ids, mask, labels)
+
+
+def named(pairs: list[Pair], *names: str) -> dict[str, Tensor]:
+    """The batch with the names that Trainer passes to the model."""
+    return dict(zip(names, collate(pairs), strict=True))
+
+
+def train(policy: nn.Module, loss_of: Callable[[], Tensor]) -> None:
+    """Three steps, which print their loss."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    for _ in range(3):
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(loss.item())
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

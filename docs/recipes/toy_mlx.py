@@ -5,8 +5,6 @@ The model predicts each token from the mean of the embeddings of all previous to
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import mlx.core as mx
 import numpy as np
 import toy
@@ -27,13 +25,6 @@ class Model(nn.Module):
         return mx.tanh(mx.cumsum(self.embed[ids], axis=1) / counts) @ self.head
 
 
-class Batch(NamedTuple):
-    """Rows [2B, T]: all chosen, then all rejected. Labels are -100 on prompt and padding."""
-
-    ids: mx.array
-    labels: mx.array
-
-
 def model(dtype: mx.Dtype = mx.float32) -> Model:
     """A model with random weights."""
     random = np.random.default_rng(0)
@@ -41,7 +32,7 @@ def model(dtype: mx.Dtype = mx.float32) -> Model:
     return Model({"embed": mx.array(embed, dtype), "head": mx.array(head.T / 4, dtype)})
 
 
-def batch(count: int) -> Batch:
-    """The batch of toy.py, as MLX arrays."""
+def batch(count: int) -> tuple[mx.array, mx.array]:
+    """Ids and labels of the batch of toy.py, as MLX arrays."""
     rows = toy.collate(toy.pairs(count))
-    return Batch(mx.array(rows.ids.numpy()), mx.array(rows.labels.numpy()))
+    return mx.array(rows.ids.numpy()), mx.array(rows.labels.numpy())

@@ -48,30 +48,16 @@ def mean_over_step(
 
 
 if __name__ == "__main__":
-    import tempfile
-
     import toy
     from transformers import Trainer, TrainingArguments
 
     def collate(pairs: list[toy.Pair]) -> dict[str, Tensor]:
-        """The batch with the names that Trainer passes to the model."""
-        batch = dict(
-            zip(("input_ids", "attention_mask", "targets"), toy.collate(pairs), strict=True)
-        )
+        """The batch with one dummy label per pair."""
+        batch = toy.named(pairs, "input_ids", "attention_mask", "targets")
         return {**batch, "labels": torch.zeros(len(pairs))}
 
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = TrainingArguments(
-            directory,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            max_steps=3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            label_names=["labels"],
-            remove_unused_columns=False,  # Trainer would drop keys that forward does not name
-        )
-        model = PolicyAndReference(*toy.models())
-        data = toy.pairs(6)
-        Trainer(model, arguments, collate, data, compute_loss_func=mean_over_step).train()
+    # Trainer would drop keys that forward does not name.
+    names = {"label_names": ["labels"], "remove_unused_columns": False}
+    arguments = TrainingArguments(**toy.TRAINER, **names)
+    model = PolicyAndReference(*toy.models())
+    Trainer(model, arguments, collate, toy.pairs(6), compute_loss_func=mean_over_step).train()

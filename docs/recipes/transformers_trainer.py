@@ -65,27 +65,18 @@ class ExactSPOTrainer(SPOTrainer):
 
 
 if __name__ == "__main__":
-    import tempfile
-
     import toy
     from transformers import TrainingArguments
 
-    def collate(pairs: list[toy.Pair]) -> dict[str, Tensor]:
-        """The batch with the names that Trainer passes to the model."""
-        return dict(zip(("input_ids", "attention_mask", "labels"), toy.collate(pairs), strict=True))
-
+    # Trainer would drop keys that forward does not name.
+    arguments = TrainingArguments(**toy.TRAINER, remove_unused_columns=False)
     policy, reference = toy.models()
     for trainer_class in (SPOTrainer, ExactSPOTrainer):
-        with tempfile.TemporaryDirectory() as directory:
-            arguments = TrainingArguments(
-                directory,
-                per_device_train_batch_size=4,
-                gradient_accumulation_steps=2,
-                max_steps=3,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,  # Trainer would drop keys that forward does not name
-            )
-            data = toy.pairs(6)
-            trainer_class(policy, arguments, collate, data, reference=reference, beta=0.025).train()
+        trainer_class(
+            policy,
+            arguments,
+            lambda pairs: toy.named(pairs, "input_ids", "attention_mask", "labels"),
+            toy.pairs(6),
+            reference=reference,
+            beta=0.025,
+        ).train()

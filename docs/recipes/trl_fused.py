@@ -130,25 +130,13 @@ class SPOTrainer(DPOTrainer):
 
 
 if __name__ == "__main__":
-    import tempfile
-
     import toy
     from datasets import Dataset
 
-    policy, reference = toy.models()
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = SPOTrainer(
-            policy,
-            reference,
-            DPOConfig(  # SPO(0.025), from DPO(0.1)
-                directory,
-                beta=0.1 / 4,
-                max_steps=3,
-                logging_steps=1,
-                save_strategy="no",
-                bf16=False,
-            ),
-            train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
-            processing_class=toy.tokenizer(),
-        )
-        trainer.train()
+    trainer = SPOTrainer(
+        *toy.models(),
+        DPOConfig(**toy.TRAINER, beta=0.1 / 4, bf16=False),  # SPO(0.025), from DPO(0.1)
+        train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
+        processing_class=toy.tokenizer(),
+    )
+    trainer.train()

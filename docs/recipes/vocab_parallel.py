@@ -55,14 +55,8 @@ if __name__ == "__main__":
 
     dist.init_process_group("gloo")  # "nccl" on GPUs
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    policy, reference = toy.models()
-    heads = [split_head(model, mesh) for model in (policy, reference)]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    models = toy.models()
+    heads = [split_head(model, mesh) for model in models]
     batch = toy.collate(toy.pairs(4))
-    for _ in range(3):
-        loss = spo_step(policy, reference, *heads, batch, beta=0.025)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        print(f"rank {dist.get_rank()}: {loss.item():.6f}")
+    toy.train(models[0], lambda: spo_step(*models, *heads, batch, beta=0.025))
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from helpers.recipes_oracle import load, models
+from helpers.recipes_oracle import BETA, load, models
 from helpers.steps import (
     PAIRS,
     Cases,
@@ -24,9 +24,10 @@ from helpers.steps import (
     loss_sum,
     script_in_group,
 )
+from spoloss import spo_loss
 from spoloss.torch import Completions, Head, linear_logps
 
-ddp, recipe = load("ddp"), load("deepspeed_zero")
+recipe = load("deepspeed_zero")
 
 case = Cases(Exact(1e-5), torch.float32, rate=1.0)  # what moves is not lost in the weights' digits
 PARTITIONED = Refused(
@@ -64,7 +65,7 @@ def assert_partitioned(module: nn.Module) -> None:
 # -------------------------------------------------------------------------- in the engine's forward
 
 
-class LogpsSPO(ddp.LogitsSPO):
+class LogpsSPO(recipe.FusedSPO):
     """By `linear_logps`, which goes through the head a second time in the backward pass."""
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class LogpsSPO(ddp.LogitsSPO):
 class FromLogps(LogpsSPO):
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
         logps = super().forward(ids, mask, labels)
-        return ddp.spo_loss(*logps.chunk(2), *ref.chunk(2), beta=0.1, reduction="sum")
+        return spo_loss(*logps.chunk(2), *ref.chunk(2), beta=BETA, reduction="sum")
 
 
 class Held(Hidden):
@@ -92,7 +93,6 @@ class Held(Hidden):
 @case("ZeRO-3: fused, accumulated")
 @case("ZeRO-3: fused, accumulated, tied", tied=True)
 @case("ZeRO-3: fused, parameters below the default threshold kept whole", threshold=True)
-@case("ZeRO-3: logits", owner=ddp.LogitsSPO)
 @case("ZeRO-3: linear_logps", owner=FromLogps)
 @case("ZeRO-3: the Parameter kept elsewhere", PARTITIONED, owner=Held)
 def in_forward(setting: Setting, micro_batches: int = 2, **options: Any) -> Step:

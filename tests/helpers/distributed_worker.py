@@ -63,12 +63,8 @@ def placeholder(setting: Setting) -> list[Batch]:
 @case("DDP: fused, find_unused_parameters", find_unused_parameters=True)
 @case("DDP: fused, accumulated", batches=accumulated)
 @case("DDP: fused, a rank without pairs", batches=placeholder)
-@case("DDP: logits", owner=ddp.LogitsSPO)
-@case("DDP: logits, tied", owner=ddp.LogitsSPO, tied=True)
-def ddp_step(
-    setting: Setting, owner: type = ddp.FusedSPO, batches: Any = at_once, **options: Any
-) -> Step:
-    wrapped = DDP(owner(setting.policy), **options)
+def ddp_step(setting: Setting, batches: Any = at_once, **options: Any) -> Step:
+    wrapped = DDP(ddp.FusedSPO(setting.policy), **options)
     return lambda: ddp.backward(wrapped, batches(setting))
 
 
@@ -97,9 +93,11 @@ def ddp_wrong(
     return step
 
 
-@case("DDP: logits, without an owner", wrap=DDP)
-@case("FSDP2: logits, without an owner", wrap=fully_shard)
-def without_owner(setting: Setting, wrap: Callable[[nn.Module], nn.Module]) -> Step:
+@case("DDP: logits", wrap=DDP)
+@case("DDP: logits, tied", wrap=DDP, tied=True)
+@case("FSDP2: logits", wrap=fully_shard)
+@case("FSDP2: logits, tied", wrap=fully_shard, tied=True)
+def logits(setting: Setting, wrap: Callable[[nn.Module], nn.Module]) -> Step:
     wrapped = wrap(setting.policy)
     ids, mask, labels, ref = setting.mine
 
@@ -119,21 +117,16 @@ CAST = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # the inputs as well
 @case("FSDP2: fused")
 @case("FSDP2: fused, tied", tied=True)
 @case("FSDP2: fused, accumulated", batches=accumulated)
-@case("FSDP2: logits", owner=ddp.LogitsSPO)
-@case("FSDP2: logits, tied", owner=ddp.LogitsSPO, tied=True)
 @case("FSDP2: bfloat16", Exact(0.01), dtype=torch.float32, mp_policy=fsdp2.BFLOAT16)
 @case("FSDP2: bfloat16, inputs cast", Wrong(0.016), dtype=torch.float32, mp_policy=CAST)
-def fsdp_step(
-    setting: Setting, owner: type = fsdp2.FusedSPO, batches: Any = at_once, **options: Any
-) -> Step:
-    sharded = fsdp2.shard(owner(setting.policy), **options)
+def fsdp_step(setting: Setting, batches: Any = at_once, **options: Any) -> Step:
+    sharded = fsdp2.shard(fsdp2.FusedSPO(setting.policy), **options)
     return lambda: fsdp2.backward(sharded, batches(setting))
 
 
 @case("FSDP2: fused, head in a group of its own, after an evaluation")
-@case("FSDP2: logits, head in a group of its own, after an evaluation", owner=ddp.LogitsSPO)
-def fsdp_own_group(setting: Setting, owner: type = fsdp2.FusedSPO) -> Step:
-    root = owner(setting.policy)
+def fsdp_own_group(setting: Setting) -> Step:
+    root = fsdp2.FusedSPO(setting.policy)
     fully_shard(setting.policy.lm_head)
     sharded = fsdp2.shard(root)
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from helpers.recipes_oracle import toy
 
 
@@ -46,11 +44,6 @@ def lora(**options: Any) -> Any:
 
     targets = {"target_modules": ["q_proj", "v_proj"], **options}
     return LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **targets)
-
-
-def named(pairs: list[Any], *names: str) -> dict[str, Tensor]:
-    """A batch under the names that Trainer passes to the model."""
-    return dict(zip(names, toy.collate(pairs), strict=True))
 
 
 def with_end(pairs: Iterable[Any]) -> list[Any]:

@@ -37,7 +37,7 @@ from transformers.integrations import deepspeed as transformers_deepspeed
 
 from helpers.recipes_oracle import BETA, load, toy
 from helpers.steps import PAIRS, PARTS, Cases, Exact, Refused, Setting, Step
-from helpers.trainers import lightning_arguments, named, trainer_arguments
+from helpers.trainers import lightning_arguments, trainer_arguments
 
 FOLDER = Path(tempfile.gettempdir())  # nothing is saved
 
@@ -180,7 +180,7 @@ def by_trainer(setting: Setting, engine: Engine) -> Step:
     trainer = load("transformers_trainer").ExactSPOTrainer(
         setting.policy,
         TrainingArguments(**arguments(engine, 1, remove_unused_columns=False)),
-        lambda parts: named(*parts, "input_ids", "attention_mask", "labels"),
+        lambda parts: toy.named(*parts, "input_ids", "attention_mask", "labels"),
         PARTS,
         reference=setting.reference,
         beta=BETA,
@@ -196,7 +196,7 @@ def by_loss_func(setting: Setting, engine: Engine) -> Step:
         recipe.PolicyAndReference(setting.policy, setting.reference),
         TrainingArguments(**arguments(engine, 1, **options)),
         lambda parts: {
-            **named(*parts, "input_ids", "attention_mask", "targets"),
+            **toy.named(*parts, "input_ids", "attention_mask", "targets"),
             "labels": torch.zeros(len(*parts)),
         },
         PARTS,
@@ -276,11 +276,10 @@ def by_lightning(
 
 
 @on("FSDP2 (stand-in)", "ZeRO-2", "ZeRO-3", title="Accelerate, fused")
-@on("FSDP2 (stand-in)", title="Accelerate, logits", owner="LogitsSPO")
-def by_accelerate(setting: Setting, engine: Engine, owner: str = "FusedSPO") -> Step:
+def by_accelerate(setting: Setting, engine: Engine) -> Step:
     """One micro-batch a rank, by the module that owns the model."""
     accelerator = accelerate.Accelerator(**engine.of_accelerator(1))
-    module = getattr(load("ddp"), owner)(setting.policy)
+    module = load("ddp").FusedSPO(setting.policy)
     descent = torch.optim.SGD(module.parameters(), lr=1.0)
     wrapped, optimizer = accelerator.prepare(module, descent)
 
@@ -293,7 +292,7 @@ def by_accelerate(setting: Setting, engine: Engine, owner: str = "FusedSPO") -> 
     return step
 
 
-@on("DDP", title="Accelerate, loop, accumulated", micro_batches=2)
+@on("DDP", "FSDP2 (stand-in)", title="Accelerate, loop, accumulated", micro_batches=2)
 @on("ZeRO-3", title="Accelerate, loop", micro_batches=1)
 @on(
     "ZeRO-2",

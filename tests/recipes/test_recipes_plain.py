@@ -205,10 +205,6 @@ def test_recipe_runs_as_a_script(name) -> None:
     assert others[-1] < -0.01
 
 
-def test_call_sites_run_as_a_script() -> None:
-    assert len(run_script("call_sites")) == 3
-
-
 def test_the_page_lists_every_recipe() -> None:
     linked = re.findall(r"\]\((\w+\.py)\)", (RECIPES / "README.md").read_text())
     files = {path.name for path in RECIPES.glob("*.py") if not path.name.startswith("toy")}

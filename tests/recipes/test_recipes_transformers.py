@@ -22,8 +22,9 @@ from helpers.recipes_oracle import (
     models,
     relative_error,
     run_script,
+    toy,
 )
-from helpers.trainers import named, trainer_arguments
+from helpers.trainers import trainer_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 
@@ -40,7 +41,7 @@ def subclass(folder: Path, size: int, *, exact: bool = True, **options: Any) -> 
     return (recipe.ExactSPOTrainer if exact else recipe.SPOTrainer)(
         policy,
         arguments(folder, size, **options),
-        lambda pairs: named(pairs, "input_ids", "attention_mask", "labels"),
+        lambda pairs: toy.named(pairs, "input_ids", "attention_mask", "labels"),
         PAIRS,
         PAIRS,
         optimizers=(Recorder(policy), None),
@@ -54,7 +55,7 @@ def loss_func(folder: Path, size: int, **options: Any) -> Trainer:
     model = recipe.PolicyAndReference(*models())
 
     def collate(pairs: list[Any]) -> dict[str, Tensor]:
-        batch = named(pairs, "input_ids", "attention_mask", "targets")
+        batch = toy.named(pairs, "input_ids", "attention_mask", "targets")
         return {**batch, "labels": torch.zeros(len(pairs))}
 
     return Trainer(

@@ -109,7 +109,9 @@ def test_a_reference_model(tmp_path, recipe, options, exact_options) -> None:
     assert relative_error(train(trainer), exact) < EXACT
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, **FLOAT32_REFERENCE)
     trainer.args.per_device_eval_batch_size = len(PAIRS)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, **FLOAT32_REFERENCE)
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(loss, **FLOAT32_REFERENCE)
+    assert "eval_rewards/margins" in evaluated
 
 
 def test_log_keys_and_values_are_those_of_dpo(tmp_path, recipe) -> None:
