@@ -25,7 +25,7 @@ from helpers.steps import (
     script_in_group,
 )
 from spoloss import spo_loss
-from spoloss.torch import Completions, Head, linear_logps
+from spoloss.torch import Completions, Head, linear_logps, sequence_logps
 
 recipe = load("deepspeed_zero")
 
@@ -65,17 +65,12 @@ def assert_partitioned(module: nn.Module) -> None:
 # -------------------------------------------------------------------------- in the engine's forward
 
 
-class LogpsSPO(recipe.FusedSPO):
+class FromLogps(recipe.FusedSPO):
     """By `linear_logps`, which goes through the head a second time in the backward pass."""
 
-    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
-        return linear_logps(Head(self.model.lm_head.weight), Completions(hidden, labels))
-
-
-class FromLogps(LogpsSPO):
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
-        logps = super().forward(ids, mask, labels)
+        hidden = self.model.model(ids, attention_mask=mask).last_hidden_state
+        logps = linear_logps(Head(self.model.lm_head.weight), Completions(hidden, labels))
         return spo_loss(*logps.chunk(2), *ref.chunk(2), beta=BETA, reduction="sum")
 
 
@@ -106,11 +101,15 @@ def with_reference_engine(setting: Setting) -> Step:
     engine = make_engine(setting)
     config = recipe.settings(stage=3, micro_batches=1)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    module = LogpsSPO(models(dtype=torch.float32)[1]).eval()
-    reference, *_ = deepspeed.initialize(model=module, config=config)
-    assert_partitioned(reference.module)
+    model = models(dtype=torch.float32)[1].eval()
+    reference, *_ = deepspeed.initialize(model=model, config=config)
+    assert_partitioned(model)
+
+    def logps(ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        return sequence_logps(reference(ids, attention_mask=mask).logits, labels)
+
     with torch.no_grad():
-        batches = [(*inputs, reference(*inputs)) for *inputs, _ in setting.micro_batches]
+        batches = [(*inputs, logps(*inputs)) for *inputs, _ in setting.micro_batches]
     return lambda: recipe.train_step(engine, batches)
 
 

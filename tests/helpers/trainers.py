@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from helpers.recipes_oracle import toy
 
 
-def trainer_arguments(folder: Path, size: int) -> dict[str, Any]:
+def trainer_arguments(size: int) -> dict[str, Any]:
     """One optimizer step of two micro-batches, for `TrainingArguments` and `DPOConfig`."""
-    return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
+    step = {"per_device_train_batch_size": size, "max_steps": 1, "max_grad_norm": 0.0}
+    return {**toy.TRAINER, **step, "disable_tqdm": True, "use_cpu": True}
 
 
-def lightning_arguments(folder: Path) -> dict[str, Any]:
-    """The same on CPUs for `lightning.Trainer`, with no files."""
-    return {
-        "accelerator": "cpu",
-        "accumulate_grad_batches": 2,
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+LIGHTNING: dict[str, Any] = {
+    "accelerator": "cpu",
+    "max_epochs": 1,
+    "accumulate_grad_batches": 2,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""The same for `lightning.Trainer`."""
 
 
 def lora(**options: Any) -> Any:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -37,9 +35,7 @@ from transformers.integrations import deepspeed as transformers_deepspeed
 
 from helpers.recipes_oracle import BETA, load, toy
 from helpers.steps import PAIRS, PARTS, Cases, Exact, Refused, Setting, Step
-from helpers.trainers import lightning_arguments, trainer_arguments
-
-FOLDER = Path(tempfile.gettempdir())  # nothing is saved
+from helpers.trainers import LIGHTNING, trainer_arguments
 
 
 @contextmanager
@@ -164,7 +160,7 @@ def on(*engines: str, title: str, **options: Any) -> Callable[[Callable[..., Ste
 
 def arguments(engine: Engine, size: int, **options: Any) -> dict[str, Any]:
     descent = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
-    return {**trainer_arguments(FOLDER, size), **descent, **engine.of_trainer(), **options}
+    return {**trainer_arguments(size), **descent, **engine.of_trainer(), **options}
 
 
 def training(setting: Setting, engine: Engine, trainer: Any) -> Step:
@@ -256,12 +252,11 @@ def by_lightning(
     # Lightning takes its wrapper off after training.
     module.on_train_batch_start = lambda *_: engine.check(trainer.strategy.model, setting.policy)
     trainer = lightning.Trainer(
-        **lightning_arguments(FOLDER),
+        **LIGHTNING,
         strategy=strategy(),
         devices=dist.get_world_size(),
         plugins=[TorchElasticEnvironment()],
         use_distributed_sampler=False,
-        max_epochs=1,
     )
     loader = torch.utils.data.DataLoader(setting.parts(), batch_size=None, collate_fn=toy.collate)
 
@@ -275,32 +270,15 @@ def by_lightning(
 # ---------------------------------------------------------------------------------- Accelerate
 
 
-@on("FSDP2 (stand-in)", "ZeRO-2", "ZeRO-3", title="Accelerate, fused")
-def by_accelerate(setting: Setting, engine: Engine) -> Step:
-    """One micro-batch a rank, by the module that owns the model."""
-    accelerator = accelerate.Accelerator(**engine.of_accelerator(1))
-    module = load("ddp").FusedSPO(setting.policy)
-    descent = torch.optim.SGD(module.parameters(), lr=1.0)
-    wrapped, optimizer = accelerator.prepare(module, descent)
-
-    def step() -> None:
-        accelerator.backward(wrapped(*setting.mine) * dist.get_world_size() / len(PAIRS))
-        optimizer.step()
-        optimizer.zero_grad()
-        engine.check(wrapped, setting.policy)
-
-    return step
-
-
-@on("DDP", "FSDP2 (stand-in)", title="Accelerate, loop, accumulated", micro_batches=2)
-@on("ZeRO-3", title="Accelerate, loop", micro_batches=1)
+@on("DDP", "FSDP2 (stand-in)", title="Accelerate, accumulated", micro_batches=2)
+@on("ZeRO-2", "ZeRO-3", title="Accelerate", micro_batches=1)
 @on(
     "ZeRO-2",
-    title="Accelerate, loop, accumulated",
+    title="Accelerate, accumulated",
     expected=Refused("ValueError: micro_batches must be 1 under DeepSpeed"),
     micro_batches=2,
 )
-def by_loop(setting: Setting, engine: Engine, micro_batches: int) -> Step:
+def by_accelerate(setting: Setting, engine: Engine, micro_batches: int) -> Step:
     accelerator = accelerate.Accelerator(**engine.of_accelerator(micro_batches))
     descent = torch.optim.SGD(setting.policy.parameters(), lr=1.0)
     wrapped, optimizer = accelerator.prepare(setting.policy, descent)

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from helpers.recipes_oracle import toy
+from helpers.trainers import trainer_arguments
 
 Batch = dict[str, Tensor]
 
@@ -35,10 +36,15 @@ def dpo_trainer(
     folder: Path, beta: float, *, loss_type: str = "sigmoid", **options: Any
 ) -> trl.DPOTrainer:
     """DPOTrainer on the models and pairs of toy.py, in float64."""
-    arguments = _arguments(folder) | {"loss_type": [loss_type], "beta": beta, **options}
+    arguments = trainer_arguments(6) | {
+        "output_dir": str(folder),
+        "loss_type": [loss_type],
+        "beta": beta,
+        **options,
+    }
     return trl.DPOTrainer(
         *toy.models(dtype=torch.float64),
-        trl.DPOConfig(**arguments),
+        trl.DPOConfig(**arguments, **options, beta=beta, bf16=False),
         train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
         processing_class=toy.tokenizer(),
     )
@@ -49,10 +55,21 @@ def cpo_trainer(folder: Path, beta: float, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TRL may change it
         from trl.experimental.cpo import CPOConfig, CPOTrainer
-    arguments = _arguments(folder) | {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": beta}
+    arguments = trainer_arguments(6) | {
+        "output_dir": str(folder),
+        "loss_type": "simpo",
+        "cpo_alpha": 0.0,
+    }
     return CPOTrainer(
         toy.models(dtype=torch.float64)[0],
-        CPOConfig(**arguments, **options, remove_unused_columns=False),
+        CPOConfig(
+            **arguments,
+            **options,
+            beta=beta,
+            cpo_alpha=0.0,
+            bf16=False,
+            remove_unused_columns=False,
+        ),
         train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
         processing_class=toy.tokenizer(),
     )
@@ -129,14 +146,3 @@ def _float64_constants() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _arguments(folder: Path) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 6,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-    }

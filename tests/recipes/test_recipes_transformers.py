@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,18 +28,16 @@ from helpers.trainers import trainer_arguments
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 
 
-def arguments(folder: Path, size: int, **options: Any) -> TrainingArguments:
-    return TrainingArguments(
-        **trainer_arguments(folder, size), remove_unused_columns=False, **options
-    )
+def arguments(size: int, **options: Any) -> TrainingArguments:
+    return TrainingArguments(**trainer_arguments(size), remove_unused_columns=False, **options)
 
 
-def subclass(folder: Path, size: int, *, exact: bool = True, **options: Any) -> Trainer:
+def subclass(size: int, *, exact: bool = True, **options: Any) -> Trainer:
     policy, reference = models()
     recipe = load("transformers_trainer")
     return (recipe.ExactSPOTrainer if exact else recipe.SPOTrainer)(
         policy,
-        arguments(folder, size, **options),
+        arguments(size, **options),
         lambda pairs: toy.named(pairs, "input_ids", "attention_mask", "labels"),
         PAIRS,
         PAIRS,
@@ -50,7 +47,7 @@ def subclass(folder: Path, size: int, *, exact: bool = True, **options: Any) -> 
     )
 
 
-def loss_func(folder: Path, size: int, **options: Any) -> Trainer:
+def loss_func(size: int, **options: Any) -> Trainer:
     recipe = load("transformers_loss_func")
     model = recipe.PolicyAndReference(*models())
 
@@ -60,7 +57,7 @@ def loss_func(folder: Path, size: int, **options: Any) -> Trainer:
 
     return Trainer(
         model,
-        arguments(folder, size, label_names=["labels"], **options),
+        arguments(size, label_names=["labels"], **options),
         collate,
         PAIRS,
         PAIRS,
@@ -74,9 +71,9 @@ def loss_func(folder: Path, size: int, **options: Any) -> Trainer:
 )
 @pytest.mark.parametrize("size", [EVEN, UNEVEN])
 @pytest.mark.parametrize("make", [subclass, loss_func])
-def test_trainer(tmp_path, make, size, evaluated_first) -> None:
+def test_trainer(make, size, evaluated_first) -> None:
     """Gradient, logged loss and evaluation are those of the mean over all pairs."""
-    trainer = make(tmp_path, size, per_device_eval_batch_size=6, **evaluated_first)
+    trainer = make(size, per_device_eval_batch_size=6, **evaluated_first)
     recorder, exact = trainer.optimizer, exact_step(*models(), PAIRS)
     trainer.train()
     (grads,) = recorder.steps
@@ -88,8 +85,8 @@ def test_trainer(tmp_path, make, size, evaluated_first) -> None:
 
 
 @pytest.mark.parametrize(("size", "error"), [(EVEN, 0.0), (UNEVEN, 0.4)])
-def test_least_code_is_a_mean_of_means(tmp_path, size, error) -> None:
-    trainer = subclass(tmp_path, size, exact=False)
+def test_least_code_is_a_mean_of_means(size, error) -> None:
+    trainer = subclass(size, exact=False)
     recorder = trainer.optimizer
     trainer.train()
     (grads,) = recorder.steps

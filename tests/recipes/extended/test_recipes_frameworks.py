@@ -25,7 +25,7 @@ from helpers.recipes_oracle import (
     run_script,
     toy,
 )
-from helpers.trainers import lightning_arguments, lora
+from helpers.trainers import LIGHTNING, lora
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "fresh_accelerate"),
@@ -49,7 +49,7 @@ def test_lightning(tmp_path, size, divisor, share) -> None:
         policy, reference, pairs_per_micro_batch=divisor, beta=BETA
     )
     module.configure_optimizers = lambda: recorder
-    trainer = lightning.Trainer(max_epochs=1, **lightning_arguments(tmp_path))
+    trainer = lightning.Trainer(**LIGHTNING)
     trainer.fit(module, torch.utils.data.DataLoader(PAIRS, size, collate_fn=toy.collate))
     (grads,) = recorder.steps
     _, exact = exact_step(*models(), PAIRS)
@@ -122,7 +122,9 @@ def test_peft_refuses_a_prompt(kind) -> None:
 # ------------------------------------------------------------------------------------- scripts
 
 
-@pytest.mark.parametrize("name", ["accelerate_loop", "lightning_module", "peft_fused"])
+@pytest.mark.parametrize(
+    "name", ["accelerate_loop", "lightning_module", "peft_fused", "trl_dpo", "trl_fused"]
+)
 def test_recipe_runs_as_a_script(name, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(run_script(name)) >= 3

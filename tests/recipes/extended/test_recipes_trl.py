@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +18,6 @@ from helpers.recipes_oracle import (
     BETA,
     EVEN,
     PAIRS,
-    RECIPES,
     UNEVEN,
     Grads,
     Recorder,
@@ -53,7 +50,6 @@ def recipe(request) -> type:
 
 def make_trainer(
     trainer_class: type,
-    folder: Path,
     *models: nn.Module,
     size: int = EVEN,
     config: dict[str, Any] | None = None,
@@ -63,7 +59,7 @@ def make_trainer(
     data = Dataset.from_list(toy.texts(PAIRS))
     for name, values in (columns or {}).items():
         data = data.add_column(name, values)
-    settings = {**trainer_arguments(folder, size), "beta": BETA, "bf16": False, **(config or {})}
+    settings = {**trainer_arguments(size), "beta": BETA, "bf16": False, **(config or {})}
     return trainer_class(
         *models,
         args=trl.DPOConfig(**settings),
@@ -103,9 +99,9 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of a trai
 
 
 @pytest.mark.parametrize(("options", "exact_options"), STEPS.values(), ids=STEPS)
-def test_a_reference_model(tmp_path, recipe, options, exact_options) -> None:
+def test_a_reference_model(recipe, options, exact_options) -> None:
     loss, exact = exact_step(*models(), ENDED, **exact_options)
-    trainer = make_trainer(recipe, tmp_path, *models(), **options)
+    trainer = make_trainer(recipe, *models(), **options)
     assert relative_error(train(trainer), exact) < EXACT
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, **FLOAT32_REFERENCE)
     trainer.args.per_device_eval_batch_size = len(PAIRS)
@@ -114,10 +110,10 @@ def test_a_reference_model(tmp_path, recipe, options, exact_options) -> None:
     assert "eval_rewards/margins" in evaluated
 
 
-def test_log_keys_and_values_are_those_of_dpo(tmp_path, recipe) -> None:
+def test_log_keys_and_values_are_those_of_dpo(recipe) -> None:
     logs = []
     for trainer_class in (recipe, trl.DPOTrainer):
-        trainer = make_trainer(trainer_class, tmp_path, *models())
+        trainer = make_trainer(trainer_class, *models())
         train(trainer)
         logs.append(trainer.state.log_history[0])
     ours, theirs = logs
@@ -143,9 +139,9 @@ def test_log_keys_and_values_are_those_of_dpo(tmp_path, recipe) -> None:
     ],
     ids=str,
 )
-def test_options_of_other_losses_are_refused(tmp_path, recipe, option) -> None:
+def test_options_of_other_losses_are_refused(recipe, option) -> None:
     with pytest.raises(ValueError, match=f"only SPO: {next(iter(option))} must be .*, got "):
-        make_trainer(recipe, tmp_path, *models(), config=option)
+        make_trainer(recipe, *models(), config=option)
 
 
 def like_toy(config: type, **options: Any) -> Any:
@@ -153,54 +149,54 @@ def like_toy(config: type, **options: Any) -> Any:
     return config(**toy.models()[0].config.to_diff_dict() | {"architectures": None}, **options)
 
 
-def test_the_auxiliary_loss_of_experts_is_refused(tmp_path, recipe) -> None:
+def test_the_auxiliary_loss_of_experts_is_refused(recipe) -> None:
     sizes = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
     config = like_toy(Qwen2MoeConfig, num_experts=2, num_experts_per_tok=1, **sizes)
     config.router_aux_loss_coef = 0.1
     both = [Qwen2MoeForCausalLM(config) for _ in range(2)]
-    make_trainer(recipe, tmp_path, *both, config={"router_aux_loss_coef": 0.0})
+    make_trainer(recipe, *both, config={"router_aux_loss_coef": 0.0})
     with pytest.raises(ValueError, match=r"set router_aux_loss_coef=0\.0"):
-        make_trainer(recipe, tmp_path, *both)
+        make_trainer(recipe, *both)
 
 
-def test_accumulation_is_a_mean_of_means(tmp_path, recipe) -> None:
+def test_accumulation_is_a_mean_of_means(recipe) -> None:
     _, exact = exact_step(*models(), ENDED)
-    trainer = make_trainer(recipe, tmp_path, *models(), size=UNEVEN)
+    trainer = make_trainer(recipe, *models(), size=UNEVEN)
     assert relative_error(train(trainer), exact) == pytest.approx(0.4, abs=0.05)
 
 
-def test_lora_takes_the_base_as_reference(tmp_path, recipe) -> None:
+def test_lora_takes_the_base_as_reference(recipe) -> None:
     policy, _ = models()
     base, expected = copy.deepcopy(policy), get_peft_model(copy.deepcopy(policy), lora())
-    trainer = make_trainer(recipe, tmp_path, policy, peft_config=lora())
+    trainer = make_trainer(recipe, policy, peft_config=lora())
     grads = train(trainer)
     expected.load_state_dict(trainer.model.state_dict())
     assert relative_error(grads, exact_step(expected, base, ENDED)[1]) < EXACT
 
 
-def test_an_adapter_of_your_own_is_the_reference(tmp_path, recipe) -> None:
+def test_an_adapter_of_your_own_is_the_reference(recipe) -> None:
     policy = get_peft_model(models()[0], lora())
     expected, reference = copy.deepcopy(policy), copy.deepcopy(policy)
     move_adapter(expected)
-    grads = train(make_trainer(recipe, tmp_path, policy))
+    grads = train(make_trainer(recipe, policy))
     assert relative_error(grads, exact_step(expected, reference, ENDED)[1]) < EXACT
 
 
 # ---------------------------------------------------------------------------------- without logits
 
 
-def test_fused_never_calls_the_head(tmp_path) -> None:
+def test_fused_never_calls_the_head() -> None:
     both = models()
-    trainer = make_trainer(load("trl_fused").SPOTrainer, tmp_path, *both)
+    trainer = make_trainer(load("trl_fused").SPOTrainer, *both)
     for model in both:
         model.lm_head.register_forward_hook(lambda *_: pytest.fail("logits were made"))
     train(trainer)
 
 
-def test_fused_still_gives_logits_to_those_who_ask(tmp_path) -> None:
+def test_fused_still_gives_logits_to_those_who_ask() -> None:
     policy, reference = models()
     before = copy.deepcopy(policy).eval()
-    trainer = make_trainer(load("trl_fused").SPOTrainer, tmp_path, policy, reference)
+    trainer = make_trainer(load("trl_fused").SPOTrainer, policy, reference)
     inputs = next(iter(trainer.get_train_dataloader()))
     trainer.model.eval()
     with torch.no_grad():
@@ -209,30 +205,16 @@ def test_fused_still_gives_logits_to_those_who_ask(tmp_path) -> None:
     torch.testing.assert_close(outputs.logits, expected)
 
 
-def test_fused_takes_what_a_model_does_to_its_logits(tmp_path) -> None:
+def test_fused_takes_what_a_model_does_to_its_logits() -> None:
     torch.manual_seed(0)
     model = GraniteForCausalLM(like_toy(GraniteConfig, logits_scaling=8.0)).double()
     both = model, copy.deepcopy(model)
     _, exact = exact_step(*both, ENDED)
-    trainer = make_trainer(load("trl_fused").SPOTrainer, tmp_path, *both)
+    trainer = make_trainer(load("trl_fused").SPOTrainer, *both)
     assert relative_error(train(trainer), exact) < EXACT
 
 
-def test_fused_refuses_a_prompt(tmp_path) -> None:
+def test_fused_refuses_a_prompt() -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ValueError, match="virtual tokens"):
-        make_trainer(load("trl_fused").SPOTrainer, tmp_path, models()[0], peft_config=config)
-
-
-# ------------------------------------------------------------------------------------- the script
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FORMS)
-def test_recipe_runs_as_a_script(name, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    run = runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
-    first, *_, last = (log["loss"] for log in run["trainer"].state.log_history if "loss" in log)
-    assert first == pytest.approx(0.0, abs=1e-6)  # the reference is a copy of the policy
-    assert last < first
-    assert not list(tmp_path.iterdir())
+        make_trainer(load("trl_fused").SPOTrainer, models()[0], peft_config=config)
