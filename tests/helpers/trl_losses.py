@@ -36,12 +36,7 @@ def dpo_trainer(
     folder: Path, beta: float, *, loss_type: str = "sigmoid", **options: Any
 ) -> trl.DPOTrainer:
     """DPOTrainer on the models and pairs of toy.py, in float64."""
-    arguments = trainer_arguments(6) | {
-        "output_dir": str(folder),
-        "loss_type": [loss_type],
-        "beta": beta,
-        **options,
-    }
+    arguments = trainer_arguments(6) | {"output_dir": str(folder), "loss_type": [loss_type]}
     return trl.DPOTrainer(
         *toy.models(dtype=torch.float64),
         trl.DPOConfig(**arguments, **options, beta=beta, bf16=False),
@@ -55,21 +50,11 @@ def cpo_trainer(folder: Path, beta: float, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TRL may change it
         from trl.experimental.cpo import CPOConfig, CPOTrainer
-    arguments = trainer_arguments(6) | {
-        "output_dir": str(folder),
-        "loss_type": "simpo",
-        "cpo_alpha": 0.0,
-    }
+    arguments = trainer_arguments(6) | {"output_dir": str(folder), "loss_type": "simpo"}
+    arguments |= {"cpo_alpha": 0.0, "beta": beta, "bf16": False, "remove_unused_columns": False}
     return CPOTrainer(
         toy.models(dtype=torch.float64)[0],
-        CPOConfig(
-            **arguments,
-            **options,
-            beta=beta,
-            cpo_alpha=0.0,
-            bf16=False,
-            remove_unused_columns=False,
-        ),
+        CPOConfig(**arguments, **options),
         train_dataset=Dataset.from_list(toy.texts(toy.pairs(6))),
         processing_class=toy.tokenizer(),
     )
