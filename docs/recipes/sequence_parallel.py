@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spoloss import spo_loss
-from spoloss.torch import Completions, head_of, linear_logps, sequence_logps
+from spoloss.torch import Completions, head_of, linear_logps
 
 GROUP: dist.ProcessGroup | None = None  # the ranks that share a sequence; None is all of them
 
@@ -49,14 +49,6 @@ class SliceLogps(nn.Module):
         lm_head = self.model.lm_head
         head = replace(self.head, weight=lm_head.weight, bias=lm_head.bias)
         return linear_logps(head, Completions(hidden, labels, shift=False))
-
-
-class LogitsSliceLogps(SliceLogps):
-    """The same from the logits."""
-
-    def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
-        """Returns the sum of the log-probabilities of a slice's labels, [B]."""
-        return sequence_logps(self.model(ids, position_ids=positions).logits, labels, shift=False)
 
 
 class SumOverRanks(torch.autograd.Function):

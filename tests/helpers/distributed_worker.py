@@ -186,9 +186,16 @@ def tensor_parallel(setting: Setting) -> Step:
 # ------------------------------------------------------------------------------- sequence parallel
 
 
-class ShiftsLate(sequence_parallel.SliceLogps):
+class Logits(sequence_parallel.SliceLogps):
+    shift = False
+
     def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
-        return sequence_logps(self.model(ids, position_ids=positions).logits, labels)
+        logits = self.model(ids, position_ids=positions).logits
+        return sequence_logps(logits, labels, shift=self.shift)
+
+
+class ShiftsLate(Logits):
+    shift = True
 
 
 def all_reduced(part: Tensor) -> Tensor:
@@ -203,7 +210,7 @@ def bare(module: nn.Module) -> nn.Module:
 
 @case("sequence parallel: DDP, fused")
 @case("sequence parallel: DDP, fused, tied", tied=True)
-@case("sequence parallel: DDP, logits", slices=sequence_parallel.LogitsSliceLogps)
+@case("sequence parallel: DDP, logits", slices=Logits)
 @case("sequence parallel: FSDP2, fused", engine=fully_shard)
 @case("sequence parallel: dist.all_reduce, an engine that sums", total=all_reduced, engine=bare)
 @case("sequence parallel: an engine that sums", Wrong(1.00), engine=bare)

@@ -109,17 +109,6 @@ class Setting:
         return self.batch([*itertools.chain(*self.parts())])
 
 
-@dataclass(frozen=True)
-class Case:
-    """What makes the steps of a policy, and what is expected of them."""
-
-    wrap: Callable[[Setting], Step]
-    expected: Exact | Wrong | Refused
-    dtype: torch.dtype
-    tied: bool
-    ended: bool
-
-
 @dataclass
 class Cases:
     """The cases of a file, by name.
@@ -137,7 +126,7 @@ class Cases:
     rate: float = 0.1
     steps: int = 2
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    cases: dict[str, Case] = field(default_factory=dict)
+    cases: dict[str, Callable[[], tuple[Any, Found]]] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -150,11 +139,12 @@ class Cases:
         **options: Any,
     ) -> Callable[[Callable[..., Step]], Callable[..., Step]]:
         """Registers a function of a setting; `options` are its further arguments."""
+        expects = expected or self.exact
 
         def register(wrap: Callable[..., Step]) -> Callable[..., Step]:
             made = functools.partial(wrap, **options)
-            expects = expected or self.exact
-            self.cases[name] = Case(made, expects, dtype or self.dtype, tied, ended)
+            run = functools.partial(self._run, made, expects, dtype or self.dtype, tied, ended)
+            self.cases[name] = lambda: (expects, run())
             return wrap
 
         return register
@@ -162,24 +152,23 @@ class Cases:
     def run_all(self, only: Callable[[str], bool] = lambda _: True) -> dict[str, Any]:
         """By case what is expected, and what this rank found."""
         warnings.filterwarnings("error", module="spoloss")
-        chosen = {name: case for name, case in self.cases.items() if only(name)}
-        return {name: (case.expected, self.run(case)) for name, case in chosen.items()}
+        return {name: run() for name, run in self.cases.items() if only(name)}
 
-    def run(self, case: Case) -> Found:
-        policy, reference = models(tied=case.tied, dtype=case.dtype)
-        steps = self.steps if isinstance(case.expected, Exact) else 1
+    def _run(self, wrap: Any, expected: Any, dtype: torch.dtype, tied: bool, ended: bool) -> Found:
+        policy, reference = models(tied=tied, dtype=dtype)
+        steps = self.steps if isinstance(expected, Exact) else 1
         errors = []
         try:
             with self.around():
-                step = case.wrap(Setting(policy, reference))
-                for exact in exact_steps(case.tied, case.dtype, case.ended, self.rate)[:steps]:
+                step = wrap(Setting(policy, reference))
+                for exact in exact_steps(tied, dtype, ended, self.rate)[:steps]:
                     before = whole(policy)
                     step()
                     descend(policy, self.rate)
                     moved = {n: (before[n] - w) / self.rate for n, w in whole(policy).items()}
                     errors.append(relative_error(moved, exact))
         except Exception as error:
-            if not isinstance(case.expected, Refused):
+            if not isinstance(expected, Refused):
                 raise
             return f"{type(error).__name__}: {error}"
         return errors

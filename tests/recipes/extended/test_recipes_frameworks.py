@@ -8,7 +8,7 @@ import accelerate
 import lightning
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import get_peft_model
 
 from helpers.recipes_oracle import (
     BETA,
@@ -82,10 +82,6 @@ def test_accelerate(size) -> None:
 # ---------------------------------------------------------------------------------------- PEFT
 
 
-def pair_loss(policy: torch.nn.Module) -> torch.Tensor:
-    return load("peft_fused").FusedSPO(policy, BETA)(toy.collate(PAIRS))
-
-
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}])
 def test_peft_fused(options) -> None:
     base, _ = models()
@@ -94,29 +90,10 @@ def test_peft_fused(options) -> None:
         with torch.no_grad():  # a head that has moved off the reference's
             policy.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.1)
     exact = exact_step(policy, base, PAIRS)
-    loss = pair_loss(policy)
+    loss = load("peft_fused").FusedSPO(policy, BETA)(toy.collate(PAIRS))
     loss.backward()
     assert_step(loss.item(), grads_of(policy), exact)
     assert any("lm_head" in name for name in exact[1]) == bool(options)
-
-
-@pytest.mark.parametrize("fresh", [True, False])
-def test_peft_refuses_an_adapter_on_the_head(fresh) -> None:
-    config = lora(target_modules=["q_proj", "lm_head"])
-    config.init_lora_weights = fresh  # then it changes no logit yet
-    with pytest.raises(TypeError, match="the head must be exactly"):
-        pair_loss(get_peft_model(models()[0], config))
-
-
-@pytest.mark.parametrize(
-    "kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig], ids=lambda k: k.__name__
-)
-def test_peft_refuses_a_prompt(kind) -> None:
-    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    if kind is PromptEncoderConfig:
-        config.encoder_hidden_size = 8
-    with pytest.raises(ValueError, match="virtual tokens"):
-        pair_loss(get_peft_model(models()[0], config))
 
 
 # ------------------------------------------------------------------------------------- scripts

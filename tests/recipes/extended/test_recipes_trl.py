@@ -10,7 +10,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import PromptTuningConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -212,9 +212,3 @@ def test_fused_takes_what_a_model_does_to_its_logits() -> None:
     _, exact = exact_step(*both, ENDED)
     trainer = make_trainer(load("trl_fused").SPOTrainer, *both)
     assert relative_error(train(trainer), exact) < EXACT
-
-
-def test_fused_refuses_a_prompt() -> None:
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with pytest.raises(ValueError, match="virtual tokens"):
-        make_trainer(load("trl_fused").SPOTrainer, models()[0], peft_config=config)
