@@ -61,12 +61,8 @@ if __name__ == "__main__":
     pairs = toy.pairs(6)
     micro_batches = [toy.collate(pairs[:4]), toy.collate(pairs[4:])]
     heads = head_of(policy), head_of(reference)  # once, before the loop
-    forms = {
-        "logits": partial(loss_by_logits, policy, reference),
-        "tiles": partial(loss_by_tiles, policy, reference, *heads),
-    }
-    for name, loss_of in forms.items():
-        for _ in range(3):
-            print(name, accumulate(loss_of, micro_batches, beta=0.025))
-            optimizer.step()
-            optimizer.zero_grad()
+    loss_of = partial(loss_by_tiles, policy, reference, *heads)  # loss_by_logits takes no heads
+    for _ in range(3):
+        print(accumulate(loss_of, micro_batches, beta=0.025))
+        optimizer.step()
+        optimizer.zero_grad()

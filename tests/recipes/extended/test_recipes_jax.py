@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import pytest
 import torch
 from flax import nnx
 
-from helpers.interpreter import run_python
+from helpers import processes
 from helpers.recipes_oracle import (
     BETA,
     MeanOfEmbeddings,
@@ -28,39 +27,62 @@ from helpers.recipes_oracle import (
 PAIRS = toy.pairs(4)
 
 
-def optax_step(weights: Any, reference: Any) -> tuple[float, Any]:
+def optax_step(weights: Any, reference: Any, batch: Any) -> tuple[Any, Any]:
     recipe, toy_jax, optimizer = load("jax_flax"), load("toy_jax"), optax.sgd(1.0)
     train_step = recipe.make_train_step(toy_jax.apply, optimizer, BETA)
-    batch = toy_jax.batch(len(PAIRS))
     new, _, loss = train_step(weights, reference, optimizer.init(weights), batch)
     return loss, new
 
 
-def nnx_step(weights: Any, reference: Any) -> tuple[float, Any]:
-    recipe, toy_jax = load("jax_flax"), load("toy_jax")
-    policy, reference = toy_jax.Model(weights), toy_jax.Model(reference)
-    optimizer = nnx.Optimizer(policy, optax.sgd(1.0), wrt=nnx.Param)
-    loss = recipe.nnx_train_step(policy, reference, optimizer, toy_jax.batch(len(PAIRS)), BETA)
+def nnx_step(weights: Any, reference: Any, batch: Any) -> tuple[Any, Any]:
+    policy, reference, optimizer = modules(weights, reference)
+    loss = load("jax_flax").nnx_train_step(policy, reference, optimizer, batch, BETA)
     return loss, {name: getattr(policy, name)[...] for name in weights}
 
 
-def mesh_step(*_: Any) -> tuple[float, Any]:
-    done = run_python("-m", "helpers.jax_recipe_worker")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["gathers"] == 0
-    assert "model" in found["layout"]
-    return found["loss"], {name: np.array(weight) for name, weight in found["weights"].items()}
+def modules(weights: Any, reference: Any) -> tuple[Any, Any, nnx.Optimizer]:
+    policy, reference = map(load("toy_jax").Model, (weights, reference))
+    return policy, reference, nnx.Optimizer(policy, optax.sgd(1.0), wrt=nnx.Param)
 
 
-@pytest.mark.parametrize("step", [optax_step, nnx_step, mesh_step])
-def test_a_step_of_descent_is_the_gradient(step) -> None:
+def mesh_step(weights: Any, reference: Any, batch: Any) -> tuple[Any, Any]:
+    """On four virtual devices."""
+    recipe = load("jax_mesh")
+    mesh = recipe.make_mesh(2, 2)
+    policy, reference, optimizer = modules(weights, reference)
+    for model in (policy, reference):
+        recipe.place(model, mesh)
+    sides = [
+        recipe.place_batch(jax.tree.map(lambda rows, i=i: jnp.split(rows, 2)[i], batch), mesh)
+        for i in range(2)
+    ]
+    inputs, where = (policy, reference, optimizer, *sides), {"beta": BETA, "mesh": mesh}
+    program = recipe.train_step.lower(*inputs, **where).compile().as_text()
+    loss = recipe.train_step(*inputs, **where)
+    assert not any(name in program for name in (" all-gather", " all-to-all"))
+    assert "model" in str(policy.head[...].sharding.spec)
+    return loss, {name: getattr(policy, name)[...] for name in weights}
+
+
+def check(_rank: int, step: Any) -> None:
+    """A step of descent at rate 1 moves the weights by the gradient."""
     weights = load("toy_jax").params(jnp.float64)
     reference = jax.tree.map(jnp.asarray, moved(weights))
     exact = exact_step(MeanOfEmbeddings(weights), MeanOfEmbeddings(reference), PAIRS)
-    loss, new = step(weights, reference)
+    loss, new = step(weights, reference, load("toy_jax").batch(len(PAIRS)))
     grads = {name: torch.tensor(np.asarray(w - new[name])) for name, w in weights.items()}
     assert_step(loss, grads, exact, 1e-12)
+
+
+@pytest.mark.parametrize("step", [optax_step, nnx_step])
+def test_a_step_of_descent_is_the_gradient(step) -> None:
+    check(0, step)
+
+
+def test_on_a_mesh(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    processes.run(check, 1, tmp_path, mesh_step)
 
 
 @pytest.mark.parametrize("name", ["jax_flax", "jax_mesh"])
