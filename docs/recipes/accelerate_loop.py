@@ -74,11 +74,10 @@ if __name__ == "__main__":
     accelerator = Accelerator()
     policy, reference = toy.models()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    loader = torch.utils.data.DataLoader(toy.pairs(12), batch_size=4, collate_fn=toy.collate)
+    loader = torch.utils.data.DataLoader(toy.pairs(24), batch_size=4, collate_fn=toy.collate)
     policy, optimizer, loader = accelerator.prepare(policy, optimizer, loader)
     reference.to(accelerator.device)
-    for _ in range(3):
-        for loss in train(
-            policy, reference, loader, optimizer, accelerator, micro_batches=2, beta=0.025
-        ):
-            accelerator.print(loss)
+    for loss in train(
+        policy, reference, loader, optimizer, accelerator, micro_batches=2, beta=0.025
+    ):
+        accelerator.print(loss)

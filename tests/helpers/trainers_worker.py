@@ -229,13 +229,10 @@ class ShardedModule(load("lightning_module").SPOModule):
         fully_shard(self.policy, reshard_after_forward=True)
 
 
-LIGHTNING_FSDP2 = Engine("ShardedModule", 0.5)
-
-
 @case("Lightning: DDP", engine=ENGINES["DDP"], strategy=lambda: "ddp")
 @case(
     "Lightning: FSDP2 (ModelParallelStrategy)",
-    engine=LIGHTNING_FSDP2,
+    engine=Engine("ShardedModule", 0.5),
     strategy=ModelParallelStrategy,
     module_class=ShardedModule,
 )
