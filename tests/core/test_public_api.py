@@ -8,6 +8,7 @@ import inspect
 import itertools
 import pickle
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,10 @@ DOCUMENTED = documented()
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_every_argument_is_documented(name: str) -> None:
-    assert undocumented(DOCUMENTED[name]) == set()
+    thing = DOCUMENTED[name]
+    assert undocumented(thing) == set()
+    hints = typing.get_type_hints(thing.__init__ if isinstance(thing, type) else thing)
+    assert {*inspect.signature(thing).parameters} - {"self"} <= set(hints)
 
 
 @pytest.mark.parametrize("wing", [spoloss.torch, spoloss.jax])

@@ -14,7 +14,7 @@ import torch
 
 import spoloss.jax
 import spoloss.torch
-from spoloss import pair_loss
+from spoloss import SPO, pair_loss
 
 Arrays = Mapping[str, Any]
 
@@ -43,18 +43,22 @@ class Wing(Protocol):
         """The function as one graph."""
 
 
+@dataclass(frozen=True)
 class Torch:
-    """PyTorch."""
+    """PyTorch on a device."""
 
+    device: str = "cpu"
     name = "torch"
     api = spoloss.torch
 
     def array(self, values: Any, dtype: str | None = None) -> torch.Tensor:
-        tensor = torch.as_tensor(np.array(values))
+        tensor = torch.as_tensor(np.array(values), device=self.device)
         return tensor if dtype is None else tensor.to(getattr(torch, dtype))
 
     def numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array.detach())
+        if array.dtype == torch.bfloat16:  # which NumPy lacks
+            return self.numpy(array.view(torch.int16)).view(jnp.bfloat16)
+        return np.asarray(array.detach().cpu())
 
     def grads(
         self, function: Callable[[Arrays], Any], arrays: Arrays, wanted: Sequence[str]
@@ -139,6 +143,16 @@ class APODown:
         up, down = sigmoid(beta * chosen), sigmoid(beta * (chosen - rejected))
         of_margin = beta * down * (1.0 - down)
         return beta * up * (1.0 - up) - of_margin, of_margin
+
+
+class Margin:
+    """l(h) = h, so that the gradient of the loss is that of the log-probability."""
+
+    def value(self, margin: Any, beta: Any) -> Any:  # noqa: ARG002
+        return margin
+
+    def slope(self, margin: Any, beta: Any) -> Any:  # noqa: ARG002
+        return 0.0 * margin + 1.0
 
 
 def make_arrays(wing: Wing, dtype: str = "float64") -> dict[str, Any]:
@@ -286,3 +300,47 @@ def check_same(
         np.testing.assert_allclose(
             a / scale, b / scale, rtol=tolerance, atol=tolerance, err_msg=name
         )
+
+
+def check_half_precision(
+    wing: Wing,
+    dtype: str,
+    need: Sequence[str],
+    chunk_size: int | None,
+    *,
+    loss_scale: float = 1.0,
+) -> None:
+    """Against float64, the fused head is no worse than half-precision logits.
+
+    A loss that is as small as the loss scale is large has gradients that float16 can't hold before
+    they are scaled.
+    """
+    half = make_arrays(wing, dtype)
+    half["weights"] = half["weights"] / loss_scale
+    exact = {name: wing.numpy(array) for name, array in half.items()}
+    for name in (*STATES, *HEAD):
+        exact[name] = exact[name].astype("float64")
+    exact = {name: ORACLE.array(array) for name, array in exact.items()}
+
+    def of(function: Callable[..., Any], by: Wing, arrays: Arrays, **options: Any) -> list[Any]:
+        call = lambda a: function(by, a, **options) * loss_scale  # noqa: E731
+        value, grads = by.grads(call, arrays, need)
+        assert all(str(grad.dtype) in str(arrays[name].dtype) for name, grad in grads.items())
+        found = [by.numpy(value), *(grads[name] for name in need)]
+        return [each.astype("float64") for each in found]
+
+    by_logits = lambda by, a: unfused(by, SPO(), a, nll_weight=0.2)  # noqa: E731
+    mine = lambda by, a, **o: fused(by, SPO(), a, nll_weight=0.2, **o).loss  # noqa: E731
+    truth = of(by_logits, ORACLE, exact)
+    naive, got = of(by_logits, wing, half), of(mine, wing, half, chunk_size=chunk_size)
+    eps = float(jnp.finfo(dtype).eps)
+    for norm in (np.inf, 2):
+        size = lambda a, norm=norm: np.linalg.norm(np.ravel(a), norm)  # noqa: E731
+        for i, (a, b, c) in enumerate(zip(got, naive, truth, strict=True)):
+            error, theirs = size(a - c) / size(c), size(b - c) / size(c)
+            if i == 0:
+                assert error <= max(1.1 * theirs, 1e-5)
+            else:
+                # A frozen head's directions are rounded once before the slope.
+                most = 1.1 if "weight" in need else 1.3
+                assert error <= (theirs + eps if norm == np.inf else max(most * theirs, eps))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
-import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,36 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh
 
-import spoloss.jax
-import spoloss.torch
 from helpers.interpreter import run_python
 from helpers.wings import WINGS, D, P, T, completions_of, fused, head_of, make_arrays
 from spoloss import SPO
-from spoloss.jax import Completions, Head, linear_logps, sequence_logps
+from spoloss.jax import Completions, Head, linear_logps
 
 JAX = WINGS["jax"]
-FUNCTIONS = [name for name in spoloss.jax.__all__ if name[0].islower()]
-OBJECTS = ["Head", "Completions"]
-ONLY_TORCH, ONLY_JAX = {"vocab_parallel_group"}, {"mesh", "batch_axis", "vocab_axis"}
-
-
-@pytest.mark.parametrize("name", [*FUNCTIONS, *OBJECTS])
-def test_signatures_are_those_of_the_torch_wing(name: str) -> None:
-    mine, theirs = (
-        inspect.signature(getattr(wing, name)).parameters.values()
-        for wing in (spoloss.jax, spoloss.torch)
-    )
-    own = [(p.name, p.kind, p.default) for p in mine if p.name not in ONLY_JAX]
-    assert own == [(p.name, p.kind, p.default) for p in theirs if p.name not in ONLY_TORCH]
-
-
-@pytest.mark.parametrize("name", [*FUNCTIONS, *OBJECTS])
-def test_docstrings_and_hints(name: str) -> None:
-    function = getattr(spoloss.jax, name)
-    hints = typing.get_type_hints(function)
-    for argument in inspect.signature(function).parameters:
-        assert argument in hints
-        assert re.search(rf"^ +{argument}: ", inspect.getdoc(function) or "", re.M), argument
 
 
 def test_the_wing_names_its_extra() -> None:
@@ -77,32 +51,6 @@ def test_a_flax_kernel_that_is_not_transposed() -> None:
     arrays["weight"] = arrays["weight"].T
     with pytest.raises(ValueError, match=re.escape("For a Flax kernel [D, V], pass kernel.T")):
         fused(JAX, SPO(), arrays)
-
-
-def test_offsets_that_do_not_fit() -> None:
-    arrays = make_arrays(JAX)
-    row = {"chosen_hidden": jnp.zeros((1, P * T, D)), "chosen_labels": jnp.zeros((1, P * T), int)}
-    del arrays["chosen_token_weights"]
-    for rows, offsets, message in (
-        ({}, jnp.array([0, 3]), "chosen.cu_seqlens cuts one row into sequences"),
-        (row, jnp.zeros((2, 2), int), "chosen.cu_seqlens must have shape [S + 1] with S >= 1"),
-        (row, jnp.array([0.0, 1.0]), "chosen.cu_seqlens must be integer, got float64"),
-        (row, [0, 3], "chosen.cu_seqlens must be a JAX array, got list"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
-            fused(JAX, SPO(), {**arrays, **rows, "chosen_cu_seqlens": offsets})
-
-
-def test_logits_that_do_not_fit() -> None:
-    labels = jnp.zeros((P, T), int)
-    with pytest.raises(ValueError, match=re.escape("logits must have shape [B, T, V]")):
-        sequence_logps(jnp.zeros((P, T)), labels)
-    with pytest.raises(TypeError, match="logits must be real floating, got int64"):
-        sequence_logps(jnp.zeros((P, T, 3), int), labels)
-    with pytest.raises(ValueError, match=re.escape("labels must have the shape [B, T]")):
-        sequence_logps(jnp.zeros((P, T, 3)), labels[:, 1:])
-    with pytest.raises(TypeError, match=r"^token_weights must be real floating"):
-        sequence_logps(jnp.zeros((P, T, 3)), labels, token_weights=labels)
 
 
 def test_options_that_are_traced() -> None:

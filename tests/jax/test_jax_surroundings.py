@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -168,13 +167,3 @@ def test_only_what_the_backward_pass_reads_is_kept(reduction: str) -> None:
         assert sorted(s for s in trained if len(s) == 3) == sorted(shapes)
         assert trained.count(arrays["weight"].shape) == 1
         assert not [s for s in kept("weight") if len(s) == 3]
-
-
-@pytest.mark.parametrize("references", ["float32", "float64"])
-def test_weights_do_not_change_the_dtype(references: str) -> None:
-    arrays = make_arrays(JAX, "float32")
-    for name in ("reference_chosen", "reference_rejected"):
-        arrays[name] = arrays[name].astype(references)
-    assert arrays["weights"].dtype == arrays["chosen_token_weights"].dtype == jnp.float64
-    for options in ({}, {"nll_weight": 0.5}, {"nll_weight": 0.5, "reduction": "none"}):
-        assert jax.eval_shape(functools.partial(loss, **options), arrays).dtype == references

@@ -88,14 +88,6 @@ def test_a_thousand_steps_fused_and_unfused() -> None:
     check_training(fused)
 
 
-def test_the_check_of_a_training_sees_a_small_drift() -> None:
-    def off(model: Model, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return fused(model, chosen, rejected) * (1.0 + 1e-7)
-
-    with pytest.raises(AssertionError):
-        check_training(off, 100)
-
-
 def live_bytes() -> int:
     gc.collect()
     tensors = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter))
@@ -221,9 +213,3 @@ def test_under_deterministic_algorithms_and_bit_by_bit_again(dtype: torch.dtype)
         first, again = everything(dtype), everything(dtype)
     assert all(map(torch.equal, first, again))
     assert all(tensor.isfinite().all() for tensor in first)
-
-
-def test_two_trainings_give_the_same_bits() -> None:
-    (first, losses), (again, same) = train(fused, 30), train(fused, 30)
-    assert losses == same
-    assert all(map(torch.equal, first.parameters(), again.parameters()))

@@ -1,10 +1,8 @@
-"""The edges of the fused head: kinds of weights and options, pairs of weight 0, dtypes, memory."""
+"""The edges of the fused head: autocast, devices, what a backward keeps, graphs."""
 
 from __future__ import annotations
 
 import gc
-import inspect
-import typing
 import weakref
 from typing import Any
 
@@ -12,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import spoloss
-import spoloss.torch
-from helpers.fused import Case, D, P, V, flat_logps, flat_spo, flat_squared
+from helpers.fused import Case, flat_logps, flat_spo
+from helpers.wings import D, P, V
 from spoloss import SPO, spo_loss
 from spoloss.torch import _autograd, sequence_logps
 
@@ -24,57 +21,6 @@ CHUNKS = [3, None]
 def inputs(case: Case) -> tuple[Any, ...]:
     chosen, rejected, weight, _ = case.tensors.values()
     return (chosen, rejected, weight, *case.labels, *case.reference)
-
-
-def logps_of(case: Case, **options: Any) -> list[Tensor]:
-    chosen, rejected, weight, bias = case.tensors.values()
-    return [
-        sequence_logps(hidden @ weight.t() + bias, labels, **options)
-        for hidden, labels in zip((chosen, rejected), case.labels, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("nll_weight", [0.0, 0.5])
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize("poison", ["forbidden target", "nan hidden states", "nan reference"])
-def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(
-    poison: str, chunk_size: int | None, nll_weight: float, reduction: str
-) -> None:
-    """The case's pair 3 has weight 0."""
-    clean, case = Case(), Case()
-    for either in (clean, case):  # entries 0 and 1 belong to pair 3 alone
-        either.labels = tuple(
-            labels.clamp(min=2).where(labels >= 0, labels) for labels in either.labels
-        )  # type: ignore[assignment]
-        either.labels[0][3] = 0
-    if poison == "forbidden target":
-        for either in (clean, case):
-            either.tensors["bias"].data[0] = -torch.inf
-        clean.labels[0][3] = 2
-    elif poison == "nan hidden states":
-        case.tensors["chosen_hidden"].data[3] = torch.nan
-        case.tensors["rejected_hidden"].data[3, 0] = torch.inf
-    else:
-        case.reference[0][3] = torch.nan
-    options = {"nll_weight": nll_weight, "chunk_size": chunk_size, "reduction": reduction}
-    got, want = (either.fused(SPO(), **options).loss for either in (case, clean))
-    torch.testing.assert_close(got, want)
-    for mine, theirs in zip(case.grads(got), clean.grads(want), strict=True):
-        assert mine.isfinite().all()
-        torch.testing.assert_close(mine, theirs)
-
-
-def test_a_tied_pair_under_weights_that_are_the_squared_gap() -> None:
-    case = Case()
-    gap = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0], dtype=torch.float64)
-    weight, bias = case.tensors["weight"], case.tensors["bias"]
-    out = flat_spo(*inputs(case), bias=bias, reward_gap=gap, weights=gap**2)
-    want = spo_loss(*logps_of(case), *case.reference, beta=0.1, reward_gap=gap, weights=gap**2)
-    torch.testing.assert_close(out.loss, want)
-    (got,) = torch.autograd.grad(out.loss, weight)
-    torch.testing.assert_close(got, torch.autograd.grad(want, weight)[0])
-    assert got.isfinite().all()
 
 
 def test_float64_stays_float64_under_autocast() -> None:
@@ -97,22 +43,6 @@ def test_autocast_equals_inputs_that_are_rounded_beforehand() -> None:
         got = case.fused(SPO())
     want = rounded.fused(SPO())
     torch.testing.assert_close(got.chosen_logps, want.chosen_logps, rtol=1e-6, atol=1e-6)
-
-
-PUBLIC = [
-    getattr(module, name)
-    for module in (spoloss, spoloss.torch)
-    for name in module.__all__
-    if inspect.isroutine(getattr(module, name))
-]
-
-
-@pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__name__)
-def test_signatures_resolve_and_list_their_keywords(function: Any) -> None:
-    hints = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters.values()
-    assert {parameter.name for parameter in parameters} <= set(hints)
-    assert all(p.kind != inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
@@ -193,13 +123,6 @@ def test_a_head_that_zero_3_has_partitioned() -> None:
             call()
 
 
-def test_devices_that_differ() -> None:
-    case = Case()
-    hidden = case.tensors["chosen_hidden"].detach().to("meta")
-    with pytest.raises(ValueError, match=r"hidden must be on the cpu of head.weight, got meta"):
-        flat_logps(hidden, case.tensors["weight"], case.labels[0].to("meta"))
-
-
 def test_the_default_device_is_another() -> None:
     case = Case()
     chosen, _, weight, _ = case.tensors.values()
@@ -215,31 +138,6 @@ def test_the_default_device_is_another() -> None:
             grads = case.grads(got)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(grads, case.grads(want))
-
-
-def test_weights_of_another_dtype_do_not_change_that_of_the_loss() -> None:
-    case = Case(dtype=torch.float32)
-    case.reference, case.beta = (0.0, 0.0), 0.1
-    for reduction in ("mean", "none"):
-        for nll_weight in (0.0, 0.5):
-            got = case.fused(SPO(), nll_weight=nll_weight, reduction=reduction).loss
-            assert case.weights.dtype == torch.float64
-            assert got.dtype == torch.float32
-            assert all(grad.dtype == torch.float32 for grad in case.grads(got))
-
-
-def test_a_gap_in_float64_is_not_rounded_by_hidden_states_in_float32() -> None:
-    case = Case(dtype=torch.float32)
-    gap = torch.full((P,), 1.0 / 3.0, dtype=torch.float64)
-    out = flat_squared(*inputs(case), reward_gap=gap, beta=0.1, reduction="none")
-    margin = spoloss.log_ratio_margin(out.chosen_logps, out.rejected_logps, *case.reference)
-    torch.testing.assert_close(out.loss, (margin - gap / 0.1) ** 2, rtol=1e-13, atol=0.0)
-
-
-# One packed row a side.
-
-
-# Compiled graphs for any number of lengths.
 
 
 def lengths_compiled(function: Any, *, dynamic: bool | None) -> int:

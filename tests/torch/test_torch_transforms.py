@@ -12,14 +12,22 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.func import grad, hessian, jacrev, vmap
 
-from helpers.fused import D, P, T, V, flat_logps, flat_spo
+from helpers.fused import flat_logps, flat_spo
 from helpers.pages import ROOT, table_below
-from spoloss.torch import sequence_logps
+from helpers.wings import D, P, T, V
+from spoloss.torch import _tiles, sequence_logps
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN = torch.randn(2, P, T, D, generator=GENERATOR, dtype=torch.float64)
 WEIGHT = torch.randn(V, D, generator=GENERATOR, dtype=torch.float64)
 LABELS = torch.randint(0, V, (2, P, T), generator=GENERATOR)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tiles, "LOGITS_BYTES", 3 * V * 8)
 
 
 def by_logits(weight: Tensor) -> Tensor:

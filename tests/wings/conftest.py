@@ -9,7 +9,7 @@ import pytest
 
 from helpers.wings import WINGS, Wing
 
-COMPILED = ("test_fused.py", "test_tokens.py")
+COMPILED = ("test_fused.py", "test_half_precision.py", "test_softmax.py", "test_tokens.py")
 """XLA compiles a program for each row of these files."""
 
 
@@ -28,8 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(params=WINGS.values(), ids=WINGS)
-def wing(request: pytest.FixtureRequest) -> Iterator[Wing]:
-    """The wing. XLA does not optimise, which takes longer than these programs run."""
+def wing(request: pytest.FixtureRequest) -> Wing:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler() -> Iterator[None]:
+    """XLA does not optimise, which takes longer than these programs run."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield request.param
+    yield
     jax.config.update("jax_disable_most_optimizations", False)

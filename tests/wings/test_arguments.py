@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+import typing
 from typing import Any
 
 import numpy as np
 import pytest
 
-from helpers.wings import P, T, V, Wing, completions_of, fused, head_of, make_arrays
+import spoloss.jax
+import spoloss.torch
+from helpers.wings import D, P, T, V, Wing, completions_of, fused, head_of, make_arrays
 from spoloss import SPO
 
 FIELDS = {
@@ -185,3 +190,57 @@ def test_options_of_log_probabilities_that_do_not_fit(wing: Wing) -> None:
             wing.api.sequence_logps(logits, labels, **{name: 1})
     with pytest.raises(TypeError, match=r"^ignore_index must be an integer, got NoneType"):
         wing.api.sequence_logps(logits, labels, ignore_index=None)
+
+
+def test_offsets_that_do_not_fit(wing: Wing) -> None:
+    arrays = make_arrays(wing)
+    row = {
+        "chosen_hidden": wing.array(np.zeros((1, P * T, D))),
+        "chosen_labels": wing.array(np.zeros((1, P * T), int)),
+    }
+    del arrays["chosen_token_weights"]
+    for rows, offsets, message in (
+        ({}, wing.array([0, 3]), "chosen.cu_seqlens cuts one row into sequences"),
+        (row, wing.array([0]), "chosen.cu_seqlens must have shape [S + 1] with S >= 1"),
+        (row, wing.array(np.zeros((2, 2), int)), "chosen.cu_seqlens must have shape [S + 1]"),
+        (row, wing.array([0.0, 1.0]), "chosen.cu_seqlens must be integer, got "),
+        (row, [0, 3], "chosen.cu_seqlens must be a "),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
+            fused(wing, SPO(), {**arrays, **rows, "chosen_cu_seqlens": offsets})
+
+
+def test_logits_that_do_not_fit(wing: Wing) -> None:
+    arrays = make_arrays(wing)
+    right = {"logits": wing.array(np.zeros((P, T, 3))), "labels": arrays["chosen_labels"]}
+    labels = right["labels"]
+    for name, wrong, message in (
+        ("logits", right["logits"][0], "logits must have shape [B, T, V]"),
+        ("logits", wing.array(np.zeros((P, T, 3), int)), "logits must be real floating, got "),
+        ("labels", labels[:, 1:], "labels must have the shape [B, T]"),
+        ("labels", wing.array(np.zeros((P, T))), "labels must be integer, got "),
+        ("labels", wing.array(np.zeros((P, T), bool)), "labels must be integer, got "),
+        ("token_weights", labels, "token_weights must be real floating, got "),
+        ("logits", [1.0], "logits must be a "),
+        ("labels", [1], "labels must be a "),
+        ("token_weights", [1.0], "token_weights must be a "),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
+            wing.api.sequence_logps(**{**right, name: wrong})
+
+
+ONLY = ("vocab_parallel_group", "mesh", "batch_axis", "vocab_axis")
+
+
+@pytest.mark.parametrize("name", [*filter(str.islower, spoloss.jax.__all__), "Head", "Completions"])
+def test_both_wings_have_the_same_signatures(name: str) -> None:
+    both = []
+    for wing in (spoloss.torch, spoloss.jax):
+        thing = getattr(wing, name)
+        parameters = inspect.signature(thing).parameters.values()
+        assert {p.name for p in parameters} <= set(typing.get_type_hints(thing))
+        for parameter in parameters:
+            assert re.search(rf"^ +{parameter.name}: ", inspect.getdoc(thing) or "", re.M)
+        assert all(p.kind != inspect.Parameter.VAR_KEYWORD for p in parameters)
+        both.append([(p.name, p.kind, p.default) for p in parameters if p.name not in ONLY])
+    assert both[0] == both[1]

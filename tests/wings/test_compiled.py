@@ -18,7 +18,9 @@ from helpers.wings import (
     fused,
     head_of,
     make_arrays,
+    unfused,
 )
+from spoloss import SPO
 
 # Dynamo instantiates any autograd.Function and so warns of itself (torch 2.13).
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -43,3 +45,8 @@ def test_packed_log_probabilities_and_a_frozen_head(wing: Wing) -> None:
         return wing.api.linear_logps(head_of(wing, a, {}), side, average=True)
 
     check_same(wing, wing.compiled(call), call, arrays, (STATES[0], TOKENS[0]))
+
+
+def test_logits_and_the_loss(wing: Wing) -> None:
+    call = lambda a: unfused(wing, SPO(), a)  # noqa: E731
+    check_same(wing, wing.compiled(call), call, make_arrays(wing), (*STATES, "weight"))

@@ -11,17 +11,22 @@ import pytest
 
 from helpers.wings import (
     IGNORED,
+    ORACLE,
+    TOKENS,
     D,
+    Margin,
     P,
     T,
     V,
     Wing,
+    check_same,
     completions_of,
     fused,
     head_of,
     make_arrays,
+    unfused,
 )
-from spoloss import SPO
+from spoloss import SPO, Squared
 
 Logps = Callable[..., Any]
 
@@ -136,35 +141,54 @@ def test_the_derivative_with_respect_to_a_token_weight(wing: Wing, way: Logps) -
 
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_packed_rows_equal_padded_ones(
-    wing: Wing, way: Logps, *, average: bool, shift: bool
+    wing: Wing, way: Logps, dtype: str, *, average: bool, shift: bool
 ) -> None:
-    """Sequences of 5, 1, 0, 7 and 3 tokens in one row."""
-    lengths = (5, 1, 0, 7, 3)
-    arrays = make_arrays(wing)
-    labels = wing.numpy(arrays["chosen_labels"])
+    """Sequences of 5, 1, 0, 7 and 3 tokens in one row; half precision is summed in float32."""
+    lengths, half = (5, 1, 0, 7, 3), dtype == "bfloat16"
+    arrays = make_arrays(wing, dtype)
+    labels = wing.numpy(arrays["chosen_labels"]).copy()
     weights = wing.numpy(arrays["chosen_token_weights"])
     for row, length in enumerate(lengths):
         labels[row, length:] = IGNORED
 
     def pack(rows: Any) -> Any:
         kept = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-        return wing.array(np.concatenate(kept)[None])
+        return np.concatenate(kept)[None]
 
-    packed = {**arrays, "chosen_hidden": pack(wing.numpy(arrays["chosen_hidden"]))}
+    hidden = pack(wing.numpy(arrays["chosen_hidden"])).astype("float64")
+    packed = {**arrays, "chosen_hidden": wing.array(hidden, dtype)}
     offsets = wing.array(np.cumsum([0, *lengths]).astype("int32"))
-    how = {"shift": shift, "average": average}
-    padded = {"token_weights": wing.array(weights), **how}
-    in_row = {"token_weights": pack(weights), "cu_seqlens": offsets, **how}
+    in_row = {"token_weights": wing.array(pack(weights)), "cu_seqlens": offsets, "shift": shift}
+    padded = {"token_weights": wing.array(weights), "shift": shift}
+    tight = {"rtol": 1e-6, "atol": 1e-6} if half else {"rtol": 1e-12, "atol": 1e-14}
+    if way is by_head:
+        head = wing.api.Head(arrays["weight"])
+        each, one = (
+            wing.numpy(
+                wing.api.linear_logps(head, wing.api.Completions(*side, **how), per_token=True)
+            )
+            for *side, how in (
+                (arrays["chosen_hidden"], wing.array(labels), padded),
+                (packed["chosen_hidden"], wing.array(pack(labels)), in_row),
+            )
+        )
+        np.testing.assert_allclose(one, pack(each), **tight)
+    padded["average"] = in_row["average"] = average
     want, want_grads = wing.grads(
         lambda a: way(wing, a, wing.array(labels), **padded), arrays, ["chosen_hidden", "weight"]
     )
     got, grads = wing.grads(
-        lambda a: way(wing, a, pack(labels), **in_row), packed, ["chosen_hidden", "weight"]
+        lambda a: way(wing, a, wing.array(pack(labels)), **in_row),
+        packed,
+        ["chosen_hidden", "weight"],
     )
-    np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), **tight)
+    if half:
+        return
     np.testing.assert_allclose(grads["weight"], want_grads["weight"], rtol=1e-11, atol=1e-12)
-    by_hidden = wing.numpy(pack(want_grads["chosen_hidden"]))
+    by_hidden = pack(want_grads["chosen_hidden"])
     np.testing.assert_allclose(grads["chosen_hidden"], by_hidden, rtol=1e-11, atol=1e-12)
 
 
@@ -186,16 +210,6 @@ def test_sums_are_accurate_to_a_few_eps(wing: Wing, way: Logps) -> None:
     np.testing.assert_allclose(got, want, rtol=6 * np.finfo(np.float32).eps)
     whole = wing.numpy(way(wing, arrays, labels, shift=False))
     np.testing.assert_allclose(whole, [tokens.sum()], rtol=6 * np.finfo(np.float32).eps)
-
-
-class Margin:
-    """l(h) = h."""
-
-    def value(self, margin: Any, beta: Any) -> Any:  # noqa: ARG002
-        return margin
-
-    def slope(self, margin: Any, beta: Any) -> Any:  # noqa: ARG002
-        return 0.0 * margin + 1.0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -259,16 +273,23 @@ LONG = {"chunk_size": 3, "nll_weight": 0.5}
     ],
     ids=["evaluated", "frozen", "trained", "long", "each frozen", "each trained"],
 )
+@pytest.mark.parametrize("poison", ["nan", "a label of probability 0"])
 def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(
-    wing: Wing, options: dict[str, Any], need: list[str]
+    wing: Wing, poison: str, options: dict[str, Any], need: list[str]
 ) -> None:
-    """Pair 3 of the case. Its nan stays visible in its log-probabilities."""
+    """Pair 3 of the case. What it holds stays visible in its log-probabilities."""
     clean = make_arrays(wing)
-    poisoned = dict(clean)
-    for name in ("chosen_hidden", "rejected_hidden", "reference_chosen"):
-        numbers = wing.numpy(clean[name]).copy()
-        numbers[3] = np.nan
-        poisoned[name] = wing.array(numbers)
+    numbers = {name: wing.numpy(array).copy() for name, array in clean.items()}
+    for side in ("chosen", "rejected"):  # entry 0 belongs to pair 3 alone
+        numbers[f"{side}_labels"][numbers[f"{side}_labels"] == 0] = 1
+    numbers["bias"][0] = -np.inf
+    clean = {name: wing.array(array) for name, array in numbers.items()}
+    if poison == "nan":
+        for name in ("chosen_hidden", "rejected_hidden", "reference_chosen"):
+            numbers[name][3] = np.nan
+    else:
+        numbers["chosen_labels"][3] = 0
+    poisoned = {name: wing.array(array) for name, array in numbers.items()}
     call = lambda a: fused(wing, SPO(), a, **options)  # noqa: E731
     want, want_grads = wing.grads(lambda a: call(a).loss, clean, ["weights", *need])
     got, grads = wing.grads(lambda a: call(a).loss, poisoned, ["weights", *need])
@@ -278,7 +299,7 @@ def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(
         np.testing.assert_allclose(grad, want_grads[name], rtol=1e-12, atol=1e-13)
     if not need:
         logps = wing.numpy(call(poisoned).chosen_logps)
-        np.testing.assert_array_equal(np.isnan(logps), np.arange(P) == 3)
+        np.testing.assert_array_equal(np.isfinite(logps), np.arange(P) != 3)
 
 
 def test_the_gradient_with_respect_to_a_weight_is_the_loss(wing: Wing) -> None:
@@ -304,3 +325,55 @@ def test_every_label_counts_as_often_as_it_weighs_in_the_nll(wing: Wing) -> None
     without = wing.numpy(fused(wing, SPO(), arrays, **how).loss)
     weights = wing.numpy(arrays["weights"])
     np.testing.assert_allclose(with_nll - without, nll * weights, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("need", [["chosen_hidden"], ["chosen_hidden", "weight"]])
+def test_hidden_states_that_do_not_count_may_hold_anything(wing: Wing, need: list[str]) -> None:
+    arrays = make_arrays(wing)
+    dirty = {name: wing.numpy(arrays[f"{name}_hidden"]).copy() for name in ("chosen", "rejected")}
+    dirty["chosen"][2], dirty["rejected"][1, 4:] = np.nan, np.inf
+    other = {**arrays, **{f"{name}_hidden": wing.array(a) for name, a in dirty.items()}}
+    call = lambda a: fused(wing, SPO(), a).loss  # noqa: E731
+    (want, want_grads), (got, grads) = (wing.grads(call, each, need) for each in (arrays, other))
+    np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), rtol=1e-14)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, want_grads[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_tied_pair_under_weights_that_are_the_squared_gap(wing: Wing) -> None:
+    gap = np.array([0.5, 0.0, 2.0, 1.0, 0.0])
+    arrays = make_arrays(wing)
+    arrays |= {"reward_gap": wing.array(gap), "weights": wing.array(gap**2)}
+    check_same(
+        wing,
+        lambda a: fused(wing, SPO(), a).loss,
+        lambda a: unfused(ORACLE, SPO(), a),
+        arrays,
+        ["weight", "reward_gap", "chosen_hidden"],
+        oracle=ORACLE,
+    )
+
+
+@pytest.mark.parametrize("references", ["float32", "float64"])
+def test_weights_do_not_change_the_dtype(wing: Wing, references: str) -> None:
+    arrays = make_arrays(wing, "float32")
+    for name in ("reference_chosen", "reference_rejected"):
+        arrays[name] = wing.array(wing.numpy(arrays[name]), references)
+    arrays["beta"] = 0.1
+    del arrays["reward_gap"]
+    for options in ({}, {"nll_weight": 0.5}, {"nll_weight": 0.5, "reduction": "none"}):
+        call = lambda a, o=options: fused(wing, SPO(), a, **o).loss  # noqa: E731
+        value, grads = wing.grads(call, arrays, ["weight", "chosen_hidden"])
+        assert wing.numpy(value).dtype == references
+        assert {str(grad.dtype) for grad in grads.values()} == {"float32"}
+
+
+def test_a_gap_in_float64_is_not_rounded_by_hidden_states_in_float32(wing: Wing) -> None:
+    arrays = make_arrays(wing, "float32")
+    arrays = {n: a for n, a in arrays.items() if n not in ("weights", *TOKENS)}
+    arrays |= {"reward_gap": wing.array(np.full(P, 1.0 / 3.0)), "beta": 0.1}
+    out = fused(wing, Squared(), arrays, reduction="none")
+    chosen, rejected = (wing.numpy(logps) for logps in (out.chosen_logps, out.rejected_logps))
+    references = wing.numpy(arrays["reference_chosen"]) - wing.numpy(arrays["reference_rejected"])
+    want = (chosen.astype("float64") - rejected.astype("float64") - references - 10.0 / 3.0) ** 2
+    np.testing.assert_allclose(wing.numpy(out.loss), want, rtol=1e-12)
