@@ -6,9 +6,11 @@ JAX is left out, because it compiles each new combination of dtypes and shapes f
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from hypothesis.extra.numpy import arrays
 
 import spoloss
 from helpers.backends import BACKENDS, Backend
-from helpers.pairs import NAMES
+from helpers.pairs import NAMES, four
+from spoloss import SPO
 
 LIBRARIES = ("numpy", "torch", "mlx", "strict")
 HALF = {"numpy": np.float16, "torch": "float16", "mlx": "float16"}
@@ -180,3 +183,43 @@ def test_an_error_names_the_wrong_argument(name: str, backend: Backend) -> None:
             ValueError, match=f"^expected one shape for all, got {re.escape(shapes)}"
         ):
             function(**right | column)
+
+
+def test_errors_of_no_single_argument() -> None:
+    with pytest.raises(TypeError, match=r"^margin must be a PyTorch, NumPy, JAX or MLX array, got"):
+        SPO().value([1.0], 0.1)
+    with pytest.raises(ValueError, match=r"^beta / reward_gap must be positive and finite, got"):
+        spoloss.spo_loss(*np.zeros((4, 2)), beta=1e-300, reward_gap=1e300)
+
+
+@pytest.mark.parametrize(
+    ("first", "converter"),
+    [
+        ("jax", "jax.numpy.asarray"),
+        ("torch", "torch.as_tensor"),
+        ("numpy", "numpy.asarray"),
+        ("mlx", "mlx.core.array"),
+        ("strict", "array_api_strict.asarray"),
+    ],
+)
+def test_a_mixed_call_is_told_how_to_convert(first: str, converter: str) -> None:
+    other = BACKENDS["torch" if first == "numpy" else "numpy"]
+    policies, references = BACKENDS[first].arrays(*four()[:2]), other.arrays(*four()[2:])
+    loss = lambda *policies: spoloss.spo_loss(*policies, *references, beta=0.1)  # noqa: E731
+    for function in (loss, jax.jit(loss)) if first == "jax" else (loss,):
+        with pytest.raises(
+            TypeError, match=rf"^reference_chosen_logps .*\. Convert it with {converter}(\n|$)"
+        ):
+            function(*policies)
+    if first != "numpy":  # NumPy reads no tensor that requires a gradient, but any other
+        convert = pkgutil.resolve_name(converter)
+        spoloss.spo_loss(*policies, *(convert(array) for array in references), beta=0.1)
+
+
+def test_arguments_that_a_loss_cannot_honour_do_not_exist() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        spoloss.dpo_loss(*four(), reward_gap=1.0, beta=0.1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        spoloss.squared_loss(*four(), linear_below=0.0, beta=0.1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional"):
+        spoloss.spo_loss(*four(), 0.1, beta=0.1)  # type: ignore[misc]
