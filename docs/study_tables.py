@@ -125,6 +125,41 @@ def decided(part: str) -> None:
     listed(measured(f"sentiment/{part}/decided.csv"), columns)
 
 
+def planned(part: str) -> None:
+    """The comparisons of a part of the second study, as docs/second_study.md plans them.
+
+    Args:
+      part: a folder of sentiment_second. Its intervals hold at once; win rates are in %.
+    """
+    rows = []
+    for row in measured(f"sentiment_second/{part}/decided.csv"):
+        unit, form = ("%", ".1%") if row["measure"] == "win rate" else ("", "+.3f")
+        form = f"{{:{form}}}".format
+        numbers = ("estimate", "standard_error", "low", "high")
+        found = {key: "-" if row[key] == "" else form(row[key]).strip("%") for key in numbers}
+        found["standard_error"] = found["standard_error"].lstrip("+")
+        sides = f"{row['ours']} against {row['theirs']}" if row.get("ours") else ""
+        rows.append({**row, **found, "sides": sides, "unit": unit, "notes": notes(row)})
+    columns = {
+        "comparison": "{question}",
+        "policies": "{sides}",
+        "measure": "{measure} {unit}",
+        "estimate": "{estimate} ± {standard_error}",
+        "joint 95 % interval": "{low} to {high}",
+        "verdict": "{verdict}",
+        "notes": "{notes}",
+    }
+    listed(rows, columns)
+
+
+def notes(row: Row) -> str:
+    """What the plan says is reported with a comparison."""
+    found = [f"{row['ties']:.1%} ties"] if row.get("ties", "") != "" else []
+    if row.get("spo_points", "") != "":
+        found.append(f"{row['spo_points']} policies of SPO, {row['dpo_points']} of DPO")
+    return "; ".join(found + ([f"at an edge: {row['at_edge']}"] if row.get("at_edge") else []))
+
+
 def over_training(measure: str, digits: int) -> None:
     """A measure of the completions during over-training, by policy and step; means over seeds."""
     found = defaultdict(list)
