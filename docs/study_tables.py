@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from statistics import fmean, stdev
 from typing import Any
 
-from tables import Row, listed, measured, pivoted, write
+import numpy as np
+from tables import Row, listed, measured, pivoted
+
+from spoloss import DPO, SPO
 
 MEANS = {
     "win_rate_vs_reference": ("win rate vs reference (%)", ".1%"),
-    "win_rate_vs_sft": ("win rate vs SFT (%)", ".1%"),
     "reward": ("reward", ".2f"),
     "kl": ("KL (nats)", ".2f"),
     "tokens": ("tokens", ".1f"),
-    "malformed": ("malformed (%)", ".1%"),
     "reference_nll": ("NLL under the reference (nats/token)", ".2f"),
     "distinct_2": ("distinct-2 (%)", ".1%"),
 }
@@ -27,9 +27,12 @@ OTHERS = {
     "train_x_mean": ("trained: x mean", "{train_x_mean:.2f}"),
     "train_x_sd": ("sd", "{train_x_sd:.2f}"),
     "train_x": ("10/50/90 %", "{train_x_q10:.2f} / {train_x_q50:.2f} / {train_x_q90:.2f}"),
-    "train_x_below_0": ("x < 0 (%)", "{train_x_below_0:.0%}"),
     "train_dlogp_chosen": ("Δlogp chosen", "{train_dlogp_chosen:.2f}"),
     "train_dlogp_rejected": ("rejected", "{train_dlogp_rejected:.2f}"),
+    "held_out_dlogp": (
+        "held-out: Δlogp chosen / rejected",
+        "{held_out_dlogp_chosen:.2f} / {held_out_dlogp_rejected:.2f}",
+    ),
     "held_out_x_mean": ("held-out: x mean", "{held_out_x_mean:.2f}"),
 }
 """Those without: heading and cell."""
@@ -47,7 +50,7 @@ def policies(run: str, stage: str, columns: str, names: str, corner: str = "") -
     """
     seeds = defaultdict(list)
     for row in measured(f"{run}/policies.csv"):
-        if row["stage"] == stage or row["policy"] in ("reference", "sft"):
+        if row["stage"] == stage or row["policy"] == "reference":
             seeds[row["policy"]].append(row)
     rows = [averaged(seeds[name]) | {"title": title(name.split("@")[0])} for name in names.split()]
     cells = {
@@ -78,11 +81,8 @@ def title(policy: str) -> str:
 
 
 def best_against_best() -> None:
-    """SPO against DPO, each at its best beta, on the pretrained model and the made-up language."""
-    tasks = {
-        "sentiment/sweep": "SmolLM2-135M-Instruct, judged by VADER",
-        "alignment/full": "108,000 parameters, a made-up language",
-    }
+    """SPO against DPO, each at its best beta."""
+    tasks = {"SmolLM2-135M-Instruct, judged by VADER": "sentiment/sweep"}
     columns = {
         "each at its best beta": "{task}",
         "SPO": "{ours}",
@@ -90,8 +90,12 @@ def best_against_best() -> None:
         "SPO wins (%)": "{win_rate:.1%} ± {standard_error:.1%}",
         "95 % interval (%)": "{low:.1%} to {high:.1%}",
     }
-    firsts = {task: measured(f"{run}/decided.csv")[0] for run, task in tasks.items()}
-    listed([row | {"task": task} for task, row in firsts.items()], columns)
+    firsts = {task: measured(f"{run}/decided.csv")[0] for task, run in tasks.items()}
+    # The second study has several measures, so its column is `estimate`.
+    listed(
+        ({"win_rate": row.get("estimate"), **row, "task": task} for task, row in firsts.items()),
+        columns,
+    )
 
 
 def matched_betas(run: str) -> None:
@@ -169,30 +173,18 @@ def over_training(measure: str, digits: int) -> None:
     pivoted(measure, "step {}", cells)
 
 
-def stability() -> None:
-    """Runs that a loss or gradient norm that is not finite stopped, and how the others ended."""
-    runs = measured("alignment/stability/stability.csv")
-    betas = sorted({run["beta"] for run in runs})
-
-    def count(among: list[Row], ended: Callable[[Row], bool]) -> str:
-        return f"{sum(map(ended, among))} of {len(among)}"
-
-    def stopped(run: Row) -> bool:
-        return run["stopped_at"] != ""
-
-    def line(form: str) -> list[str]:
-        ours = [run for run in runs if run["form"] == form]
-        return [
-            title(form),
-            *(count([run for run in ours if run["beta"] == beta], stopped) for beta in betas),
-            count([run for run in ours if run["clip"] != "none"], stopped),
-            count(ours, lambda run: run["win_rate"] < 0.5),
-            f"{max(run['grad_norm_max'] for run in ours):.2g}",
-        ]
-
-    header = ["", *(f"stopped at beta = {beta:g}" for beta in betas)]
-    header += ["stopped, clipped", "below SFT", "largest gradient norm"]
-    write(header, map(line, dict.fromkeys(run["form"] for run in runs)))
+def overflow() -> None:
+    """The loss and the squared slope of one pair in float32, plain and with linear_below=-1."""
+    losses = {"SPO": SPO(), "SPO, `linear_below=-1`": SPO(linear_below=-1.0), "DPO": DPO()}
+    cells = {}
+    for x in (-1, -10, -40, -44, -84, -90):
+        margin = np.array([x], np.float32)
+        for name, loss in losses.items():
+            with np.errstate(over="ignore"):
+                value, square = loss.value(margin, 1.0)[0], loss.slope(margin, 1.0)[0] ** 2
+            cells[f"{name}: loss", -x] = f"{value:.2g}"
+            cells[f"{name}: slope, squared", -x] = f"{square:.2g}"
+    pivoted("", "x = -{:g}", cells)
 
 
 def tabular(labels: str) -> None:

@@ -1,7 +1,5 @@
 """The experiments behind the pages on SPO and DPO: python -m benchmarks.studies STUDY --help.
 
-alignment    the paper's protocol on a made-up language with a known reward
-stability    which learning rates, betas and label noise that training survives
 sentiment    the protocol on a pretrained language model, judged by VADER
 real_pairs   preference pairs of your own, with a pretrained language model
 tabular      the distance to equation 1's optimal policy, where that is known exactly

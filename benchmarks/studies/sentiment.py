@@ -1,4 +1,4 @@
-"""The paper's protocol on a pretrained language model, judged by a published sentiment tool.
+"""SPO and DPO on a pretrained language model, judged by a published sentiment tool.
 
     python -m benchmarks.studies smollm2 FOLDER                                    the model, once
     python -m benchmarks.studies sentiment --model FOLDER --quick             the second study, tiny

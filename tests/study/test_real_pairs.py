@@ -17,7 +17,7 @@ from benchmarks.studies.pretrained import IGNORED
 from benchmarks.studies.real_pairs import PairMean
 from benchmarks.studies.store import Store
 from benchmarks.studies.training import Stage
-from helpers.alignment import rows_of
+from helpers.studies import rows_of
 from helpers.tiny_llama import write_tiny_llama
 from spoloss.torch import sequence_logps
 

@@ -1,4 +1,4 @@
-"""The alignment experiment on a language model: a tiny random Llama in place of SmolLM2."""
+"""The study of a pretrained model: a tiny random Llama in place of SmolLM2."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ from benchmarks.studies.second import tiny
 from benchmarks.studies.sentiment_task import SentimentFoundation, all_openings
 from benchmarks.studies.store import Store, open_store
 from benchmarks.studies.training import Pairs, Rounds, pair_logps
-from helpers.alignment import rows_of
+from helpers.pages import RESULTS
+from helpers.studies import rows_of
 from helpers.tiny_llama import write_tiny_llama
 
 pytestmark = [pytest.mark.extended, pytest.mark.usefixtures("one_thread")]
@@ -402,6 +403,12 @@ def _in_this_process(monkeypatch) -> None:
                 job.function(store)
 
     monkeypatch.setattr(plan, "run_jobs", run_jobs)
+
+
+def test_the_published_results_are_of_these_settings() -> None:
+    published = json.loads((RESULTS / "sentiment/settings.json").read_text())
+    settings = {name: part.settings() for name, part in sentiment.PARTS.items()}
+    assert {name: published[name] for name in settings} == json.loads(json.dumps(settings))
 
 
 @pytest.mark.usefixtures("_in_this_process")

@@ -1,4 +1,4 @@
-"""How the alignment experiment trains, judges and compares."""
+"""How the studies train, judge and compare."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from benchmarks.studies import results, training
 from benchmarks.studies.arms import FORMS, Arm, Logps, parse_arm
 from benchmarks.studies.evaluation import best_of, find_limits, tie_rate, tilt, win_rate
 from benchmarks.studies.experiment import labelled_for, wrong_labels
-from benchmarks.studies.language import all_prompts
-from benchmarks.studies.language_task import write_corpus
 from benchmarks.studies.training import Answers, Pairs, Stage
-from helpers.alignment import policy_of
+from helpers.studies import TablePolicy
 
 pytestmark = [pytest.mark.extended, pytest.mark.usefixtures("one_thread")]
 
@@ -114,10 +112,9 @@ def test_losses_of_the_arms(form: str) -> None:
 
 
 def some_pairs(number: int) -> Pairs:
-    prompts, reviews = write_corpus(all_prompts(), 2 * number, 0)
-    inputs = {"prompts": prompts[:number].repeat(2, 1), "completions": reviews}
+    inputs = {"answer": torch.arange(2 * number)}
     rewards = torch.cat((torch.linspace(0.5, 2, number), torch.zeros(number)))
-    answers = Answers(inputs, rewards, training.score(policy_of("reference"), inputs))
+    answers = Answers(inputs, rewards, training.score(TablePolicy(2 * number), inputs))
     return Pairs(answers, torch.arange(number), number + torch.arange(number))
 
 
@@ -129,7 +126,8 @@ def test_wrong_labels_exchange_chosen_and_rejected() -> None:
     assert flipped.chosen.tolist() == [4, 1, 6, 3]
     assert flipped.rejected.tolist() == [0, 5, 2, 7]
     assert (flipped.gap == torch.where(wrong, -pairs.gap, pairs.gap)).all()
-    policy = policy_of("other")
+    policy = TablePolicy(8)
+    policy.scores.data = torch.linspace(-2, 1, 8)
     right, exchanged = training.pair_logps(policy, pairs), training.pair_logps(policy, flipped)
     for got, want in zip(exchanged, right.reversed(), strict=True):
         torch.testing.assert_close(got[wrong], want[wrong])
@@ -158,33 +156,56 @@ def test_kinds_of_labels() -> None:
     assert (first != second).any()
 
 
-def train(arm: str, stage: Stage, looks: list[int] | None = None) -> training.Trained:
-    seen: list[int] = [] if looks is None else looks
-    return training.train_on_pairs(
-        policy_of("reference"),
-        lambda _: training.fixed_batches(some_pairs(16), stage, 0),
-        parse_arm(arm),
-        stage,
-        lambda step, _: seen.append(step),
-    )
+def train(arm: str, start: float) -> training.Trained:
+    """From a policy that has every pair in the wrong order, at h = start."""
+    pairs, policy = some_pairs(16), TablePolicy(32)
+    with torch.no_grad():
+        policy.scores[:16] += start
+    stage = Stage(pairs=16, steps=30, batch=16, lr=0.5, lr_end=1.0, clip=None)
+    batches = lambda _: training.fixed_batches(pairs, stage, 0)  # noqa: E731
+    return training.train_on_pairs(policy, batches, parse_arm(arm), stage)
 
 
 def test_a_run_stops_at_the_first_loss_that_is_not_finite() -> None:
-    stage = Stage(pairs=16, steps=30, batch=16, lr=3e-2, lr_end=1.0, clip=None)
-    stopped = train("spo:1000", stage)
-    assert stopped.stopped_at is not None
-    assert len(stopped.grad_norms) == stopped.stopped_at
-    assert all(map(math.isfinite, stopped.grad_norms[:-1]))
+    # At x = -50 the loss is finite, and the squares of its gradient are not.
+    stopped = train("spo:1", -50.0)
+    assert stopped.stopped_at == 1
     assert stopped.summary()["grad_norm_max"] == math.inf
-    assert stopped.summary()["steps"] == stopped.stopped_at - 1
-    assert all(torch.isfinite(parameter).all() for parameter in stopped.policy.parameters())
-    assert train("spo-below0:1000", stage).stopped_at is None
+    assert stopped.summary()["steps"] == 0
+    assert stopped.lowest_x == pytest.approx(-50.0)
+    assert stopped.policy.scores[0].item() == -50.0
+    # SPO is convex below its target and takes pairs from -20 towards it.
+    finite = train("spo:1", -20.0)
+    assert (finite.stopped_at, finite.summary()["steps"]) == (None, 30)
+    assert finite.policy.scores[0] > -20.0
+    assert train("spo-below0:1", -50.0).stopped_at is None
 
 
 def test_a_run_without_a_batch_takes_no_step() -> None:
     stage = Stage(pairs=16, steps=2, batch=16)
-    start = policy_of("reference")
-    none = training.train_on_pairs(start, lambda _: iter(()), parse_arm("dpo:1"), stage)
+    none = training.train_on_pairs(TablePolicy(2), lambda _: iter(()), parse_arm("dpo:1"), stage)
     summary = none.summary()
     assert (summary["steps"], summary["stopped_at"]) == (0, None)
     assert math.isnan(summary["grad_norm_max"])
+
+
+def test_the_loop_is_plain_adamw() -> None:
+    """Against PyTorch's own optimizer and schedule: steps, clipping, and the order of pairs."""
+    stage = Stage(pairs=16, steps=5, batch=4, lr=0.1, clip=0.1)
+    pairs, arm, start = some_pairs(16), parse_arm("spo:0.5"), TablePolicy(32)
+    batches = list(training.fixed_batches(pairs, stage, 3))
+    trained = training.train_on_pairs(start, lambda _: iter(batches), arm, stage)
+    assert torch.cat([each.chosen for each in batches[:4]]).sort().values.tolist() == [*range(16)]
+    scores = torch.zeros(32, requires_grad=True)
+    adamw = torch.optim.AdamW([scores], lr=0.1, weight_decay=0.0)
+    for step, batch in enumerate(batches):
+        adamw.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 5))
+        x = 0.5 * (scores[batch.chosen] - scores[batch.rejected])
+        (-x * torch.exp(-x)).mean().backward()
+        norm = scores.grad.norm()
+        assert trained.grad_norms[step] == pytest.approx(norm.item(), rel=1e-5)
+        scores.grad *= min(1.0, 0.1 / norm.item())
+        adamw.step()
+        adamw.zero_grad()
+    torch.testing.assert_close(trained.policy.scores, scores, rtol=0, atol=1e-4)
+    assert (start.scores == 0).all()
