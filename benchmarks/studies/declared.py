@@ -13,21 +13,28 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import logsumexp
 
-from benchmarks.studies.arms import CLEAN, parse_arm
-from benchmarks.studies.decided import (
+from benchmarks.studies.arms import Arm
+from benchmarks.studies.equal_kl import points_within, spo_effect
+from benchmarks.studies.evaluation import tie_rate, win_rate
+from benchmarks.studies.questions import Question, completion_rows, decide, ends
+from benchmarks.studies.results import (
     Best,
     Candidate,
-    best_of_forms,
+    Estimate,
+    Interval,
+    Results,
+    Row,
+    best_of,
     choose,
     difference,
     rewards_of,
+    verdict,
 )
-from benchmarks.studies.equal_kl import points_within, spo_effect
-from benchmarks.studies.evaluation import tie_rate, tilt
-from benchmarks.studies.questions import Question, completion_rows, decide, ends
-from benchmarks.studies.results import Estimate, Interval, Results, Row, verdict
 
+FACTOR = 4.0
+"""SPO(beta) is matched with DPO at so many times beta."""
 BETA = 0.2
 """Beta of the objective of part 3."""
 KL_RANGE = (0.5, 8.0)
@@ -46,15 +53,10 @@ Tables = dict[str, list[Row]]
 # ------------------------------------------------------------------------------------ parts 1 and 2
 
 
-def best(results: Results, form: str) -> Best:
-    """A loss at its best beta after the last step."""
-    return best_of_forms(results, [form], CLEAN)
-
-
 def edges(results: Results, form: str) -> list[str]:
     """The ends of a loss's grid that a comparison of parts 1 and 2 chooses for some seed."""
     stopped = [best_step(results)] if form == "dpo" else []
-    return ends(results.sorted_arms(form, CLEAN), best(results, form), *stopped)
+    return ends(results.sorted_arms(form), best_of(results, form), *stopped)
 
 
 def edge_text(results: Results) -> str:
@@ -84,14 +86,16 @@ def at_equal_kl(results: Results, low: float = 0.0, high: float = math.inf) -> Q
 
 def of_matched(results: Results) -> Tables:
     """Part 1: each loss at its best beta, SPO(beta) against DPO(4 beta), reward at equal KL."""
-    spo, dpo = best(results, "spo"), best(results, "dpo")
-    matched = [each for each in results.comparisons if each.theirs.beta > 2 * each.ours.beta]
-    mean = Estimate(tuple(map(fmean, zip(*(each.wins.values for each in matched), strict=True))))
-    ties = fmean(
-        tie_rate(*both)
-        for each in matched
-        for both in zip(*(rewards_of(results.of(arm)) for arm in each[:2]), strict=True)
-    )
+    spo, dpo = best_of(results, "spo"), best_of(results, "dpo")
+    matched = [
+        zip(*(rewards_of(results.of(arm)) for arm in (ours, theirs)), strict=True)
+        for ours in results.sorted_arms("spo")
+        for theirs in results.sorted_arms("dpo")
+        if math.isclose(theirs.beta, FACTOR * ours.beta)
+    ]
+    rates = [[(win_rate(*each), tie_rate(*each)) for each in seeds] for seeds in matched]
+    mean = Estimate(tuple(fmean(won for won, _ in each) for each in zip(*rates, strict=True)))
+    ties = fmean(tied for seeds in rates for _, tied in seeds)
     text = "2. SPO(beta) against DPO(4 beta), mean over the betas"
     questions = [
         wins("1. SPO against DPO, each at its best beta", spo, dpo, verdict, edge_text(results)),
@@ -103,7 +107,7 @@ def of_matched(results: Results) -> Tables:
 
 def of_overtrained(results: Results) -> Tables:
     """Part 2: each loss at its best beta, early stopping, SPO(0.025) and DPO(0.1), equal KL."""
-    spo, at_edge = best(results, "spo"), edge_text(results)
+    spo, at_edge = best_of(results, "spo"), edge_text(results)
 
     def first(text: str, dpo: Best, says: Callable[..., str]) -> Question:
         return wins(f"1. {text}", spo, dpo, (lambda _: "open") if at_edge else says, at_edge)
@@ -115,7 +119,7 @@ def of_overtrained(results: Results) -> Tables:
     questions = [
         first(
             "SPO against DPO at the last step, each at its best beta",
-            best(results, "dpo"),
+            best_of(results, "dpo"),
             verdict,
         ),
         first("SPO at the last step against DPO at its best step", best_step(results), stopping),
@@ -128,7 +132,7 @@ def of_overtrained(results: Results) -> Tables:
 def best_step(results: Results) -> Best:
     """DPO at its best beta and step: the other seeds choose both."""
     candidates = []
-    for arm in results.sorted_arms("dpo", CLEAN):
+    for arm in results.sorted_arms("dpo"):
         found = results.of(arm)
         candidates.append(Candidate(f"{arm.title} at the last step", rewards_of(found)))
         for judged in zip(*(each["judgements"] for each in found), strict=False):
@@ -139,7 +143,7 @@ def best_step(results: Results) -> Best:
 
 def closer(results: Results) -> Question:
     """Whether SPO(0.025) stays closer than DPO(0.1) and keeps its reward; both have to hold."""
-    ours, theirs = parse_arm("spo:0.025"), parse_arm("dpo:0.1")
+    ours, theirs = Arm("spo", 0.025), Arm("dpo", 0.1)
 
     def less(value: Callable[[dict[str, Any]], float]) -> Estimate:
         return difference(*(map(value, results.of(arm)) for arm in (ours, theirs)))
@@ -165,8 +169,9 @@ def objective(found: dict[str, Any]) -> float:
 
 def optimum(reference: dict[str, Any]) -> float:
     """The greatest J of any policy, from the rewards of the reference's own answers."""
-    limit = tilt(np.array(reference["rewards"]), BETA)
-    return limit.reward - BETA * limit.kl
+    rewards = np.array(reference["rewards"])
+    log_partition = logsumexp(rewards / BETA, axis=1) - math.log(rewards.shape[1])
+    return float(BETA * log_partition.mean())
 
 
 def of_on_policy(results: Results) -> Tables:
@@ -177,14 +182,14 @@ def of_on_policy(results: Results) -> Tables:
         for arm, found in results.arms.items()
     }
 
-    def best_of(form: str) -> Best:
+    def most_j(form: str) -> Best:
         return choose(each for arm, each in scored.items() if arm.form == form)
 
-    squared, dpo = best_of("squared-gap"), best_of("dpo")
-    known, weights = best_of("spo-gap-weighted-below0"), best_of("spo-weighted-below0")
+    squared, dpo = most_j("squared-gap"), most_j("dpo")
+    known, weights = most_j("spo-gap-weighted-below0"), most_j("spo-weighted-below0")
     (only,) = (each for arm, each in scored.items() if (arm.form, arm.beta) == ("dpo", BETA))
-    given = Best((only,) * len(results.part.all_seeds))
-    betas = [f"dpo {end}" for end in ends(results.sorted_arms("dpo", CLEAN), dpo)]
+    given = Best((only,) * len(results.part.seeds))
+    betas = [f"dpo {end}" for end in ends(results.sorted_arms("dpo"), dpo)]
     gain = partial(gain_of, results)
     questions = [
         gain("1. squared with known gaps less DPO(0.2)", squared, given),
@@ -225,7 +230,7 @@ def objective_rows(results: Results) -> list[Row]:
     """J of every policy, and the share that it has of what the optimum has over the reference."""
     rows = []
     for arm, found in results.arms.items():
-        seeds = zip(results.part.all_seeds, found, results.references, strict=True)
+        seeds = zip(results.part.seeds, found, results.references, strict=True)
         for seed, each, reference in seeds:
             start, greatest = objective(reference), optimum(reference)
             for judged in (*each["judgements"], each):

@@ -15,7 +15,7 @@ def points_within(results: Results, low: float, high: float) -> pd.DataFrame:
     found = [
         (seed, math.log(found["kl"]), found["reward"], arm.form == "spo")
         for arm, each in results.arms.items()
-        for seed, found in zip(results.part.all_seeds, each, strict=True)
+        for seed, found in zip(results.part.seeds, each, strict=True)
         if low < found["kl"] < high
     ]
     return pd.DataFrame(found, columns=["seed", "log_kl", "reward", "spo"])

@@ -1,22 +1,20 @@
-"""How good a policy is: win rates, margins, and the limits of what any loss can reach."""
+"""How good a policy is: win rates and margins."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from benchmarks.studies.training import Pairs, Policy, pair_logps
+from benchmarks.studies.training import Pairs, pair_logps
 from spoloss import log_ratio_margin, preference_metrics
 
+if TYPE_CHECKING:
+    from benchmarks.studies.pretrained import TopBlocks
+
 QUANTILES = (0.1, 0.5, 0.9)
-BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-OPTIMUM_BETAS = (4.0, 2.0, 1.4, 1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
-LEAST_EFFECTIVE_SAMPLES = 35.0
-LEAST_SAMPLES_OF_EACH = 4
-"""Of M texts, best of n is told for n up to M / 4."""
 
 
 # -------------------------------------------------------------------------------------- win rates
@@ -53,7 +51,7 @@ def unequal_numbers(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- margins
 
 
-def measure_pairs(policy: Policy, pairs: Pairs, beta: float) -> dict[str, float]:
+def measure_pairs(policy: TopBlocks, pairs: Pairs, beta: float) -> dict[str, float]:
     """Implicit reward margins x = beta * h of pairs, and how far their log-probabilities moved."""
     pc, pr, rc, rr = (tensor.double() for tensor in pair_logps(policy, pairs))
     x = beta * log_ratio_margin(pc, pr, rc, rr)
@@ -72,52 +70,3 @@ def measure_pairs(policy: Policy, pairs: Pairs, beta: float) -> dict[str, float]
         "dlogp_chosen": (metrics["logps/chosen"] - rc.mean()).item(),
         "dlogp_rejected": (metrics["logps/rejected"] - rr.mean()).item(),
     }
-
-
-# ----------------------------------------------------------------------------------------- limits
-
-
-class Limit(NamedTuple):
-    """A point of a curve that no loss is behind; `kl` is in nats.
-
-    "optimum" is pi_ref * e^(r / beta) at beta = parameter. "best of n" keeps the best of n =
-    parameter texts of the reference, and its kl is the upper bound log n - (n - 1) / n.
-    `effective_samples` are those of the prompt where the weights leave fewest.
-    """
-
-    curve: str
-    parameter: float
-    reward: float
-    kl: float
-    effective_samples: float
-
-
-def find_limits(rewards: np.ndarray) -> list[dict[str, object]]:
-    """The optimum and best of n, from rewards [P, M] of M texts of the reference a prompt."""
-    optimum = [tilt(rewards, beta) for beta in OPTIMUM_BETAS]
-    kept = [limit for limit in optimum if limit.effective_samples >= LEAST_EFFECTIVE_SAMPLES]
-    enough = rewards.shape[1] // LEAST_SAMPLES_OF_EACH
-    best = [best_of(rewards, n) for n in BEST_OF if n <= enough]
-    return [limit._asdict() for limit in (*kept, *best)]
-
-
-def tilt(rewards: np.ndarray, beta: float) -> Limit:
-    """The exact optimum of the regularised objective, by importance weights e^(r / beta)."""
-    scaled = rewards / beta
-    greatest = scaled.max(1, keepdims=True)
-    weights = np.exp(scaled - greatest)
-    log_partition = np.log(weights.mean(1)) + greatest[:, 0]
-    weights /= weights.sum(1, keepdims=True)
-    mean = (weights * rewards).sum(1)
-    kl = mean / beta - log_partition
-    effective = 1.0 / (weights**2).sum(1)
-    return Limit("optimum", beta, float(mean.mean()), float(kl.mean()), float(effective.min()))
-
-
-def best_of(rewards: np.ndarray, n: int) -> Limit:
-    """The best of n texts: the expected greatest of n draws from the texts at hand."""
-    ordered = np.sort(rewards, axis=1)
-    rank = np.arange(rewards.shape[1] + 1) / rewards.shape[1]
-    greatest = (ordered * np.diff(rank**n)).sum(1)
-    kl = math.log(n) - (n - 1) / n
-    return Limit("best of n", n, float(greatest.mean()), kl, rewards.shape[1] / n)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -23,15 +22,10 @@ if TYPE_CHECKING:
 COLOURS = {
     "dpo": "tab:blue",
     "spo": "tab:red",
-    "spo-below0": "tab:pink",
     "spo-below-1": "tab:orange",
-    "spo-below-2": "tab:brown",
     "squared": "tab:green",
     "dpo-soft": "tab:cyan",
     "squared-gap": "tab:olive",
-    "spo-gap": "black",
-    "spo-gap-floor": "dimgray",
-    "spo-gap-weighted": "darkgray",
     "spo-gap-weighted-below0": "tab:purple",
     "dpo-weighted": "navy",
     "spo-weighted-below0": "magenta",
@@ -46,50 +40,17 @@ def save(figure: Figure, path: Path, header: str) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def panels(results: Results, width: float, height: float) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a panel for each kind of labels."""
-    kinds = results.labels
-    figure = Figure(figsize=(width * len(kinds), height), layout="constrained", dpi=90)
-    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for labels, each in zip(kinds, axes, strict=True):
-        each.set_title(f"{labels} labels")
-    return figure, dict(zip(kinds, axes, strict=True))
-
-
-# --------------------------------------------------------------------------- reward against KL
-
-
 def draw_frontier(results: Results) -> Figure:
-    """True reward against divergence, with the two limits."""
-    figure, by_labels = panels(results, 7.0, 5.5)
-    for labels, axes in by_labels.items():
-        draw_limits(axes, results)
-        for form, rate in dict.fromkeys(
-            (arm.form, arm.rate) for arm in results.arms if arm.labels == labels
-        ):
-            arms = [arm for arm in results.sorted_arms(form, labels) if arm.rate == rate]
-            draw_family(axes, results, arms)
-        axes.set_xscale("log")
-        axes.set_xlim(left=0.05)
-        axes.set_xlabel("KL(π ‖ π_ref), nats")
-        axes.set_ylabel("true reward")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    """True reward against divergence."""
+    figure = Figure(figsize=(7.0, 5.5), layout="constrained", dpi=90)
+    axes = figure.subplots()
+    for form, rate in dict.fromkeys((arm.form, arm.rate) for arm in results.arms):
+        draw_family(axes, results, [a for a in results.sorted_arms(form) if a.rate == rate])
+    axes.set(xscale="log", xlabel="KL(π ‖ π_ref), nats", ylabel="reward")
+    axes.set_xlim(left=0.05)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
-
-
-def draw_limits(axes: Axes, results: Results) -> None:
-    """The exact optimum and best of n, averaged over the seeds."""
-    limits = pd.DataFrame([limit for found in results.references for limit in found["limits"]])
-    limits = limits[limits["kl"] > 0.0]  # the reference itself has no place on a logarithmic axis
-    points = limits.groupby(["curve", "parameter"])[["kl", "reward"]].agg(["mean", "size"])
-    shared = points[points["kl", "size"] == results.part.seeds]
-    curves = (("optimum", "-", "optimum π_ref·e^(r/β)"), ("best of n", ":", "best of n (KL bound)"))
-    for curve, line, label in curves:
-        found = shared[shared.index.get_level_values("curve") == curve]
-        if len(found):
-            kl, reward = found["kl", "mean"], found["reward", "mean"]
-            axes.plot(kl, reward, line, color="gold", linewidth=2, label=label)
 
 
 def draw_family(axes: Axes, results: Results, arms: Sequence[Arm]) -> None:
@@ -124,9 +85,6 @@ def errors(estimates: Sequence[Estimate]) -> list[float]:
     return [0.0 if math.isnan(estimate.error) else estimate.error for estimate in estimates]
 
 
-# ------------------------------------------------------------------------------------- margins
-
-
 def draw_margins(results: Results) -> Figure:
     """Implicit reward margins x = beta * h on memorised and on held-out pairs, over training."""
     figure = Figure(figsize=(12, 4.8), layout="constrained", dpi=90)
@@ -141,7 +99,7 @@ def draw_margins(results: Results) -> Figure:
             axes.plot(steps, middle, style, color=COLOURS[arm.form], label=arm.title)
             axes.fill_between(steps, low, high, color=COLOURS[arm.form], alpha=0.15)
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_title(f"{heading} (seed {results.part.first_seed}): median, 10 to 90 %")
+        axes.set_title(f"{heading} (seed {results.part.seeds[0]}): median, 10 to 90 %")
         axes.set_xlabel("step")
         axes.set_ylabel("x = β·h")
         axes.legend(fontsize=8)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.studies.experiment import Foundation, Part, jobs_of
-from benchmarks.studies.report import report, title_of
+from benchmarks.studies.experiment import Part, jobs_of
+from benchmarks.studies.foundation import Foundation
+from benchmarks.studies.report import report
 from benchmarks.studies.results import Results, Row
 from benchmarks.studies.runner import run_jobs
 from benchmarks.studies.store import Store, open_store
@@ -44,8 +45,8 @@ def run_plan(plan: Plan, foundation: Foundation, store: Store, workers: int) -> 
     """
 
     def read(part: Part) -> Results | None:
-        names = (part.result_name(arm, seed) for arm in part.arms for seed in part.all_seeds)
-        return Results(foundation, part, store) if all(map(store.has, names)) else None
+        names = (part.result_name(arm, seed) for arm in part.arms for seed in part.seeds)
+        return Results(part, store) if all(map(store.has, names)) else None
 
     def settled() -> tuple[Part, ...]:
         return plan.parts if plan.settle is None else plan.settle(plan.parts, read)
@@ -57,23 +58,5 @@ def run_plan(plan: Plan, foundation: Foundation, store: Store, workers: int) -> 
     changed = [part for part in parts if part not in plan.parts]
     open_store(store.folder, {f"{part.name}, settled": part.settings() for part in changed})
     results = [each for each in found if each is not None]
-    first = results[0]
-    title = title_of(first.part.seeds, "transformers", "vaderSentiment")
-    report(
-        results,
-        store.folder / first.part.name,
-        f"{title}; {foundation.settings()['model']}",
-        memorised=first if first.part.stage.snapshots else None,
-        further={**plan.tables(first), "judgements": judgement_rows(first)},
-    )
-
-
-def judgement_rows(results: Results) -> list[Row]:
-    """What the answers on the way were, where training looked at them."""
-    keys = ("step", "reward", "kl", *results.foundation.measures)
-    return [
-        {"policy": str(arm), "seed": seed, **{key: judged[key] for key in keys}}
-        for arm, found in results.arms.items()
-        for seed, each in zip(results.part.all_seeds, found, strict=True)
-        for judged in each["judgements"]
-    ]
+    folder = store.folder / parts[0].name
+    report(results, folder, foundation.settings()["model"], plan.tables(results[0]))

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from benchmarks.studies.arms import Arm
-from benchmarks.studies.decided import Best
-from benchmarks.studies.results import Estimate, Results, Row
+from benchmarks.studies.results import Best, Estimate, Results, Row, name_of
 
 
 class Question(NamedTuple):
@@ -63,10 +62,10 @@ def ends(grid: Sequence[Arm], *chosen: Best) -> list[str]:
 def completion_rows(results: Results, *measures: str) -> list[Row]:
     """Measures of every completion that judged a policy; `step` is empty after the last."""
     return [
-        {"policy": results.name(policy), "seed": seed, "step": judged.get("step"), "opening": i}
+        {"policy": name_of(policy), "seed": seed, "step": judged.get("step"), "opening": i}
         | {key: " ".join(f"{value:.4g}" for value in judged[key][i]) for key in measures}
         for policy in (None, *results.arms)
-        for seed, found in zip(results.part.all_seeds, results.of(policy), strict=True)
+        for seed, found in zip(results.part.seeds, results.of(policy), strict=True)
         for judged in (*found.get("judgements", ()), found)
         for i in range(len(judged["rewards"]))
     ]

@@ -52,11 +52,11 @@ ROWS = 16
 ALL_PAIRS = 1_000_000
 STAGE = Stage(pairs=ALL_PAIRS, steps=90, batch=16, lr=1e-4)
 ARMS = (
-    *arms("dpo", "0.1", "0.4"),
-    *arms("spo", "0.1"),
-    *arms("spo-gap-weighted", "0.1"),
+    *arms("dpo", 0.1, 0.4),
+    *arms("spo", 0.1),
+    *arms("spo-gap-weighted", 0.1),
     # At 0.6 the mean target on the judged pairs (mean gap 6.0) is 10 nats, as for SPO(0.1).
-    *arms("spo-gap-weighted-below0", "0.1", "0.6"),
+    *arms("spo-gap-weighted-below0", 0.1, 0.6),
 )
 BASELINE = Arm("dpo", 0.4)
 """The arm that all others are compared with."""
@@ -263,7 +263,7 @@ def report(material: Material, store: Store) -> None:
         "arms": arm_rows(folds, [pair.prompt for pair in held_out]),
         "pairs": [pair_row(material, held_out, len(folds))],
     }
-    title = f"{record.machine(*PACKAGES, 'transformers')}; {material.base.description}"
+    title = f"{record.machine(*PACKAGES)}; {material.base.description}"
     for name, rows in tables.items():
         record.write(store.folder / f"{name}.csv", title, rows)
         print(f"\n{name}\n{pd.DataFrame(rows).T.to_string(header=False)}")

@@ -1,19 +1,20 @@
-"""A part of a run, read back from the store: its policies, their win rates, means and intervals."""
+"""A part of a run, read back from the store: its policies, intervals, the best of a group."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
-from benchmarks.studies.arms import LABELS, Arm
+from benchmarks.studies.arms import Arm
 from benchmarks.studies.evaluation import win_rate
-from benchmarks.studies.experiment import Foundation, Part, foundation_name
+from benchmarks.studies.experiment import Part
+from benchmarks.studies.foundation import foundation_name
 from benchmarks.studies.store import Store
 
 LEVEL = 0.95
@@ -50,20 +51,6 @@ class Estimate:
         return self.mean - half, self.mean + half
 
 
-class Comparison(NamedTuple):
-    """An SPO arm against a DPO arm, and the win rate of the first over the second."""
-
-    ours: Arm
-    theirs: Arm
-    wins: Estimate
-
-
-def win_interval(wins: Estimate, comparisons: int) -> Interval:
-    """The interval of a win rate, which cannot leave [0, 1]."""
-    low, high = wins.interval(comparisons)
-    return max(low, 0.0), min(high, 1.0)
-
-
 def verdict(interval: Interval, even: float = 0.5, better: str = "better") -> str:
     """What the interval of a win rate, or of a difference whose `even` is 0, says."""
     low, high = interval
@@ -71,30 +58,19 @@ def verdict(interval: Interval, even: float = 0.5, better: str = "better") -> st
 
 
 class Results:
-    """What a part of a protocol has left in its store."""
+    """What a part of an experiment has left in its store."""
 
-    def __init__(self, foundation: Foundation, part: Part, store: Store) -> None:
-        self.foundation, self.part = foundation, part
-        seeds = part.all_seeds
-        self.references = [store.read(foundation_name(seed)) for seed in seeds]
+    def __init__(self, part: Part, store: Store) -> None:
+        self.part = part
+        self.references = [store.read(foundation_name(seed)) for seed in part.seeds]
         self.arms = {
-            arm: [store.read(part.result_name(arm, seed)) for seed in seeds] for arm in part.arms
+            arm: [store.read(part.result_name(arm, seed)) for seed in part.seeds]
+            for arm in part.arms
         }
-        self._wins: dict[tuple[Policy, Policy], Estimate] = {}
 
-    @property
-    def labels(self) -> list[str]:
-        """The kinds of labels that have arms."""
-        return [labels for labels in LABELS if any(arm.labels == labels for arm in self.arms)]
-
-    def name(self, policy: Policy) -> str:
-        """How a table names a policy: an arm as the command line does."""
-        return self.foundation.reference_name if policy is None else str(policy)
-
-    def sorted_arms(self, form: str, labels: str) -> list[Arm]:
-        """The arms of a form on one kind of labels, by beta."""
-        found = [arm for arm in self.arms if (arm.form, arm.labels) == (form, labels)]
-        return sorted(found, key=lambda arm: arm.beta)
+    def sorted_arms(self, form: str) -> list[Arm]:
+        """The arms of a form, by beta."""
+        return sorted((arm for arm in self.arms if arm.form == form), key=lambda arm: arm.beta)
 
     def of(self, policy: Policy) -> list[dict[str, Any]]:
         """What was found of a policy, seed by seed."""
@@ -104,27 +80,83 @@ class Results:
         """A figure that every seed's result holds under a key."""
         return Estimate(tuple(float(found[key]) for found in self.of(policy)))
 
-    def wins(self, ours: Policy, theirs: Policy) -> Estimate:
-        """Win rate of a policy over another, in [0, 1]."""
-        if (ours, theirs) not in self._wins:
-            pairs = zip(self.of(ours), self.of(theirs), strict=True)
-            rates = tuple(rewards_win_rate(a, b) for a, b in pairs)
-            self._wins[ours, theirs] = Estimate(rates)
-        return self._wins[ours, theirs]
 
-    @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """Every SPO of equation 6 against the DPO of its own beta and that of four times it."""
-        return [
-            Comparison(ours, theirs, self.wins(ours, theirs))
-            for ours in self.arms
-            if ours.form == "spo"
-            for factor in (1, 4)
-            for theirs in self.arms
-            if theirs == replace(ours, form="dpo", beta=float(f"{factor * ours.beta:.12g}"))
-        ]
+def name_of(policy: Policy) -> str:
+    """How a table names a policy."""
+    return "reference" if policy is None else str(policy)
 
 
-def rewards_win_rate(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """Win rate between two policies of which all rewards are kept."""
-    return win_rate(np.array(ours["rewards"]), np.array(theirs["rewards"]))
+def rewards_of(found: Sequence[dict[str, Any]]) -> tuple[np.ndarray, ...]:
+    """The rewards of every seed, [P, n] each."""
+    return tuple(np.array(each["rewards"], dtype=float) for each in found)
+
+
+def difference(ours: Iterable[float], theirs: Iterable[float]) -> Estimate:
+    """The first less the second, seed by seed."""
+    return Estimate(tuple(a - b for a, b in zip(ours, theirs, strict=True)))
+
+
+# ----------------------------------------------------------------------------- the best of a group
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that can be chosen.
+
+    Attributes:
+      title: how it is named.
+      rewards: of its answers, [P, n] for every seed.
+    """
+
+    title: str
+    rewards: tuple[np.ndarray, ...]
+
+    def merit(self, seeds: Iterable[int]) -> float:
+        """The mean reward in some seeds; -inf if the policy is broken in one of them."""
+        mean = float(np.mean([self.rewards[seed].mean() for seed in seeds]))
+        return -math.inf if math.isnan(mean) else mean
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of a group of policies.
+
+    Attributes:
+      chosen: for each seed, the candidate of the greatest mean reward in the other seeds.
+    """
+
+    chosen: tuple[Candidate, ...]
+
+    @property
+    def title(self) -> str:
+        """The name of the policy; all names where the seeds disagree."""
+        return " or ".join(dict.fromkeys(candidate.title for candidate in self.chosen))
+
+    @property
+    def rewards(self) -> tuple[np.ndarray, ...]:
+        """The rewards in each seed of the candidate that was chosen for it."""
+        return tuple(candidate.rewards[seed] for seed, candidate in enumerate(self.chosen))
+
+    @property
+    def reward(self) -> Estimate:
+        """The mean reward."""
+        return Estimate(tuple(float(rewards.mean()) for rewards in self.rewards))
+
+    def wins_over(self, other: Best) -> Estimate:
+        """Win rate, in [0, 1]."""
+        both = zip(self.rewards, other.rewards, strict=True)
+        return Estimate(tuple(win_rate(ours, theirs) for ours, theirs in both))
+
+
+def choose(candidates: Iterable[Candidate]) -> Best:
+    """The best of the candidates in the other seeds, or in the only one."""
+    found = list(candidates)
+    seeds = range(len(found[0].rewards))
+    others = [[other for other in seeds if other != seed] or [seed] for seed in seeds]
+    return Best(tuple(max(found, key=lambda each: each.merit(rest)) for rest in others))
+
+
+def best_of(results: Results, form: str) -> Best:
+    """A loss at its best beta after the last step: the other seeds choose it."""
+    arms = results.sorted_arms(form)
+    return choose(Candidate(arm.title, rewards_of(results.of(arm))) for arm in arms)

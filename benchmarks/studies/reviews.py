@@ -28,7 +28,6 @@ class Reviews:
     """What a policy wrote to P openings, n reviews each, opening by opening.
 
     Attributes:
-      texts: each with its opening.
       tokens: ids of the reviews [P * n, L]; `IGNORED` behind the end.
       inputs: what a policy reads the reviews from.
       rewards: VADER's compound score of each review without its opening, [P, n].
@@ -36,7 +35,6 @@ class Reviews:
       reference: those under the reference.
     """
 
-    texts: list[str]
     tokens: Tensor
     inputs: dict[str, Tensor]
     rewards: np.ndarray
@@ -82,25 +80,21 @@ def write_reviews(
             for offset, place in enumerate(chunk):
                 written[place] = answers[offset * each : (offset + 1) * each]
     in_order = [written[place] for place in range(len(openings))]
-    return gather(in_order, openings, tokenizer)
+    return gather(in_order, tokenizer)
 
 
-def gather(
-    written: Sequence[Written], openings: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> Reviews:
+def gather(written: Sequence[Written], tokenizer: PreTrainedTokenizerBase) -> Reviews:
     """Puts the answers to all openings together and rewards them."""
     tokens = torch.cat([each.tokens for each in written])
     answers = [tokenizer.decode(row[row != IGNORED]) for row in tokens]
-    number = len(written[0].tokens)
     longest = max(each.inputs["labels"].shape[1] for each in written)
     return Reviews(
-        [openings[i // number] + answer for i, answer in enumerate(answers)],
         tokens,
         {
             name: torch.cat([pad(each.inputs[name], longest, fill) for each in written])
             for name, fill in (("states", 0.0), ("labels", IGNORED))
         },
-        np.reshape([compound(answer) for answer in answers], (len(openings), number)),
+        np.reshape([compound(answer) for answer in answers], (len(written), -1)),
         torch.cat([each.logps for each in written]),
         torch.cat([each.reference for each in written]),
     )

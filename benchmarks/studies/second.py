@@ -6,97 +6,92 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.studies import declared
-from benchmarks.studies.arms import CLEAN, Arm, arms, parse_arm
+from benchmarks.studies.arms import Arm, arms
+from benchmarks.studies.declared import FACTOR
 from benchmarks.studies.experiment import Part
 from benchmarks.studies.plan import Plan, Read
 from benchmarks.studies.training import Rounds, Stage
 
 STAGE = Stage(pairs=10_000, steps=64, batch=8, lr=3e-4)
-"""That of the first study; no seed has so many pairs, so all are used."""
-FACTOR = 4.0
-"""By which a grid of betas is extended if its edge is chosen."""
-RATES = ("0.0001", "0.0003", "0.001")
+"""No seed has so many pairs, so all are used."""
+RATES = (1e-4, 3e-4, 1e-3)
 
 MATCHED = Part(
     "matched",
     arms=(
-        *arms("dpo", "0.0125", "0.05", "0.1", "0.4"),
-        *arms("spo", "0.003125", "0.0125", "0.025", "0.1"),
+        *arms("dpo", 0.0125, 0.05, 0.1, 0.4),
+        *arms("spo", 0.003125, 0.0125, 0.025, 0.1),
     ),
     stage=STAGE,
-    seeds=8,
-    first_seed=10,
+    seeds=range(10, 18),
     prefix="matched-",
 )
 OVERTRAINED = Part(
     "overtrained",
     arms=(
-        *arms("dpo", "0.05", "0.1", "0.4", "1.6"),
-        *arms("spo", "0.0125", "0.025", "0.1", "0.4"),
+        *arms("dpo", 0.05, 0.1, 0.4, 1.6),
+        *arms("spo", 0.0125, 0.025, 0.1, 0.4),
     ),
     stage=replace(STAGE, pairs=48, steps=240, lr_end=1.0, snapshots=6, judgements=(40, 120)),
-    seeds=8,
-    first_seed=10,
+    seeds=range(10, 18),
     prefix="overtrained-",
 )
 DECAYED = replace(
     OVERTRAINED,
     name="overtrained-cosine",
-    arms=(*arms("dpo", "0.1", "0.4"), *arms("spo", "0.025", "0.1")),
-    stage=replace(OVERTRAINED.stage, lr_end=0.0, judgements=0),
+    arms=(*arms("dpo", 0.1, 0.4), *arms("spo", 0.025, 0.1)),
+    stage=replace(OVERTRAINED.stage, lr_end=0.0, judgements=()),
     prefix="overtrained-cosine-",
 )
 PILOTED = {
-    "squared-gap": "squared-gap:0.2",
-    "spo-gap-weighted-below0": "spo-gap-weighted-below0:0.2",
-    "spo-weighted-below0": "spo-gap-weighted-below0:0.2",
-    "dpo": "dpo:0.8",
-    "dpo-weighted": "dpo:0.8",
-    "dpo-soft": "dpo-soft:0.2",
+    "squared-gap": Arm("squared-gap", 0.2),
+    "spo-gap-weighted-below0": Arm("spo-gap-weighted-below0", 0.2),
+    "spo-weighted-below0": Arm("spo-gap-weighted-below0", 0.2),
+    "dpo": Arm("dpo", 0.8),
+    "dpo-weighted": Arm("dpo", 0.8),
+    "dpo-soft": Arm("dpo-soft", 0.2),
 }
 """The arm whose pilot chooses the learning rate, for each form of part 3."""
 ON_POLICY = Part(
     "on-policy",
     arms=(
-        *arms("squared-gap", "0.2"),
-        *arms("spo-gap-weighted-below0", "0.2"),
-        *arms("dpo-soft", "0.2"),
-        *arms("dpo", "0.2", "0.8", "3.2"),
-        *arms("dpo-weighted", "0.8"),
-        *arms("spo-weighted-below0", "0.42"),
+        *arms("squared-gap", 0.2),
+        *arms("spo-gap-weighted-below0", 0.2),
+        *arms("dpo-soft", 0.2),
+        *arms("dpo", 0.2, 0.8, 3.2),
+        *arms("dpo-weighted", 0.8),
+        *arms("spo-weighted-below0", 0.42),
     ),
     stage=Rounds(pairs=240, steps=240, batch=8, lr=3e-4, judgements=(60, 120, 180)),
-    seeds=5,
-    first_seed=10,
+    seeds=range(10, 15),
     prefix="on-policy-",
 )
 PILOT = replace(
     ON_POLICY,
     name="pilot",
     arms=tuple(
-        parse_arm(f"{arm}~{rate}") for arm in dict.fromkeys(PILOTED.values()) for rate in RATES
+        replace(arm, rate=rate) for arm in dict.fromkeys(PILOTED.values()) for rate in RATES
     ),
-    seeds=1,
-    first_seed=99,
+    seeds=range(99, 100),
 )
 ROAD = Part(
     "road",
     arms=tuple(
         # At the stage's own rate an arm is that of part 1, so those of both are trained once.
-        replace(arm, rate=None if float(rate) == STAGE.lr else float(rate))
+        replace(arm, rate=None if rate == STAGE.lr else rate)
         for rate in RATES
         for arm in (
-            *arms("dpo", "0.1", "0.4", "1.6"),
-            *arms("spo", "0.025", "0.1", "0.4"),
-            *arms("spo-below-1", "0.025", "0.1", "0.4"),
-            *arms("squared", "0.05", "0.2", "0.8"),
+            *arms("dpo", 0.1, 0.4, 1.6),
+            *arms("spo", 0.025, 0.1, 0.4),
+            *arms("spo-below-1", 0.025, 0.1, 0.4),
+            *arms("squared", 0.05, 0.2, 0.8),
         )
     ),
     stage=STAGE,
-    seeds=2,
-    first_seed=10,
+    seeds=range(10, 12),
     prefix=MATCHED.prefix,
 )
 
@@ -122,7 +117,7 @@ def extended(parts: tuple[Part, ...], read: Read) -> tuple[Part, ...]:
     results = read(first)
     if results is None:
         return parts
-    grids = [results.sorted_arms(form, CLEAN) for form in ("dpo", "spo")]
+    grids = [results.sorted_arms(form) for form in ("dpo", "spo")]
     chosen = {edge for grid in grids for edge in declared.edges(results, grid[0].form)}
     further: list[Arm] = []
     for lowest, *_, highest in grids:
@@ -147,9 +142,7 @@ def rated(parts: tuple[Part, ...], read: Read) -> tuple[Part, ...]:
         return -math.inf if math.isnan(j) or found["stopped_at"] is not None else j
 
     best = {
-        piloted: max(
-            (arm for arm in pilot.arms if replace(arm, rate=None) == parse_arm(piloted)), key=merit
-        )
+        piloted: max((arm for arm in pilot.arms if replace(arm, rate=None) == piloted), key=merit)
         for piloted in PILOTED.values()
     }
     rates = tuple(replace(arm, rate=best[PILOTED[arm.form]].rate) for arm in part.arms)
@@ -162,14 +155,14 @@ def tiny(part: Part) -> Part:
     for arm in part.arms:
         families[replace(arm, beta=1.0)].append(arm)
     stage, steps = part.stage, 8
-    fewer: dict[str, object] = {"steps": steps, "snapshots": min(stage.snapshots, 2)}
-    if isinstance(stage.judgements, tuple):
-        fewer["judgements"] = tuple(step * steps // stage.steps for step in stage.judgements)
+    on_the_way = tuple(step * steps // stage.steps for step in stage.judgements)
+    fewer: dict[str, Any] = {"steps": steps, "snapshots": min(stage.snapshots, 2)}
+    fewer["judgements"] = on_the_way
     if isinstance(stage, Rounds):
         fewer |= {"pairs": 32, "rounds": 2, "openings": 8, "answers": 4}
     return replace(
         part,
         arms=tuple(arm for family in families.values() for arm in family[:2]),
         stage=replace(stage, **fewer),
-        seeds=min((part.seeds + 1) // 2, 2),
+        seeds=part.seeds[: min((len(part.seeds) + 1) // 2, 2)],
     )

@@ -1,4 +1,4 @@
-"""Preference training: the stage, the pairs, the policy that it needs, and the loop."""
+"""Preference training: the stage, the pairs, and the loop."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from benchmarks.studies import seeds
-from benchmarks.studies.arms import Arm, Logps
+from benchmarks.studies.arms import Arm
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from benchmarks.studies.pretrained import TopBlocks
 
 SCORING_ROWS = 256
+
+
+class Logps(NamedTuple):
+    """Log-probabilities of N pairs, nats, [N] each."""
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,35 +34,33 @@ class Stage:
     """How a stage trains.
 
     Attributes:
-      pairs: how many of the training pairs are used; texts, in supervised fine-tuning.
+      pairs: how many of the training pairs are used.
       steps: how many steps of AdamW, without weight decay.
-      batch: pairs (or texts) of a step.
+      batch: pairs of a step.
       lr: the learning rate of the first step.
       lr_end: the share of it that a cosine has left at the last; 1 is a constant rate.
-      clip: the gradient norm that is clipped to; None is no clipping.
-      snapshots: how often the margins are looked at on the way.
-      judgements: how often the policy's answers are judged on the way; or after which steps.
+      clip: the gradient norm that is clipped to.
+      snapshots: how often the margins are looked at on the way, evenly spread.
+      judgements: after which steps the policy's answers are judged on the way.
     """
 
     pairs: int
     steps: int
-    batch: int = 32
-    lr: float = 3e-4
+    batch: int
+    lr: float
     lr_end: float = 0.0
-    clip: float | None = 1.0
+    clip: float = 1.0
     snapshots: int = 0
-    judgements: int | tuple[int, ...] = 0
+    judgements: tuple[int, ...] = ()
 
     def lr_factor(self, step: int) -> float:
         """The share of the learning rate at a step."""
         cosine = 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
         return self.lr_end + (1.0 - self.lr_end) * cosine
 
-    def is_due(self, step: int, times: int | tuple[int, ...]) -> bool:
-        """Whether something done `times` times, evenly spread, or so listed, comes after a step."""
-        if isinstance(times, tuple):
-            return step in times
-        return times > 0 and step % (self.steps // times) == 0
+    def shows_margins(self, step: int) -> bool:
+        """Whether the margins are looked at after a step."""
+        return self.snapshots > 0 and step % (self.steps // self.snapshots) == 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,22 @@ class Pairs:
         rewards = self.answers.rewards
         return (rewards[self.chosen] - rewards[self.rejected]).float()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the pairs are, by name."""
+        known = {"rewards": self.answers.rewards, "reference": self.answers.reference}
+        inputs = {f"inputs/{name}": tensor for name, tensor in self.answers.inputs.items()}
+        return {**known, "chosen": self.chosen, "rejected": self.rejected, **inputs}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> Pairs:
+        """The pairs whose `tensors` have these names behind a prefix."""
+        inputs, others = {}, {}
+        for name in (name for name in tensors if name.startswith(prefix)):
+            *kind, last = name.removeprefix(prefix).split("/")
+            (inputs if kind else others)[last] = tensors[name]
+        answers = Answers(inputs, others["rewards"], others["reference"])
+        return cls(answers, others["chosen"], others["rejected"])
+
     def flipped(self, wrong: Tensor) -> Pairs:
         """The pairs with chosen and rejected exchanged where `wrong` [N] says so."""
         return replace(
@@ -144,22 +166,6 @@ class PairLoss(NamedTuple):
     margins: Tensor
 
 
-class Policy(Protocol):
-    """What can be trained on pairs."""
-
-    def copy(self) -> Self:
-        """A policy of its own that starts where this one is."""
-
-    def trained(self) -> list[Parameter]:
-        """The parameters that are trained."""
-
-    def logps(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Log-probabilities of answers, nats, [M], from the tensors that hold them."""
-
-    def pair_loss(self, arm: Arm, pairs: Pairs) -> PairLoss:
-        """The arm's loss, by which `trained()` can be differentiated."""
-
-
 @dataclass
 class Trained:
     """What a preference stage leaves.
@@ -172,7 +178,7 @@ class Trained:
       lowest_x: the smallest x = beta * h of any pair in any step.
     """
 
-    policy: Policy
+    policy: TopBlocks
     grad_norms: list[float] = field(default_factory=list)
     stopped_at: int | None = None
     lowest_x: float = 0.0
@@ -187,90 +193,64 @@ class Trained:
             "steps": len(norms) - (self.stopped_at is not None),
             "grad_norm_median": statistics.median(norms or [math.nan]),
             "grad_norm_max": max(norms, default=math.nan),
-            "grad_norms": norms,
             "stopped_at": self.stopped_at,
             "lowest_x": self.lowest_x,
         }
 
 
 def train_on_pairs(
-    reference: Policy,
-    batches: Callable[[Policy], Iterator[Pairs]],
+    reference: TopBlocks,
+    batches: Callable[[TopBlocks], Iterator[Pairs]],
     arm: Arm,
     stage: Stage,
-    look: Callable[[int, Policy], None] = lambda *_: None,
+    look: Callable[[int, TopBlocks], None] = lambda *_: None,
 ) -> Trained:
     """Trains a copy of the reference on preferences.
 
     Args:
       reference: the policy to start from; it stays as it is.
-      batches: the pairs of each step, as the arm's labels have them. It is called with the copy,
+      batches: the pairs of each step, in order. It is called with the copy,
         and asked for a batch when the step before it is done.
       arm: the loss.
       stage: the settings.
       look: called after every step with its number and the policy.
     """
     trained = Trained(reference.copy())
-    updater = Updater(trained.policy.trained(), stage)
+    parameters = trained.policy.trained()
+    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, stage.lr_factor)
     for step, pairs in enumerate(batches(trained.policy), start=1):
         loss, margins = trained.policy.pair_loss(arm, pairs)
         trained.lowest_x = min(trained.lowest_x, arm.beta * margins.min().item())
-        norm, moved = updater.step(loss)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, stage.clip).item()
         trained.grad_norms.append(norm)
-        if not moved:
+        if not (math.isfinite(norm) and math.isfinite(loss.item())):
             trained.stopped_at = step
             break
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
         look(step, trained.policy)
     return trained
 
 
-class Updater:
-    """AdamW, its schedule and its clipping, for one stage."""
-
-    def __init__(self, parameters: list[Parameter], stage: Stage) -> None:
-        self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.0)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, stage.lr_factor)
-        self.clip = math.inf if stage.clip is None else stage.clip
-
-    def step(self, loss: Tensor) -> tuple[float, bool]:
-        """Moves the policy down the loss.
-
-        Returns:
-          The gradient norm before clipping, and whether the policy was moved: with a non-finite
-          loss or gradient it stays.
-        """
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
-        finite = math.isfinite(norm) and math.isfinite(loss.item())
-        if finite:
-            self.optimizer.step()
-            self.schedule.step()
-        self.optimizer.zero_grad()
-        return norm, finite
-
-
 def fixed_batches(pairs: Pairs, stage: Stage, seed: int) -> Iterator[Pairs]:
-    """The batches of pairs that do not depend on the policy, in the same order for every arm."""
+    """Pass after pass over all pairs, each shuffled, in the same order for every arm."""
     order = seeds.generator(seed, "preference order")
-    return (pairs[rows] for rows in draw_batches(len(pairs), stage, order))
-
-
-def draw_batches(number: int, stage: Stage, order: torch.Generator) -> Iterator[Tensor]:
-    """Rows of each step's batch: pass after pass over them all, each shuffled."""
     needed = stage.steps * stage.batch
-    passes = [torch.randperm(number, generator=order) for _ in range(-(-needed // number))]
-    return iter(torch.cat(passes)[:needed].split(stage.batch))
+    passes = [torch.randperm(len(pairs), generator=order) for _ in range(-(-needed // len(pairs)))]
+    return (pairs[rows] for rows in torch.cat(passes)[:needed].split(stage.batch))
 
 
 @torch.no_grad()
-def score(policy: Policy, inputs: dict[str, Tensor]) -> Tensor:
+def score(policy: TopBlocks, inputs: dict[str, Tensor]) -> Tensor:
     """Log-probabilities of any number of answers, without gradients."""
     slices = zip(*(tensor.split(SCORING_ROWS) for tensor in inputs.values()), strict=True)
     return torch.cat([policy.logps(dict(zip(inputs, each, strict=True))) for each in slices])
 
 
-def pair_logps(policy: Policy, pairs: Pairs) -> Logps:
+def pair_logps(policy: TopBlocks, pairs: Pairs) -> Logps:
     """The log-probabilities of any number of pairs, without gradients."""
     both = score(policy, pairs.answers[torch.cat((pairs.chosen, pairs.rejected))].inputs)
     return pairs.logps_given(*both.chunk(2))

@@ -1,36 +1,24 @@
-"""Short reviews as a task: openings that a model continues, rewarded by VADER's sentiment."""
+"""What every arm of a seed starts from: openings that a model continues, rewarded by VADER."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save
 
 from benchmarks.studies import seeds
-from benchmarks.studies.evaluation import find_limits
-from benchmarks.studies.experiment import (
-    Foundation,
-    Ground,
-    describe_pairs,
-    foundation_name,
-    load_kept,
-    save_ground,
-)
 from benchmarks.studies.pretrained import TopBlocks, load_base, reference_policy
-from benchmarks.studies.reviews import (
-    Reviews,
-    distinct_2,
-    draw_any_pairs,
-    draw_pairs,
-    write_reviews,
-)
-from benchmarks.studies.store import Store
+from benchmarks.studies.reviews import distinct_2, draw_any_pairs, draw_pairs, write_reviews
+from benchmarks.studies.store import Store, write_atomically
 from benchmarks.studies.training import Pairs, Rounds
 
+MEASURES = ("tokens", "reference_nll", "distinct_2")
+"""What is measured of a policy's completions beside reward and KL."""
 THINGS = (
     *("hotel", "film", "museum", "novel", "concert", "restaurant"),
     *("lecture", "city", "teacher", "coffee", "game", "train ride"),
@@ -43,13 +31,13 @@ OPENINGS = (
     "My friends and I found the {}",
     "What I remember is that the {} was",
 )
-SHOWN_TEXTS = 6
+SUFFIX = ".safetensors"
 ANSWERS_ON_THE_WAY = 10
 """At most so many answers to each held-out opening judge a policy during its training."""
 
 
 @dataclass(frozen=True)
-class SentimentFoundation(Foundation):
+class Foundation:
     """A pretrained model as the reference, and pairs of its own reviews.
 
     Attributes:
@@ -58,21 +46,14 @@ class SentimentFoundation(Foundation):
       pair_answers: reviews to each opening to train on; two make a pair.
       held_out_pair_answers: reviews to each held-out opening for the held-out pairs.
       answers: reviews by which a policy is judged, for each held-out opening.
-      limit_answers: reviews of the reference for each held-out opening, for best of n.
       length: tokens after which a review is cut off.
     """
-
-    reference_name: ClassVar[str] = "reference"
-    measures: ClassVar[tuple[str, ...]] = ("tokens", "reference_nll", "distinct_2")
-    measured_pairs: ClassVar[int] = 64
-    snapshot_pairs: ClassVar[int] = 32
 
     model: str
     held_out_openings: int = 24
     pair_answers: int = 24
     held_out_pair_answers: int = 8
-    answers: int = 10
-    limit_answers: int = 16
+    answers: int = 50
     length: int = 12
 
     def settings(self) -> dict[str, Any]:
@@ -80,55 +61,70 @@ class SentimentFoundation(Foundation):
         return {**asdict(self), "model": load_base(self.model).description}
 
     def lay(self, seed: int, store: Store) -> None:
-        """Lets the reference write, makes pairs, judges it and finds what best of n reaches."""
-        training, held_out = split_openings(self.held_out_openings, seed)
-        reference = reference_policy(self.model)
-
-        def written(openings: Sequence[str], each: int, name: str) -> Reviews:
-            generator = seeds.generator(seed, name)
-            return write_reviews(reference, openings, each, self.length, generator)
-
-        ground = SentimentGround(
-            reference,
-            draw_pairs(written(training, self.pair_answers, "training pairs")),
-            draw_pairs(written(held_out, self.held_out_pair_answers, "held-out pairs")),
-            training,
-            held_out,
-            self.answers,
-            self.length,
-        )
-        save_ground(ground, store, seed)
-        limits = find_limits(written(held_out, self.limit_answers, "limits").rewards)
-        judged = ground.judge(reference, foundation_name(seed))
-        description = describe_pairs(ground.pairs, seed)
-        store.write(foundation_name(seed), {**judged, "limits": limits, **description})
-
-    def load(self, store: Store, seed: int) -> SentimentGround:
-        """The pretrained model, and a seed's pairs."""
-        *pairs, _ = load_kept(store, seed)
+        """Lets the reference write, makes pairs, and judges it."""
         openings = split_openings(self.held_out_openings, seed)
         reference = reference_policy(self.model)
-        return SentimentGround(reference, *pairs, *openings, self.answers, self.length)
+        made = {}
+        for split, prompts, each, name in zip(
+            ("pairs", "held_out"),
+            openings,
+            (self.pair_answers, self.held_out_pair_answers),
+            ("training pairs", "held-out pairs"),
+            strict=True,
+        ):
+            generator = seeds.generator(seed, name)
+            made[split] = draw_pairs(
+                write_reviews(reference, prompts, each, self.length, generator)
+            )
+        tensors = {
+            f"{split}/{name}": tensor.contiguous()
+            for split, pairs in made.items()
+            for name, tensor in pairs.tensors().items()
+        }
+        write_atomically(store.path(foundation_name(seed), SUFFIX), save(tensors))
+        ground = Ground(reference, *made.values(), *openings, self.answers, self.length)
+        judged = ground.judge(reference, foundation_name(seed))
+        pairs = {"pairs": len(ground.pairs), "mean_gap": ground.pairs.gap.mean().item()}
+        store.write(foundation_name(seed), {**judged, **pairs})
+
+    def load(self, store: Store, seed: int) -> Ground:
+        """The pretrained model, and a seed's pairs."""
+        tensors = load_file(store.path(foundation_name(seed), SUFFIX))
+        pairs = (Pairs.of_tensors(tensors, f"{split}/") for split in ("pairs", "held_out"))
+        openings = split_openings(self.held_out_openings, seed)
+        reference = reference_policy(self.model)
+        return Ground(reference, *pairs, *openings, self.answers, self.length)
+
+
+def foundation_name(seed: int) -> str:
+    """Under which the store keeps a seed's foundation."""
+    return f"seed-{seed}/foundation"
 
 
 @dataclass(frozen=True)
-class SentimentGround(Ground):
-    """A pretrained model and pairs of its reviews.
+class Ground:
+    """A foundation that has been laid.
 
     Attributes:
+      policy: the reference of all arms, and what they start from.
+      pairs: training pairs, each labelled by its true rewards.
+      held_out: pairs on the held-out openings, labelled by their true rewards.
       training_openings: those of the training pairs.
       openings: the held-out ones.
       answers: reviews by which a policy is judged, for each of them.
       length: tokens after which a review is cut off.
     """
 
+    policy: TopBlocks
+    pairs: Pairs
+    held_out: Pairs
     training_openings: list[str]
     openings: list[str]
     answers: int
     length: int
 
     @property
-    def on_the_way(self) -> SentimentGround:
+    def on_the_way(self) -> Ground:
         """The same with fewer answers."""
         return replace(self, answers=min(self.answers, ANSWERS_ON_THE_WAY))
 
@@ -154,17 +150,26 @@ class SentimentGround(Ground):
     def judge(self, policy: TopBlocks, name: str) -> dict[str, Any]:
         """What a policy's own reviews of the held-out openings say of it.
 
-        "log_ratios" are log pi - log pi_ref of every review, nats, [P, n].
+        Args:
+          policy: the policy.
+          name: seeds the reviews, so that no two policies share random numbers: with shared
+            ones, policies that are nearly alike give the same text, and ties hide which of
+            them is better.
+
+        Returns:
+          Means over the reviews under "reward", "kl" and `MEASURES`; of every review, [P, n], its
+          "rewards" and "log_ratios" (log pi - log pi_ref, nats). All nan where the policy's logits
+          are not finite.
         """
         generator = seeds.generator("answers", name)
         shape = (len(self.openings), self.answers)
         try:
             reviews = write_reviews(policy, self.openings, self.answers, self.length, generator)
         except FloatingPointError:
-            keys = ("reward", "kl", *SentimentFoundation.measures)
+            keys = ("reward", "kl", *MEASURES)
             unknown = np.full(shape, math.nan).tolist()
             each = {"rewards": unknown, "log_ratios": unknown}
-            return {**dict.fromkeys(keys, math.nan), **each, "texts": []}
+            return {**dict.fromkeys(keys, math.nan), **each}
         log_ratios = reviews.logps - reviews.reference
         return {
             "reward": float(reviews.rewards.mean()),
@@ -174,7 +179,6 @@ class SentimentGround(Ground):
             "distinct_2": distinct_2(reviews.tokens),
             "rewards": reviews.rewards.tolist(),
             "log_ratios": log_ratios.view(shape).tolist(),
-            "texts": reviews.texts[:: self.answers][:SHOWN_TEXTS],
         }
 
 
