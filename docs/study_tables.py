@@ -82,20 +82,21 @@ def title(policy: str) -> str:
 
 def best_against_best() -> None:
     """SPO against DPO, each at its best beta."""
-    tasks = {"SmolLM2-135M-Instruct, judged by VADER": "sentiment/sweep"}
+    studies = {
+        "second study: 8 seeds, 50 completions per opening": "sentiment_second/matched",
+        "first study: 4 other seeds, 10 completions": "sentiment/sweep",
+    }
     columns = {
-        "each at its best beta": "{task}",
+        "SmolLM2-135M-Instruct, judged by VADER": "{study}",
         "SPO": "{ours}",
         "DPO": "{theirs}",
         "SPO wins (%)": "{win_rate:.1%} ± {standard_error:.1%}",
         "95 % interval (%)": "{low:.1%} to {high:.1%}",
     }
-    firsts = {task: measured(f"{run}/decided.csv")[0] for task, run in tasks.items()}
+    firsts = {study: measured(f"{run}/decided.csv")[0] for study, run in studies.items()}
     # The second study has several measures, so its column is `estimate`.
-    listed(
-        ({"win_rate": row.get("estimate"), **row, "task": task} for task, row in firsts.items()),
-        columns,
-    )
+    rows = ({"win_rate": row.get("estimate"), **row, "study": s} for s, row in firsts.items())
+    listed(rows, columns)
 
 
 def matched_betas(run: str) -> None:
