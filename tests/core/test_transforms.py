@@ -19,7 +19,6 @@ import torch
 import spoloss
 from helpers.backends import mlx_array
 from helpers.pairs import four
-from spoloss import DPO, SPO
 from spoloss._arrays import detach
 from spoloss.torch import SPOLoss
 
@@ -317,19 +316,6 @@ MLX: dict[str, Transform] = {
 @each(SUBJECTS, MLX)
 def test_mlx(name: str, transform: str) -> None:
     MLX[transform](SUBJECTS[name], name in CONSTANTS)
-
-
-def test_second_derivatives_far_out() -> None:
-    """Finite wherever the loss is: log(1 + e^-x) must not reach inf / inf behind the scenes."""
-    for loss in (SPO(), SPO(linear_below=-1.0), DPO()):
-        for dtype in (torch.float32, torch.float64):
-            h = torch.tensor([-80.0, 0.0, 100.0, 1e5], dtype=dtype, requires_grad=True)
-            (first,) = torch.autograd.grad(loss.value(h, 1.0).sum(), h, create_graph=True)
-            (second,) = torch.autograd.grad(first.sum(), h)
-            assert torch.isfinite(second).all()
-        far = jnp.asarray([-80.0, 0.0, 100.0, 1e5])
-        second = jax.vmap(jax.grad(jax.grad(lambda h, loss=loss: loss.value(h, 1.0))))(far)
-        assert np.isfinite(second).all()
 
 
 # The checks themselves

@@ -1,8 +1,7 @@
-"""Deliberately wrong losses. Every check of the suite must fail on some of them."""
+"""Deliberately wrong losses, which `check_loss` must refuse."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,16 +11,6 @@ from spoloss import SPO
 from spoloss._arrays import detach, namespace, quiet
 
 _RIGHT = SPO()
-
-
-class FlippedSign:
-    """+x * e^(-x): value and slope agree with each other and are both wrong."""
-
-    def value(self, margin: Any, beta: Any) -> Any:
-        return -_RIGHT.value(margin, beta)
-
-    def slope(self, margin: Any, beta: Any) -> Any:
-        return -_RIGHT.slope(margin, beta)
 
 
 class LostBeta:
@@ -84,14 +73,3 @@ class Naive:
     def slope(self, margin: Any, beta: Any) -> Any:
         x = margin * beta
         return beta * (x - 1.0) * namespace(margin).exp(-x)
-
-
-@dataclass(frozen=True)
-class Clamped:
-    """A silent clamp of the margin: finite everywhere, and flat where it should climb."""
-
-    def value(self, margin: Any, beta: Any) -> Any:
-        return _RIGHT.value(namespace(margin).clip(margin, -20.0, None), beta)
-
-    def slope(self, margin: Any, beta: Any) -> Any:
-        return _RIGHT.slope(namespace(margin).clip(margin, -20.0, None), beta)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.fused import INPUTS, Case, flat_logps, flat_spo
 from helpers.wings import D, P, T, V
-from spoloss import spo_loss
+from spoloss import SPO, spo_loss
 from spoloss.torch import _exponentials, sequence_logps
 
 
@@ -172,6 +172,15 @@ def test_second_derivative_is_refused(upstream: Upstream) -> None:
         (grad,) = torch.autograd.grad(value, inputs[1], create_graph=True)
         with pytest.raises(RuntimeError, match="the fused head has no second derivative"):
             (grad.sum() + inputs[0].sum()).backward()
+
+
+def test_without_a_gradient_there_is_no_graph() -> None:
+    case = Case()
+    with torch.no_grad():
+        out = case.fused(SPO())
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss, case.unfused(SPO()).detach())
+    assert Case((False,) * 4).fused(SPO()).loss.grad_fn is None
 
 
 def test_interleaved_views() -> None:
