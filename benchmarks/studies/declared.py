@@ -33,7 +33,7 @@ from benchmarks.studies.results import (
     verdict,
 )
 
-FACTOR = 4.0
+DPO_FACTOR = 4.0
 """SPO(beta) is matched with DPO at so many times beta."""
 BETA = 0.2
 """Beta of the objective of part 3."""
@@ -91,7 +91,7 @@ def of_matched(results: Results) -> Tables:
         zip(*(rewards_of(results.of(arm)) for arm in (ours, theirs)), strict=True)
         for ours in results.sorted_arms("spo")
         for theirs in results.sorted_arms("dpo")
-        if math.isclose(theirs.beta, FACTOR * ours.beta)
+        if math.isclose(theirs.beta, DPO_FACTOR * ours.beta)
     ]
     rates = [[(win_rate(*each), tie_rate(*each)) for each in seeds] for seeds in matched]
     mean = Estimate(tuple(fmean(won for won, _ in each) for each in zip(*rates, strict=True)))

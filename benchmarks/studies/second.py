@@ -10,13 +10,14 @@ from typing import Any
 
 from benchmarks.studies import declared
 from benchmarks.studies.arms import Arm, arms
-from benchmarks.studies.declared import FACTOR
 from benchmarks.studies.experiment import Part
 from benchmarks.studies.plan import Plan, Read
 from benchmarks.studies.training import Rounds, Stage
 
 STAGE = Stage(pairs=10_000, steps=64, batch=8, lr=3e-4)
 """No seed has so many pairs, so all are used."""
+FACTOR = 4.0
+"""By which a grid of betas is extended if its edge is chosen."""
 RATES = (1e-4, 3e-4, 1e-3)
 
 MATCHED = Part(
