@@ -1,7 +1,6 @@
 """The experiments behind the pages on SPO and DPO: python -m benchmarks.studies STUDY --help.
 
 sentiment    the protocol on a pretrained language model, judged by VADER
-real_pairs   preference pairs of your own, with a pretrained language model
 tabular      the distance to equation 1's optimal policy, where that is known exactly
 smollm2      makes the pretrained model that the pages used
 """

@@ -11,8 +11,7 @@ and with the reward difference of each pair known:
 
     dpo-soft                  DPO whose labels are the probabilities s(gap)
     squared-gap               (h - gap/beta)^2
-    spo-gap-weighted          SPO with reward_gap=gap and weights=gap^2
-    spo-gap-weighted-below0   the same with linear_below=0
+    spo-gap-weighted-below0   SPO with reward_gap=gap, weights=gap^2 and linear_below=0
     dpo-weighted              DPO with weights=gap
     spo-weighted-below0       SPO with weights=gap and linear_below=0
 """
@@ -76,7 +75,6 @@ FORMS = {
     "squared": Form(Squared()),
     "dpo-soft": Form(DPO(), _both_orders),
     "squared-gap": Form(Squared(), lambda beta, gap: [Term(beta / gap)]),
-    "spo-gap-weighted": Form(SPO(), _weighted_gap),
     "spo-gap-weighted-below0": Form(SPO(linear_below=0.0), _weighted_gap),
     "dpo-weighted": Form(DPO(), _weighted),
     "spo-weighted-below0": Form(SPO(linear_below=0.0), _weighted),

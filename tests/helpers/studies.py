@@ -31,7 +31,6 @@ def loss_by_hand(arm: Arm, h: Tensor, gap: Tensor) -> Tensor:
         "squared": (h - 1 / arm.beta) ** 2,
         "dpo-soft": right * torch.log1p(torch.exp(-x)) + (1 - right) * torch.log1p(torch.exp(x)),
         "squared-gap": (h - gap / arm.beta) ** 2,
-        "spo-gap-weighted": gap**2 * curve(x / gap),
         "spo-gap-weighted-below0": gap**2 * curve(x / gap, 0.0),
         "dpo-weighted": gap * torch.log1p(torch.exp(-x)),
         "spo-weighted-below0": gap * curve(x, 0.0),
