@@ -33,18 +33,18 @@ class Term:
     Attributes:
       beta: a number, or [B] where every pair has its own.
       weights: factors of the pairs, [B]; None is 1.
-      reversed: whether chosen and rejected change places.
+      order: -1 if chosen and rejected change places; not in an arm's first term.
     """
 
     beta: Tensor | float
     weights: Tensor | None = None
-    reversed: bool = False
+    order: int = 1
 
 
 def _both_orders(beta: float, gap: Tensor) -> list[Term]:
     """Both orders of each pair, each with the probability that Bradley-Terry gives it."""
     right = gap.sigmoid()
-    return [Term(beta, weights=right), Term(beta, weights=1.0 - right, reversed=True)]
+    return [Term(beta, weights=right), Term(beta, weights=1.0 - right, order=-1)]
 
 
 def _weighted_gap(beta: float, gap: Tensor) -> list[Term]:

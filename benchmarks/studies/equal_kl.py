@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from benchmarks.studies.results import Estimate, Results
+from benchmarks.studies.results import Results
 
 
 def points_within(results: Results, low: float, high: float) -> pd.DataFrame:
@@ -21,8 +21,8 @@ def points_within(results: Results, low: float, high: float) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["seed", "log_kl", "reward", "spo"])
 
 
-def spo_effect(points: pd.DataFrame) -> Estimate:
-    """Reward of SPO less that of DPO at equal KL.
+def spo_effect(points: pd.DataFrame) -> pd.Series:
+    """Reward of SPO less that of DPO at equal KL, for every seed.
 
     It is the coefficient of "SPO" in the regression reward ~ seed + log KL + (log KL)^2 + SPO. The
     values are the jackknife's pseudo-values over the seeds, so its error is clustered by seed. nan
@@ -30,10 +30,10 @@ def spo_effect(points: pd.DataFrame) -> Estimate:
     """
     seeds = points["seed"].unique()
     if len(seeds) < 2 or points["spo"].nunique() < 2:
-        return Estimate((math.nan,))
+        return pd.Series([math.nan])
     whole, number = coefficient(points), len(seeds)
-    without = (coefficient(points[points["seed"] != seed]) for seed in seeds)
-    return Estimate(tuple(number * whole - (number - 1) * each for each in without))
+    without = np.array([coefficient(points[points["seed"] != seed]) for seed in seeds])
+    return pd.Series(number * whole - (number - 1) * without)
 
 
 def coefficient(points: pd.DataFrame) -> float:

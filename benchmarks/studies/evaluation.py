@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from benchmarks.studies.training import Pairs, pair_logps
+from benchmarks.studies.training import Pairs
 from spoloss import log_ratio_margin, preference_metrics
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ def unequal_numbers(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- margins
 
 
+@torch.no_grad()
 def measure_pairs(policy: TopBlocks, pairs: Pairs, beta: float) -> dict[str, float]:
     """Implicit reward margins x = beta * h of pairs, and how far their log-probabilities moved."""
-    pc, pr, rc, rr = (tensor.double() for tensor in pair_logps(policy, pairs))
+    logps = (*policy.logps(pairs.inputs).chunk(2), *pairs.references)
+    pc, pr, rc, rr = (tensor.double() for tensor in logps)
     x = beta * log_ratio_margin(pc, pr, rc, rr)
     metrics = preference_metrics(pc, pr, rc, rr, beta=beta)
     low, median, high = torch.quantile(x, torch.tensor(QUANTILES, dtype=x.dtype)).tolist()

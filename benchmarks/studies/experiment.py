@@ -2,71 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import call
 from typing import Any
+
+import torch
+from tqdm import tqdm
 
 from benchmarks.studies.arms import Arm
 from benchmarks.studies.evaluation import measure_pairs
-from benchmarks.studies.foundation import Foundation, foundation_name
+from benchmarks.studies.foundation import ANSWERS_ON_THE_WAY, Foundation, foundation_name
 from benchmarks.studies.pretrained import TopBlocks
-from benchmarks.studies.runner import Job
 from benchmarks.studies.store import Store
 from benchmarks.studies.training import Pairs, Rounds, Stage, fixed_batches, train_on_pairs
 
 MEASURED_PAIRS, SNAPSHOT_PAIRS = 64, 32
 """Pairs, trained and held out, that are measured after training, and on the way."""
-
-
-def run_arm(
-    name: str, arm: Arm, stage: Stage, foundation: Foundation, seed: int, store: Store
-) -> None:
-    """Trains one arm from the foundation and judges it.
-
-    Args:
-      name: under which the store keeps the result; it also seeds the policy's answers.
-      arm: loss, beta and learning rate.
-      stage: how it is trained.
-      foundation: what it starts from.
-      seed: whose foundation that is.
-      store: where that lies and the result goes.
-    """
-    stage = stage if arm.rate is None else replace(stage, lr=arm.rate)
-    ground = foundation.load(store, seed)
-    pairs = ground.pairs[: stage.pairs]
-    splits = {"train": pairs, "held_out": ground.held_out}
-    snapshots: list[dict[str, Any]] = []
-    judgements: list[dict[str, Any]] = []
-
-    def look(step: int, policy: TopBlocks) -> None:
-        if stage.shows_margins(step):
-            for split, seen in splits.items():
-                measured = measure_pairs(policy, seen[:SNAPSHOT_PAIRS], arm.beta)
-                snapshots.append({"step": step, "split": split, **measured})
-        if step in stage.judgements:
-            judged = ground.on_the_way.judge(policy, f"{name}/step {step}")
-            judgements.append({"step": step, **judged})
-
-    def batches(policy: TopBlocks) -> Iterator[Pairs]:
-        if isinstance(stage, Rounds):
-            return ground.rounds(policy, stage, seed)
-        return fixed_batches(pairs, stage, seed)
-
-    trained = train_on_pairs(ground.policy, batches, arm, stage, look)
-    store.write(
-        name,
-        {
-            **ground.judge(trained.policy, name),
-            **trained.summary(),
-            **{
-                split: measure_pairs(trained.policy, seen[:MEASURED_PAIRS], arm.beta)
-                for split, seen in splits.items()
-            },
-            "snapshots": snapshots,
-            "judgements": judgements,
-        },
-    )
 
 
 @dataclass(frozen=True)
@@ -101,20 +56,76 @@ class Part:
         }
 
 
-def settings_of(foundation: Foundation, parts: Sequence[Part]) -> dict[str, Any]:
-    """What the results of an experiment depend on, for settings.json."""
-    return {"foundation": foundation.settings(), **{part.name: part.settings() for part in parts}}
+def run_parts(parts: Sequence[Part], foundation: Foundation, store: Store, workers: int) -> None:
+    """Runs what is not finished of some parts: each seed's foundation, then the arms."""
+    seeds = sorted({seed for part in parts for seed in part.seeds})
+    grounds = {foundation_name(seed): partial(foundation.lay, seed) for seed in seeds}
+    arms = {
+        part.result_name(arm, seed): partial(run_arm, arm, seed, part, foundation)
+        for seed in seeds
+        for part in parts
+        if seed in part.seeds
+        for arm in part.arms
+    }
+    for jobs in (grounds, arms):
+        run_jobs(jobs, store, workers)
 
 
-def jobs_of(foundation: Foundation, parts: Sequence[Part]) -> list[Job]:
-    """The jobs of parts of an experiment, seed by seed, each seed's foundation first."""
-    found: dict[str, Job] = {}  # parts may share an arm
-    for seed in sorted({seed for part in parts for seed in part.seeds}):
-        needed = foundation_name(seed)
-        found[needed] = Job(needed, partial(foundation.lay, seed))
-        for part in (part for part in parts if seed in part.seeds):
-            for arm in part.arms:
-                name = part.result_name(arm, seed)
-                function = partial(run_arm, name, arm, part.stage, foundation, seed)
-                found.setdefault(name, Job(name, function, needs=(needed,)))
-    return list(found.values())
+def run_jobs(jobs: Mapping[str, Callable[[Store], None]], store: Store, workers: int) -> None:
+    """Runs jobs in so many worker processes of one thread each.
+
+    Every result is written whole or not at all, so an interrupted run goes on where it was.
+
+    Args:
+      jobs: by the name under which the store keeps their results; finished ones are left out.
+      store: where results go.
+      workers: processes at work.
+    """
+    waiting = [partial(job, store) for name, job in jobs.items() if not store.has(name)]
+    if not waiting:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        for _ in tqdm(pool.map(call, waiting), total=len(waiting), unit="job"):
+            pass
+
+
+def run_arm(arm: Arm, seed: int, part: Part, foundation: Foundation, store: Store) -> None:
+    """Trains an arm of a part from a seed's foundation, and judges it."""
+    name = part.result_name(arm, seed)
+    stage = part.stage if arm.rate is None else replace(part.stage, lr=arm.rate)
+    ground = foundation.load(seed, store)
+    pairs = ground.pairs[: stage.pairs]
+    splits = {"train": pairs, "held_out": ground.held_out}
+    snapshots: list[dict[str, Any]] = []
+    judgements: list[dict[str, Any]] = []
+
+    def look(step: int, policy: TopBlocks) -> None:
+        if stage.shows_margins(step):
+            for split, seen in splits.items():
+                measured = measure_pairs(policy, seen[:SNAPSHOT_PAIRS], arm.beta)
+                snapshots.append({"step": step, "split": split, **measured})
+        if step in stage.judgements:
+            each = min(foundation.answers, ANSWERS_ON_THE_WAY)
+            judged = ground.judge(policy, f"{name}/step {step}", each)
+            judgements.append({"step": step, **judged})
+
+    def batches(policy: TopBlocks) -> Iterator[Pairs]:
+        if isinstance(stage, Rounds):
+            return ground.rounds(policy, stage)
+        return fixed_batches(pairs, stage, seed)
+
+    trained = train_on_pairs(ground.reference, batches, arm, stage, look)
+    store.write(
+        name,
+        {
+            **ground.judge(trained.policy, name, foundation.answers),
+            **trained.summary(),
+            **{
+                split: measure_pairs(trained.policy, seen[:MEASURED_PAIRS], arm.beta)
+                for split, seen in splits.items()
+            },
+            "snapshots": snapshots,
+            "judgements": judgements,
+        },
+    )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save
 
 from benchmarks.studies import seeds
-from benchmarks.studies.pretrained import TopBlocks, load_base, reference_policy
+from benchmarks.studies.pretrained import IGNORED, TopBlocks, load_base, reference_policy
 from benchmarks.studies.reviews import distinct_2, draw_any_pairs, draw_pairs, write_reviews
-from benchmarks.studies.store import Store, write_atomically
+from benchmarks.studies.store import Store
 from benchmarks.studies.training import Pairs, Rounds
 
 MEASURES = ("tokens", "reference_nll", "distinct_2")
@@ -31,7 +30,6 @@ OPENINGS = (
     "My friends and I found the {}",
     "What I remember is that the {} was",
 )
-SUFFIX = ".safetensors"
 ANSWERS_ON_THE_WAY = 10
 """At most so many answers to each held-out opening judge a policy during its training."""
 
@@ -60,40 +58,36 @@ class Foundation:
         """All that the results depend on: the model by its weights, not by where they lie."""
         return {**asdict(self), "model": load_base(self.model).description}
 
+    def openings(self, seed: int) -> tuple[list[str], list[str]]:
+        """The openings to train on, and the held-out ones."""
+        openings = all_openings()
+        random.Random(seeds.number(seed, "openings")).shuffle(openings)
+        return openings[self.held_out_openings :], openings[: self.held_out_openings]
+
     def lay(self, seed: int, store: Store) -> None:
         """Lets the reference write, makes pairs, and judges it."""
-        openings = split_openings(self.held_out_openings, seed)
         reference = reference_policy(self.model)
-        made = {}
-        for split, prompts, each, name in zip(
-            ("pairs", "held_out"),
-            openings,
-            (self.pair_answers, self.held_out_pair_answers),
-            ("training pairs", "held-out pairs"),
-            strict=True,
-        ):
-            generator = seeds.generator(seed, name)
-            made[split] = draw_pairs(
-                write_reviews(reference, prompts, each, self.length, generator)
-            )
-        tensors = {
-            f"{split}/{name}": tensor.contiguous()
-            for split, pairs in made.items()
-            for name, tensor in pairs.tensors().items()
-        }
-        write_atomically(store.path(foundation_name(seed), SUFFIX), save(tensors))
-        ground = Ground(reference, *made.values(), *openings, self.answers, self.length)
-        judged = ground.judge(reference, foundation_name(seed))
-        pairs = {"pairs": len(ground.pairs), "mean_gap": ground.pairs.gap.mean().item()}
-        store.write(foundation_name(seed), {**judged, **pairs})
 
-    def load(self, store: Store, seed: int) -> Ground:
-        """The pretrained model, and a seed's pairs."""
-        tensors = load_file(store.path(foundation_name(seed), SUFFIX))
-        pairs = (Pairs.of_tensors(tensors, f"{split}/") for split in ("pairs", "held_out"))
-        openings = split_openings(self.held_out_openings, seed)
-        reference = reference_policy(self.model)
-        return Ground(reference, *pairs, *openings, self.answers, self.length)
+        def drawn(openings: list[str], each: int, name: str) -> Pairs:
+            generator = seeds.generator(seed, name)
+            return draw_pairs(write_reviews(reference, openings, each, self.length, generator))
+
+        training, held_out = self.openings(seed)
+        pairs = drawn(training, self.pair_answers, "training pairs")
+        others = drawn(held_out, self.held_out_pair_answers, "held-out pairs")
+        path = store.path(foundation_name(seed), ".pt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((pairs, others), path)
+        ground = Ground(self, seed, reference, pairs, others)
+        judged = ground.judge(reference, foundation_name(seed), self.answers)
+        known = {"pairs": len(pairs), "mean_gap": pairs.gap.mean().item()}
+        store.write(foundation_name(seed), {**judged, **known})
+
+    def load(self, seed: int, store: Store) -> Ground:
+        """What `lay` has made."""
+        # The file has the classes of this package, and is of this package's own making.
+        pairs = torch.load(store.path(foundation_name(seed), ".pt"), weights_only=False)
+        return Ground(self, seed, reference_policy(self.model), *pairs)
 
 
 def foundation_name(seed: int) -> str:
@@ -101,53 +95,50 @@ def foundation_name(seed: int) -> str:
     return f"seed-{seed}/foundation"
 
 
+def all_openings() -> list[str]:
+    """Every opening of every thing."""
+    return [opening.format(thing) for opening in OPENINGS for thing in THINGS]
+
+
 @dataclass(frozen=True)
 class Ground:
-    """A foundation that has been laid.
+    """A seed's foundation that has been laid.
 
     Attributes:
-      policy: the reference of all arms, and what they start from.
+      foundation: what it is made by.
+      seed: the seed.
+      reference: of all arms, and what they start from.
       pairs: training pairs, each labelled by its true rewards.
       held_out: pairs on the held-out openings, labelled by their true rewards.
-      training_openings: those of the training pairs.
-      openings: the held-out ones.
-      answers: reviews by which a policy is judged, for each of them.
-      length: tokens after which a review is cut off.
     """
 
-    policy: TopBlocks
+    foundation: Foundation
+    seed: int
+    reference: TopBlocks
     pairs: Pairs
     held_out: Pairs
-    training_openings: list[str]
-    openings: list[str]
-    answers: int
-    length: int
 
-    @property
-    def on_the_way(self) -> Ground:
-        """The same with fewer answers."""
-        return replace(self, answers=min(self.answers, ANSWERS_ON_THE_WAY))
-
-    def rounds(self, policy: TopBlocks, stage: Rounds, seed: int) -> Iterator[Pairs]:
+    def rounds(self, policy: TopBlocks, stage: Rounds) -> Iterator[Pairs]:
         """The pairs of each step, from what the policy writes to training openings.
 
         A round with fewer pairs takes fewer steps; the first without a batch ends the training.
         """
-        openings = self.training_openings[: stage.openings]
+        openings = self.foundation.openings(self.seed)[0][: stage.openings]
         for number in range(stage.rounds):
             # The arms of a seed share the random numbers, so their first rounds are the same.
-            generator = seeds.generator(seed, f"round {number}")
+            generator = seeds.generator(self.seed, f"round {number}")
+            length = self.foundation.length
             try:
-                reviews = write_reviews(policy, openings, stage.answers, self.length, generator)
+                reviews = write_reviews(policy, openings, stage.answers, length, generator)
             except FloatingPointError:
                 return  # the policy is judged as it is, which finds the same
-            fresh = draw_any_pairs(reviews, stage.pairs, generator)
+            fresh = draw_any_pairs(reviews, stage.answers, stage.pairs, generator)
             rows = torch.arange(len(fresh) // stage.batch * stage.batch).view(-1, stage.batch)
             if len(rows) == 0:
                 return
             yield from (fresh[batch] for batch in rows)
 
-    def judge(self, policy: TopBlocks, name: str) -> dict[str, Any]:
+    def judge(self, policy: TopBlocks, name: str, each: int) -> dict[str, Any]:
         """What a policy's own reviews of the held-out openings say of it.
 
         Args:
@@ -155,40 +146,29 @@ class Ground:
           name: seeds the reviews, so that no two policies share random numbers: with shared
             ones, policies that are nearly alike give the same text, and ties hide which of
             them is better.
+          each: reviews of each opening.
 
         Returns:
           Means over the reviews under "reward", "kl" and `MEASURES`; of every review, [P, n], its
           "rewards" and "log_ratios" (log pi - log pi_ref, nats). All nan where the policy's logits
           are not finite.
         """
+        openings = self.foundation.openings(self.seed)[1]
         generator = seeds.generator("answers", name)
-        shape = (len(self.openings), self.answers)
         try:
-            reviews = write_reviews(policy, self.openings, self.answers, self.length, generator)
+            reviews = write_reviews(policy, openings, each, self.foundation.length, generator)
         except FloatingPointError:
-            keys = ("reward", "kl", *MEASURES)
-            unknown = np.full(shape, math.nan).tolist()
-            each = {"rewards": unknown, "log_ratios": unknown}
-            return {**dict.fromkeys(keys, math.nan), **each}
-        log_ratios = reviews.logps - reviews.reference
+            unknown = [[math.nan] * each] * len(openings)
+            means = dict.fromkeys(("reward", "kl", *MEASURES), math.nan)
+            return {**means, "rewards": unknown, "log_ratios": unknown}
+        labels, log_ratios = reviews.inputs["labels"], reviews.logps - reviews.reference
+        lengths = (labels != IGNORED).sum(1)
         return {
-            "reward": float(reviews.rewards.mean()),
+            "reward": reviews.rewards.numpy().mean().item(),
             "kl": log_ratios.mean().item(),
-            "tokens": reviews.lengths.double().mean().item(),
-            "reference_nll": (-reviews.reference.sum() / reviews.lengths.sum()).item(),
-            "distinct_2": distinct_2(reviews.tokens),
-            "rewards": reviews.rewards.tolist(),
-            "log_ratios": log_ratios.view(shape).tolist(),
+            "tokens": lengths.double().mean().item(),
+            "reference_nll": (-reviews.reference.sum() / lengths.sum()).item(),
+            "distinct_2": distinct_2(labels),
+            "rewards": reviews.rewards.view(-1, each).tolist(),
+            "log_ratios": log_ratios.view(-1, each).tolist(),
         }
-
-
-def all_openings() -> list[str]:
-    """Every opening of every thing."""
-    return [opening.format(thing) for opening in OPENINGS for thing in THINGS]
-
-
-def split_openings(held_out: int, seed: int) -> tuple[list[str], list[str]]:
-    """The openings to train on, and so many held-out ones."""
-    openings = all_openings()
-    seeds.rng(seed, "openings").shuffle(openings)
-    return openings[held_out:], openings[:held_out]

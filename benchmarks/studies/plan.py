@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.studies.experiment import Part, jobs_of
+from benchmarks.studies.experiment import Part, run_parts
 from benchmarks.studies.foundation import Foundation
 from benchmarks.studies.report import report
-from benchmarks.studies.results import Results, Row
-from benchmarks.studies.runner import run_jobs
+from benchmarks.studies.results import Results, Tables
 from benchmarks.studies.store import Store, open_store
 
 Read = Callable[[Part], Results | None]
@@ -22,14 +21,14 @@ class Plan:
 
     Attributes:
       parts: as they are planned; all are reported in a folder with the name of the first.
-      tables: the rows of further CSV files, by name, from the results of the first.
+      tables: further CSV files, from the results of the first.
       settle: the parts to run, from the planned ones and from the results so far. It is asked
-        again when these are run, until it names no unfinished one. None keeps the planned.
+        again when these are run, until it names no unfinished one.
     """
 
     parts: tuple[Part, ...]
-    tables: Callable[[Results], dict[str, list[Row]]]
-    settle: Callable[[tuple[Part, ...], Read], tuple[Part, ...]] | None = None
+    tables: Callable[[Results], Tables]
+    settle: Callable[[tuple[Part, ...], Read], tuple[Part, ...]] = lambda parts, _: parts
 
 
 def run_plan(plan: Plan, foundation: Foundation, store: Store, workers: int) -> None:
@@ -48,15 +47,12 @@ def run_plan(plan: Plan, foundation: Foundation, store: Store, workers: int) -> 
         names = (part.result_name(arm, seed) for arm in part.arms for seed in part.seeds)
         return Results(part, store) if all(map(store.has, names)) else None
 
-    def settled() -> tuple[Part, ...]:
-        return plan.parts if plan.settle is None else plan.settle(plan.parts, read)
-
-    parts = settled()
-    while None in (found := [read(part) for part in parts]):
-        run_jobs(jobs_of(foundation, parts), store, workers)
-        parts = settled()
-    changed = [part for part in parts if part not in plan.parts]
-    open_store(store.folder, {f"{part.name}, settled": part.settings() for part in changed})
-    results = [each for each in found if each is not None]
+    parts = plan.settle(plan.parts, read)
+    while not all(map(read, parts)):
+        run_parts(parts, foundation, store, workers)
+        parts = plan.settle(plan.parts, read)
+    settled = [part for part in parts if part not in plan.parts]
+    open_store(store.folder, {f"{part.name}, settled": part.settings() for part in settled})
+    results = [Results(part, store) for part in parts]
     folder = store.folder / parts[0].name
     report(results, folder, foundation.settings()["model"], plan.tables(results[0]))

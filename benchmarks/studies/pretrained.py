@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,27 +147,24 @@ class TopBlocks:
         return linear_logps(Head(self.base.head), completions)
 
     def pair_loss(self, arm: Arm, pairs: Pairs) -> PairLoss:
-        """The arm's loss of a batch in one pass over the vocabulary, and its margins."""
-        rows = torch.cat((pairs.chosen, pairs.rejected))
-        states, labels = trim(pairs.answers[rows].inputs)
+        """The arm's loss of a batch, each term in one pass over the vocabulary, and its margins."""
+        states, labels = trim(pairs.inputs)
         both = zip(self.hidden(states).chunk(2), labels.chunk(2), strict=True)
         sides = [Completions(*side, shift=False) for side in both]
-        references = pairs.answers.reference[rows].chunk(2)
-        losses = []
-        for term in arm.terms(pairs.gap):
-            order = (1, 0) if term.reversed else (0, 1)
-            made = linear_pair_loss(
+        made = [
+            linear_pair_loss(
                 arm.margin_loss,
                 Head(self.base.head),
-                *(sides[side] for side in order),
-                *(references[side] for side in order),
+                *sides[:: term.order],
+                *pairs.references[:: term.order],
                 beta=term.beta,
                 weights=term.weights,
             )
-            losses.append(made.loss)
-            if not term.reversed:
-                logps = pairs.logps_given(made.chosen_logps, made.rejected_logps)
-        return PairLoss(torch.stack(losses).sum(), log_ratio_margin(*logps).detach())
+            for term in arm.terms(pairs.gap)
+        ]
+        logps = made[0].chosen_logps, made[0].rejected_logps
+        loss = torch.stack([each.loss for each in made]).sum()
+        return PairLoss(loss, log_ratio_margin(*logps, *pairs.references))
 
 
 def reference_policy(model: str) -> TopBlocks:
@@ -186,25 +183,20 @@ def trim(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------- sampling
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """Answers of a policy to prompts, prompt by prompt, each prompt's one after another.
 
     Attributes:
-      tokens: the answer's ids [M, L]; behind its end they are `IGNORED`.
-      inputs: states [M, T, D] and labels [M, T], as `TopBlocks.logps` takes them.
+      states: what the frozen blocks leave, [M, T, D].
+      labels: for each state the next token of the answer, [M, T]; elsewhere `IGNORED`.
       logps: log-probabilities under the policy that wrote them, nats, [M].
       reference: those under the pretrained model, nats, [M].
     """
 
-    tokens: Tensor
-    inputs: dict[str, Tensor]
+    states: Tensor
+    labels: Tensor
     logps: Tensor
     reference: Tensor
-
-    def __getitem__(self, rows: slice) -> Written:
-        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
-        return Written(self.tokens[rows], inputs, self.logps[rows], self.reference[rows])
 
 
 @torch.no_grad()
@@ -213,6 +205,7 @@ def write_answers(
     prompts: Sequence[list[int]],
     each: int,
     length: int,
+    width: int,
     generator: torch.Generator,
 ) -> Written:
     """Draws answers at temperature 1; an answer ends with its first sentence.
@@ -222,51 +215,46 @@ def write_answers(
       prompts: token ids; all of one length.
       each: answers to every prompt.
       length: tokens after which an answer is cut off.
+      width: T of the tensors that are returned.
       generator: draws the tokens.
 
     Raises:
       FloatingPointError: the policy's logits are not finite.
     """
     base, number = policy.base, len(prompts) * each
-    start = len(prompts[0]) - 1
-    tokens = torch.full((number, length), IGNORED)
-    states = torch.zeros(number, start + length, base.head.shape[1])
-    logps, reference = (
-        torch.zeros(number, dtype=torch.float64),
-        torch.zeros(number, dtype=torch.float64),
-    )
-    writers = [policy.top] if policy.top is base.top else [policy.top, base.top]
-    stacks = [Stack(base.lower), *map(Stack, writers)]
+    place = len(prompts[0]) - 1
+    states = torch.zeros(number, width, base.head.shape[1])
+    labels = torch.full((number, width), IGNORED)
+    logps, reference = (torch.zeros(number, dtype=torch.float64) for _ in range(2))
+    lower = Stack(base.lower)
+    tops = [Stack(top) for top in dict.fromkeys((policy.top, base.top))]
 
-    running, ids = torch.arange(number), torch.tensor(prompts)
-    for step in range(length):
-        below = stacks[0].advance(base.lower.embed_tokens(ids))
-        last = [stack.advance(below) for stack in stacks[1:]]
-        if step == 0:  # The prompt is read once, whatever the number of its answers.
-            for stack in stacks:
-                stack.repeat(each)
-            below = below.repeat_interleave(each, 0)
-            states[:, : start + 1] = below
-            last = [hidden.repeat_interleave(each, 0) for hidden in last]
-        else:
-            states[running, start + step] = below[:, -1]
+    # A prompt is read once, whatever the number of its answers.
+    below = lower.advance(base.lower.embed_tokens(torch.tensor(prompts)))
+    last = [top.advance(below).repeat_interleave(each, 0) for top in tops]
+    for stack in (lower, *tops):
+        stack.cache.batch_repeat_interleave(each)
+    states[:, : place + 1] = below.repeat_interleave(each, 0)
+    running = torch.arange(number)
+    for left in reversed(range(length)):
         logits = [hidden[:, -1] @ base.head.T for hidden in last]
         if not torch.isfinite(logits[0]).all():
             raise FloatingPointError("the policy's logits are not finite")
         log_softmax = [each_logits.log_softmax(1) for each_logits in logits]
         ids = torch.multinomial(log_softmax[0].exp(), 1, generator=generator)
-        tokens[running, step] = ids[:, 0]
+        labels[running, place] = ids[:, 0]
         logps[running] += log_softmax[0].gather(1, ids)[:, 0]
         reference[running] += log_softmax[-1].gather(1, ids)[:, 0]
         going = ~base.ends[ids[:, 0]]
-        if not going.any():
+        if left == 0 or not going.any():
             break
-        running, ids = running[going], ids[going]
-        for stack in stacks:
-            stack.keep(going)
-    labels = torch.full((number, start + length), IGNORED)
-    labels[:, start:] = tokens
-    return Written(tokens, {"states": states, "labels": labels}, logps, reference)
+        running, ids, place = running[going], ids[going], place + 1
+        for stack in (lower, *tops):
+            stack.cache.batch_select_indices(going.nonzero()[:, 0])
+        below = lower.advance(base.lower.embed_tokens(ids))
+        states[running, place] = below[:, -1]
+        last = [top.advance(below) for top in tops]
+    return Written(states, labels, logps, reference)
 
 
 class Stack:
@@ -281,11 +269,3 @@ class Stack:
         return self.blocks(
             inputs_embeds=states, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
-
-    def repeat(self, times: int) -> None:
-        """Makes so many rows of every row."""
-        self.cache.batch_repeat_interleave(times)
-
-    def keep(self, rows: Tensor) -> None:
-        """Forgets all rows but these, booleans [M]."""
-        self.cache.batch_select_indices(rows.nonzero()[:, 0])

@@ -1,16 +1,18 @@
-"""Planned comparisons whose intervals hold at once, and the files that they are recomputed from.
-
-Every estimate has a value for each seed, and its interval is Student's over the seeds.
-"""
+"""Planned comparisons whose intervals hold at once, and the files that they are recomputed from."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from benchmarks.studies.arms import Arm
-from benchmarks.studies.results import Best, Estimate, Results, Row, name_of
+from benchmarks.studies.results import Best, Results, interval
+
+WIN_RATE = "win rate"
+"""The measure whose intervals end at 0 and 1."""
 
 
 class Question(NamedTuple):
@@ -18,39 +20,41 @@ class Question(NamedTuple):
 
     Attributes:
       text: what is compared.
-      estimates: what was found, by measure.
-      says: the verdict, from the interval (low, high) of each measure.
+      measures: what was found, by measure.
+      says: the verdict, from the interval of each measure.
       further: further columns.
     """
 
     text: str
-    estimates: dict[str, Estimate]
+    measures: dict[str, pd.Series]
     says: Callable[..., str]
-    further: Row
+    further: dict[str, Any]
 
 
-def decide(questions: Sequence[Question]) -> list[Row]:
+def decide(questions: Sequence[Question]) -> list[dict[str, Any]]:
     """A row for every measure of a part's comparisons, with intervals that all hold at once.
 
     A comparison with a nan is "broken".
     """
-    number = sum(len(question.estimates) for question in questions)
-    rows: list[Row] = []
-    for question in questions:
-        found = question.estimates
-        intervals = {measure: each.interval(number) for measure, each in found.items()}
-        broken = any(math.isnan(low) for low, _ in intervals.values())
-        judged = "broken" if broken else question.says(*intervals.values())
-        for measure, (low, high) in intervals.items():
-            row: Row = {"question": question.text, "measure": measure}
-            row |= {"estimate": found[measure].mean, "standard_error": found[measure].error}
-            rows.append({**row, "low": low, "high": high, **question.further, "verdict": judged})
+    number = sum(len(question.measures) for question in questions)
+    rows = []
+    for text, measures, says, further in questions:
+        ends = {measure: interval(values, number) for measure, values in measures.items()}
+        broken = any(math.isnan(low) for low, _ in ends.values())
+        judged = "broken" if broken else says(*ends.values())
+        for measure, values in measures.items():
+            low, high = ends[measure]
+            if measure == WIN_RATE:
+                low, high = max(low, 0.0), min(high, 1.0)
+            row = {"question": text, "measure": measure, "estimate": values.mean(skipna=False)}
+            row |= {"standard_error": values.sem(skipna=False), "low": low, "high": high}
+            rows.append({**row, **further, "verdict": judged})
     return rows
 
 
 def ends(grid: Sequence[Arm], *chosen: Best) -> list[str]:
     """The ends of a grid, "lowest" or "highest" beta, that are chosen for some seed."""
-    titles = [each.title for best in chosen for each in best.chosen]
+    titles = [title for best in chosen for title in best.titles]
     # The title of a policy on the way is that of its arm with the step behind it.
     return [
         end
@@ -59,13 +63,13 @@ def ends(grid: Sequence[Arm], *chosen: Best) -> list[str]:
     ]
 
 
-def completion_rows(results: Results, *measures: str) -> list[Row]:
+def completion_rows(results: Results, *measures: str) -> list[dict[str, Any]]:
     """Measures of every completion that judged a policy; `step` is empty after the last."""
     return [
-        {"policy": name_of(policy), "seed": seed, "step": judged.get("step"), "opening": i}
+        {"policy": policy, "seed": seed, "step": judged.get("step"), "opening": i}
         | {key: " ".join(f"{value:.4g}" for value in judged[key][i]) for key in measures}
-        for policy in (None, *results.arms)
-        for seed, found in zip(results.part.seeds, results.of(policy), strict=True)
-        for judged in (*found.get("judgements", ()), found)
+        for policy, found in results.policies().items()
+        for seed, each in zip(results.part.seeds, found, strict=True)
+        for judged in (*each.get("judgements", ()), each)
         for i in range(len(judged["rewards"]))
     ]

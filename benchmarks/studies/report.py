@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,9 @@ from benchmarks import record
 from benchmarks.studies.evaluation import win_rate
 from benchmarks.studies.figures import draw_frontier, draw_margins, save
 from benchmarks.studies.foundation import MEASURES
-from benchmarks.studies.results import Policy, Results, Row, name_of
+from benchmarks.studies.results import Results, Tables
 
-PACKAGES = ("torch", "numpy", "spoloss", "transformers")
+PACKAGES = ("torch", "numpy", "spoloss", "transformers", "vaderSentiment")
 SHOWN = (
     *("win_rate_vs_reference", "reward", "kl", *MEASURES),
     *("train_x_mean", "train_x_sd", "held_out_x_mean", "grad_norm_max"),
@@ -22,53 +23,66 @@ SHOWN = (
 """Columns of policies.csv in the summary."""
 
 
-def report(
-    parts: Sequence[Results], folder: Path, model: str, further: Mapping[str, list[Row]]
-) -> None:
+def report(parts: Sequence[Results], folder: Path, model: str, further: Tables) -> None:
     """Writes and prints what parts of an experiment have found.
 
     Args:
       parts: those that share the folder; the pictures are of the first.
       folder: where the files go.
       model: what was trained.
-      further: rows of further CSV files.
+      further: further CSV files.
     """
-    first = parts[0]
+    first, *others = parts
     seeds = f"{len(first.part.seeds)} seed{'s' * (len(first.part.seeds) > 1)}"
-    title = f"{record.machine(*PACKAGES, 'vaderSentiment')}; {seeds}; {model}"
-    policies = [*policy_rows(first, None)]  # the same in every part
-    policies += [row for each in parts for arm in each.arms for row in policy_rows(each, arm)]
-    tables = {"policies": policies, "pairs": pair_rows(first), **further}
-    for name, kind in (("margins", "snapshots"), ("judgements", "judgements")):
-        tables[name] = [row for results in parts for row in way_rows(results, kind)]
+    title = f"{record.machine(*PACKAGES)}; {seeds}; {model}"
+    tables = {
+        "policies": [
+            *policy_rows(first),
+            # The reference is the same in every part.
+            *(row for each in others for row in policy_rows(each) if row["policy"] != "reference"),
+        ],
+        "pairs": pair_rows(first),
+        **further,
+        "margins": [row for results in parts for row in way_rows(results, "snapshots")],
+        "judgements": [row for results in parts for row in way_rows(results, "judgements")],
+    }
     print(f"\n{folder}: {title}")
     for name, rows in tables.items():
         if rows:
             record.write(folder / f"{name}.csv", title, rows)
-    means = pd.DataFrame(policies).groupby(["stage", "policy"], sort=False)[[*SHOWN]].mean()
-    print(means.to_string(float_format="{:.3g}".format, na_rep="-"))
-    if decided := tables.get("decided"):
-        print(pd.DataFrame(decided).to_string(index=False, float_format="{:.3f}".format))
+    policies = pd.DataFrame(tables["policies"]).groupby(["stage", "policy"], sort=False)
+    print(policies[[*SHOWN]].mean().to_string(float_format="{:.3g}".format, na_rep="-"))
+    if "decided" in tables:
+        decided = pd.DataFrame(tables["decided"])
+        print(decided.to_string(index=False, float_format="{:.3f}".format))
     save(draw_frontier(first), folder / "frontier.png", title)
     if first.part.stage.snapshots:
         save(draw_margins(first), folder / "margins.png", title)
 
 
-def policy_rows(results: Results, policy: Policy) -> Iterator[Row]:
-    """Everything measured of a policy, seed by seed."""
-    keys = ("reward", "kl", *MEASURES, "grad_norm_median", "grad_norm_max")
-    seeds = zip(results.part.seeds, results.of(policy), results.references, strict=True)
-    for seed, found, reference in seeds:
-        row: Row = {"stage": results.part.name, "policy": name_of(policy), "seed": seed}
-        rewards = (np.array(each["rewards"]) for each in (found, reference))
-        row["win_rate_vs_reference"] = win_rate(*rewards)
-        row |= {key: found.get(key) for key in (*keys, "steps", "stopped_at", "lowest_x")}
-        for split in ("train", "held_out"):
-            row |= {f"{split}_{key}": value for key, value in found.get(split, {}).items()}
-        yield row
+def policy_rows(results: Results) -> Iterator[dict[str, Any]]:
+    """Everything measured of every policy, seed by seed."""
+    training = ("grad_norm_median", "grad_norm_max", "steps", "stopped_at", "lowest_x")
+    for policy, seeds in results.policies().items():
+        both = zip(results.part.seeds, seeds, results.references, strict=True)
+        for seed, found, reference in both:
+            rewards = (np.array(each["rewards"]) for each in (found, reference))
+            yield {
+                "stage": results.part.name,
+                "policy": policy,
+                "seed": seed,
+                "win_rate_vs_reference": win_rate(*rewards),
+                **{key: found[key] for key in ("reward", "kl", *MEASURES)},
+                **{key: found.get(key) for key in training},
+                **{
+                    f"{split}_{key}": value
+                    for split in ("train", "held_out")
+                    for key, value in found.get(split, {}).items()
+                },
+            }
 
 
-def pair_rows(results: Results) -> list[Row]:
+def pair_rows(results: Results) -> list[dict[str, Any]]:
     """The pairs of each seed: how many, and by how much their rewards differ."""
     seeds = zip(results.part.seeds, results.references, strict=True)
     return [
@@ -76,7 +90,7 @@ def pair_rows(results: Results) -> list[Row]:
     ]
 
 
-def way_rows(results: Results, kind: str) -> list[Row]:
+def way_rows(results: Results, kind: str) -> list[dict[str, Any]]:
     """The margins, or the judged completions' means, at the steps where training looked at them."""
     return [
         {"stage": results.part.name, "policy": str(arm), "seed": seed}

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from benchmarks.studies import declared
 from benchmarks.studies.arms import Arm, arms
@@ -138,7 +137,7 @@ def rated(parts: tuple[Part, ...], read: Read) -> tuple[Part, ...]:
         return (pilot,)
 
     def merit(arm: Arm) -> float:
-        (found,) = results.of(arm)
+        (found,) = results.arms[arm]
         j = declared.objective(found)
         return -math.inf if math.isnan(j) or found["stopped_at"] is not None else j
 
@@ -155,15 +154,18 @@ def tiny(part: Part) -> Part:
     families: dict[Arm, list[Arm]] = defaultdict(list)
     for arm in part.arms:
         families[replace(arm, beta=1.0)].append(arm)
-    stage, steps = part.stage, 8
-    on_the_way = tuple(step * steps // stage.steps for step in stage.judgements)
-    fewer: dict[str, Any] = {"steps": steps, "snapshots": min(stage.snapshots, 2)}
-    fewer["judgements"] = on_the_way
+    steps = 8
+    stage = replace(
+        part.stage,
+        steps=steps,
+        snapshots=min(part.stage.snapshots, 2),
+        judgements=tuple(step * steps // part.stage.steps for step in part.stage.judgements),
+    )
     if isinstance(stage, Rounds):
-        fewer |= {"pairs": 32, "rounds": 2, "openings": 8, "answers": 4}
+        stage = replace(stage, pairs=32, rounds=2, openings=8, answers=4)
     return replace(
         part,
         arms=tuple(arm for family in families.values() for arm in family[:2]),
-        stage=replace(stage, **fewer),
+        stage=stage,
         seeds=part.seeds[: min((len(part.seeds) + 1) // 2, 2)],
     )

@@ -1,9 +1,8 @@
-"""Random generators by name: what two names draw is independent, what one name draws is fixed."""
+"""Random numbers by name: what two names draw is independent, what one name draws is fixed."""
 
 from __future__ import annotations
 
 import hashlib
-import random
 
 import torch
 
@@ -17,8 +16,3 @@ def number(*names: object) -> int:
 def generator(*names: object) -> torch.Generator:
     """PyTorch's generator for the thing of these names."""
     return torch.Generator().manual_seed(number(*names))
-
-
-def rng(*names: object) -> random.Random:
-    """Python's generator for the thing of these names."""
-    return random.Random(number(*names))

@@ -14,14 +14,13 @@ first study is run from the tag second-study (docs/real_model.md).
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import RESULTS
-from benchmarks.studies.experiment import settings_of
 from benchmarks.studies.foundation import Foundation
 from benchmarks.studies.plan import run_plan
-from benchmarks.studies.runner import command_line
 from benchmarks.studies.second import second_study, tiny
 from benchmarks.studies.store import open_store
 
@@ -34,13 +33,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
       InputError: the model or the results folder cannot be used.
     """
-    parser = command_line("sentiment", __doc__, f"{OUTPUT} or {QUICK}")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies sentiment",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--model", required=True, help="a Transformers folder, or a name on the Hugging Face Hub"
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--quick", action="store_true", help="all parts, with tiny numbers")
     what.add_argument("--second", nargs="+", choices=second_study(), help="parts of the study")
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"default: {OUTPUT} or {QUICK}")
+    parser.add_argument("--workers", type=int, default=2, help="processes at work; default: 2")
     options = parser.parse_args(argv)
     if options.quick:
         foundation = Foundation(
@@ -50,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         foundation, output = Foundation(options.model), OUTPUT
         wanted = [second_study()[part] for part in options.second]
-    settings = settings_of(foundation, [part for plan in wanted for part in plan.parts])
+    planned = {part.name: part.settings() for plan in wanted for part in plan.parts}
+    settings = {"foundation": foundation.settings(), **planned}
     store = open_store(options.output or output, settings)
     for plan in wanted:
         run_plan(plan, foundation, store, options.workers)

@@ -37,7 +37,7 @@ class Store:
 
     def write(self, name: str, part: dict[str, Any]) -> None:
         """Keeps a part as finished: wholly or not at all."""
-        write_atomically(self.path(name), json.dumps(part).encode())
+        write_atomically(self.path(name), json.dumps(part))
 
 
 def open_store(folder: Path, settings: dict[str, Any]) -> Store:
@@ -48,32 +48,27 @@ def open_store(folder: Path, settings: dict[str, Any]) -> Store:
     Raises:
       InputError: the folder is another run's or not a run's at all; nothing in it is changed.
     """
+    path = folder / SETTINGS
     versions = {"spoloss": spoloss.__version__, "torch": torch.__version__}
     asked = json.loads(json.dumps({"versions": versions, **settings}))
-    path = folder / SETTINGS
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if found and (folder / WORK).exists():
-        found.setdefault("versions", None)  # a run that did not record them could be of any
-    if found or not folder.exists() or not any(folder.iterdir()):
-        differing = sorted(key for key in found.keys() & asked if found[key] != asked[key])
-    else:
-        differing = sorted(asked)
-    if differing:
+    if not found and folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: expected a folder of results, or an empty one")
+    if differing := sorted(key for key in found.keys() & asked if found[key] != asked[key]):
         raise InputError(
-            f"{folder}: expected an empty folder or results of the same settings, but these "
-            f"differ: {', '.join(differing)}; choose another --output"
+            f"{folder}: expected results of the same settings, but these differ: "
+            f"{', '.join(differing)}; choose another --output"
         )
     if asked.keys() - found:
-        merged = json.dumps(found | asked, indent=2, ensure_ascii=False)
-        write_atomically(path, f"{merged}\n".encode())
+        write_atomically(path, json.dumps(found | asked, indent=2, ensure_ascii=False) + "\n")
     # A folder that ignores itself stays out of any repository that the results are put in.
-    write_atomically(folder / WORK / ".gitignore", b"*\n")
+    write_atomically(folder / WORK / ".gitignore", "*\n")
     return Store(folder)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: str) -> None:
     """Writes a file so that nobody ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    draft.write_bytes(content)
+    draft.write_text(content, encoding="utf-8")
     draft.replace(path)

@@ -17,17 +17,6 @@ from benchmarks.studies.arms import Arm
 if TYPE_CHECKING:
     from benchmarks.studies.pretrained import TopBlocks
 
-SCORING_ROWS = 256
-
-
-class Logps(NamedTuple):
-    """Log-probabilities of N pairs, nats, [N] each."""
-
-    policy_chosen: Tensor
-    policy_rejected: Tensor
-    reference_chosen: Tensor
-    reference_rejected: Tensor
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -83,24 +72,19 @@ class Rounds(Stage):
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of a reference, and what is known of them.
+    """Answers of a policy, and what is known of them.
 
     Attributes:
-      inputs: the tensors [M, ...] that the policy reads an answer from, by argument name.
+      inputs: the tensors [M, ...] that a policy reads an answer from, by argument name.
       rewards: true rewards, [M].
-      reference: log-probabilities under the reference, nats, [M].
+      logps: log-probabilities under the policy that wrote them, nats, [M].
+      reference: those under the reference.
     """
 
     inputs: dict[str, Tensor]
     rewards: Tensor
+    logps: Tensor
     reference: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rewards)
-
-    def __getitem__(self, rows: Tensor) -> Answers:
-        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
-        return Answers(inputs, self.rewards[rows], self.reference[rows])
 
 
 @dataclass(frozen=True)
@@ -124,39 +108,22 @@ class Pairs:
         return replace(self, chosen=self.chosen[rows], rejected=self.rejected[rows])
 
     @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a policy reads the chosen answers from, then the rejected ones, [2N, ...]."""
+        rows = torch.cat((self.chosen, self.rejected))
+        return {name: tensor[rows] for name, tensor in self.answers.inputs.items()}
+
+    @property
+    def references(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities under the reference, chosen and rejected, nats, [N] each."""
+        reference = self.answers.reference.float()
+        return reference[self.chosen], reference[self.rejected]
+
+    @property
     def gap(self) -> Tensor:
-        """True reward of chosen less that of rejected, [N]; negative where the label is wrong."""
+        """True reward of chosen less that of rejected, [N]."""
         rewards = self.answers.rewards
         return (rewards[self.chosen] - rewards[self.rejected]).float()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the pairs are, by name."""
-        known = {"rewards": self.answers.rewards, "reference": self.answers.reference}
-        inputs = {f"inputs/{name}": tensor for name, tensor in self.answers.inputs.items()}
-        return {**known, "chosen": self.chosen, "rejected": self.rejected, **inputs}
-
-    @classmethod
-    def of_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> Pairs:
-        """The pairs whose `tensors` have these names behind a prefix."""
-        inputs, others = {}, {}
-        for name in (name for name in tensors if name.startswith(prefix)):
-            *kind, last = name.removeprefix(prefix).split("/")
-            (inputs if kind else others)[last] = tensors[name]
-        answers = Answers(inputs, others["rewards"], others["reference"])
-        return cls(answers, others["chosen"], others["rejected"])
-
-    def flipped(self, wrong: Tensor) -> Pairs:
-        """The pairs with chosen and rejected exchanged where `wrong` [N] says so."""
-        return replace(
-            self,
-            chosen=torch.where(wrong, self.rejected, self.chosen),
-            rejected=torch.where(wrong, self.chosen, self.rejected),
-        )
-
-    def logps_given(self, chosen: Tensor, rejected: Tensor) -> Logps:
-        """The pairs' log-probabilities, where `chosen` and `rejected` [N] are the policy's."""
-        reference = self.answers.reference
-        return Logps(chosen, rejected, reference[self.chosen], reference[self.rejected])
 
 
 class PairLoss(NamedTuple):
@@ -241,16 +208,3 @@ def fixed_batches(pairs: Pairs, stage: Stage, seed: int) -> Iterator[Pairs]:
     needed = stage.steps * stage.batch
     passes = [torch.randperm(len(pairs), generator=order) for _ in range(-(-needed // len(pairs)))]
     return (pairs[rows] for rows in torch.cat(passes)[:needed].split(stage.batch))
-
-
-@torch.no_grad()
-def score(policy: TopBlocks, inputs: dict[str, Tensor]) -> Tensor:
-    """Log-probabilities of any number of answers, without gradients."""
-    slices = zip(*(tensor.split(SCORING_ROWS) for tensor in inputs.values()), strict=True)
-    return torch.cat([policy.logps(dict(zip(inputs, each, strict=True))) for each in slices])
-
-
-def pair_logps(policy: TopBlocks, pairs: Pairs) -> Logps:
-    """The log-probabilities of any number of pairs, without gradients."""
-    both = score(policy, pairs.answers[torch.cat((pairs.chosen, pairs.rejected))].inputs)
-    return pairs.logps_given(*both.chunk(2))

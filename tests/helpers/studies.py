@@ -53,9 +53,7 @@ class TablePolicy:
         return self.scores.log_softmax(0)[inputs["answer"]]
 
     def pair_loss(self, arm: Arm, pairs: Pairs) -> PairLoss:
-        rows = (pairs.answers.inputs["answer"][side] for side in (pairs.chosen, pairs.rejected))
-        logps = pairs.logps_given(*(self.logps({"answer": each}) for each in rows))
-        h = log_ratio_margin(*logps)
+        h = log_ratio_margin(*self.logps(pairs.inputs).chunk(2), *pairs.references)
         return PairLoss(loss_by_hand(arm, h, pairs.gap), h.detach())
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import spoloss
-from benchmarks.studies import declared, plan, second
+from benchmarks.studies import declared, experiment, second
 from benchmarks.studies.__main__ import main
 from benchmarks.studies.arms import FORMS, Arm, arms
 from benchmarks.studies.experiment import Part
@@ -28,12 +29,11 @@ from benchmarks.studies.pretrained import (
     reference_policy,
     write_answers,
 )
-from benchmarks.studies.questions import Question, decide
-from benchmarks.studies.results import Best, Candidate, Estimate, Results, choose, verdict
+from benchmarks.studies.questions import WIN_RATE, Question, decide
+from benchmarks.studies.results import Results, choose, interval, verdict
 from benchmarks.studies.reviews import compound, draw_any_pairs, draw_pairs, write_reviews
-from benchmarks.studies.runner import Job
 from benchmarks.studies.store import Store, open_store
-from benchmarks.studies.training import Pairs, Rounds, pair_logps
+from benchmarks.studies.training import Pairs, Rounds
 from helpers.studies import loss_by_hand, rows_of
 from helpers.tiny_llama import write_tiny_llama
 
@@ -91,11 +91,11 @@ def test_answers_have_the_log_probabilities_of_the_whole_model(
     trained.model.layers[2:].load_state_dict(policy.top.layers.state_dict())
     prompts = [reference.base.tokenizer(opening)["input_ids"] for opening in all_openings()[:3]]
     generator = torch.Generator().manual_seed(0)
-    written = write_answers(policy, prompts, 5, LENGTH, generator)
-    again = policy.logps(written.inputs)
+    written = write_answers(policy, prompts, 5, LENGTH, 20, generator)
+    again = policy.logps({"states": written.states, "labels": written.labels})
     lengths = set()
-    for row, tokens in enumerate(written.tokens):
-        answer = tokens[tokens != IGNORED].tolist()
+    for row, labels in enumerate(written.labels):
+        answer = labels[labels != IGNORED].tolist()
         lengths.add(len(answer))
         prompt = prompts[row // 5]
         ours, theirs = by_hand(trained, prompt, answer), by_hand(whole, prompt, answer)
@@ -111,10 +111,9 @@ def test_the_loss_of_a_batch_and_its_gradient(form: str, folder: str, pairs: Pai
     policy, arm, batch = nudged(reference_policy(folder)), Arm(form, 0.3), pairs[:6]
     made = policy.pair_loss(arm, batch)
     got = torch.autograd.grad(made.loss, policy.trained())
-    both = policy.logps(pairs.answers[torch.cat((batch.chosen, batch.rejected))].inputs)
-    logps = batch.logps_given(*both.chunk(2))
-    pc, pr, rc, rr = logps
-    h = (pc - rc) - (pr - rr)
+    chosen, rejected = policy.logps(batch.inputs).chunk(2)
+    reference = batch.answers.reference.float()
+    h = (chosen - reference[batch.chosen]) - (rejected - reference[batch.rejected])
     want = loss_by_hand(arm, h, batch.gap)
     torch.testing.assert_close(made.loss, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(made.margins, h.detach(), rtol=0, atol=1e-4)
@@ -136,9 +135,9 @@ def test_the_reward_is_of_the_answer_alone(folder: str) -> None:
         torch.Generator().manual_seed(0),
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rewards = reviews.rewards.flatten()
-    for tokens, reward in zip(reviews.tokens, rewards, strict=True):
-        assert reward == compound(tokenizer.decode(tokens[tokens != IGNORED]))
+    rewards = reviews.rewards.tolist()
+    for labels, reward in zip(reviews.inputs["labels"], rewards, strict=True):
+        assert reward == compound(tokenizer.decode(labels[labels != IGNORED]))
     assert len(set(rewards)) > 3
 
 
@@ -148,33 +147,30 @@ def test_pairs_are_of_one_opening_and_ordered_by_reward(folder: str, pairs: Pair
     assert (pairs.chosen // 8 == pairs.rejected // 8).all()
     used = torch.cat((pairs.chosen, pairs.rejected))
     assert len(used.unique()) == len(used)
-    for got, want in zip(
-        pair_logps(reference_policy(folder), pairs)[:2],
-        pair_logps(reference_policy(folder), pairs)[2:],
-        strict=True,
-    ):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
+    got = reference_policy(folder).logps(pairs.inputs)
+    torch.testing.assert_close(got, torch.cat(pairs.references), rtol=0, atol=1e-3)
 
 
 # ------------------------------------------------------------------------- decided comparisons
 
 
-def candidate(title: str, *seeds: float) -> Candidate:
+def candidate(*seeds: float) -> list[np.ndarray]:
     """Three prompts with two answers each, all with the reward of their seed."""
-    return Candidate(title, tuple(np.full((3, 2), reward) for reward in seeds))
+    return [np.full((3, 2), reward) for reward in seeds]
 
 
 def test_the_other_seeds_choose_the_best() -> None:
-    lucky = candidate("lucky", 9.0, 0.0, 0.0)
-    steady = candidate("steady", 1.0, 1.0, 1.0)
-    broken = candidate("broken", 9.0, 9.0, math.nan)
+    steady = candidate(1.0, 1.0, 1.0)
     # In seed 0, where `lucky` has its luck, the other seeds choose `steady`; and the reverse.
-    best = choose([lucky, steady])
-    assert best == Best((steady, lucky, lucky))
+    best = choose({"lucky": candidate(9.0, 0.0, 0.0), "steady": steady})
+    assert best.titles == ["steady", "lucky", "lucky"]
     assert best.title == "steady or lucky"
-    assert best.reward == Estimate((1.0, 0.0, 0.0))
-    assert best.wins_over(Best((steady,) * 3)) == Estimate((0.5, 0.0, 0.0))
-    assert choose([broken, steady]) == Best((steady, steady, broken))
+    assert [rewards.mean() for rewards in best.rewards] == [1.0, 0.0, 0.0]
+    found = declared.wins("", best, choose({"steady": steady}), verdict, "")
+    assert found.measures[WIN_RATE].tolist() == [0.5, 0.0, 0.0]
+    assert (found.further["ties"], found.further["theirs"]) == (pytest.approx(1 / 3), "steady")
+    broken = candidate(9.0, 9.0, math.nan)
+    assert choose({"broken": broken, "steady": steady}).titles == ["steady", "steady", "broken"]
 
 
 # ---------------------------------------------------------------------------- the second study
@@ -191,15 +187,15 @@ def results_of(part: Part, found: Callable[[Arm, int], dict[str, Any]]) -> Resul
 def test_any_pairs_of_an_opening(folder: str) -> None:
     generator = torch.Generator().manual_seed(0)
     reviews = write_reviews(reference_policy(folder), all_openings()[:4], 6, LENGTH, generator)
-    pairs = draw_any_pairs(reviews, 1000, generator)
-    rewards = reviews.rewards
+    pairs = draw_any_pairs(reviews, 6, 1000, generator)
+    rewards = reviews.rewards.view(4, 6).tolist()
     apart = [abs(a - b) >= 0.05 for row in rewards for a, b in itertools.combinations(row, 2)]
     assert len(pairs) == sum(apart) > 20
     assert (pairs.gap >= 0.05).all()
     assert (pairs.chosen // 6 == pairs.rejected // 6).all()
     rows = torch.stack((pairs.chosen, pairs.rejected)).sort(0).values
     assert len(rows.unique(dim=1).T) == len(pairs)
-    some = draw_any_pairs(reviews, 12, generator)
+    some = draw_any_pairs(reviews, 6, 12, generator)
     assert len(some) == 12
     assert len((some.chosen // 6).unique()) > 1
 
@@ -208,28 +204,28 @@ def test_in_rounds_the_policy_in_training_writes_the_pairs(folder: str, tmp_path
     foundation = tiny_foundation(folder)
     store = open_store(tmp_path / "rounds", {})
     foundation.lay(0, store)
-    ground = foundation.load(store, 0)
+    ground = foundation.load(0, store)
     stage = Rounds(8, 4, batch=4, lr=1e-3, rounds=2, openings=3, answers=8)
 
     def drawn(later: TopBlocks) -> list[Pairs]:
-        policy = ground.policy.copy()
+        policy = ground.reference.copy()
         found = []
-        for pairs in ground.rounds(policy, stage, 0):
+        for pairs in ground.rounds(policy, stage):
             found.append(pairs)
             policy.top = later.top
         return found
 
-    same, other = drawn(ground.policy), drawn(nudged(ground.policy, 0.5))
+    same, other = drawn(ground.reference), drawn(nudged(ground.reference, 0.5))
     assert [len(pairs) for pairs in same] == [4] * 4
     for i, agree in enumerate((True, True, False, False)):
         pairs = other[i]
         chosen = [each.answers.inputs["labels"][each.chosen] for each in (same[i], pairs)]
         assert torch.equal(*chosen) == agree
-        want = ground.policy.logps(pairs.answers[pairs.chosen].inputs)
-        torch.testing.assert_close(pairs.answers.reference[pairs.chosen], want, rtol=0, atol=1e-3)
+        want = ground.reference.logps(pairs.inputs)
+        torch.testing.assert_close(torch.cat(pairs.references), want, rtol=0, atol=1e-3)
     # A round takes whole batches alone, and the first without one is the last.
     for batch, lengths in ((5, [5, 5]), (9, [])):
-        found = ground.rounds(ground.policy, replace(stage, batch=batch), 0)
+        found = ground.rounds(ground.reference, replace(stage, batch=batch))
         assert [len(pairs) for pairs in found] == lengths
     used = torch.stack(
         (
@@ -254,8 +250,8 @@ def test_reward_at_equal_kl() -> None:
 
         return results_of(part, found)
 
-    def gains(question: Question) -> tuple[float, ...]:
-        return question.estimates["reward"].values
+    def gains(question: Question) -> list[float]:
+        return question.measures["reward"].tolist()
 
     found = declared.at_equal_kl(results(0.0))
     assert gains(found) == pytest.approx([0.25] * 4)
@@ -288,23 +284,24 @@ def test_matched_betas_are_averaged_within_a_seed() -> None:
 
 
 def test_all_intervals_of_a_part_hold_at_once() -> None:
-    kl, reward, broken = (
-        Estimate((0.0, 0.5, 1.0)),
-        Estimate((0.1, 0.2, 0.3)),
-        Estimate((math.nan, 0.1, 0.2)),
-    )
+    values = [[0.0, 0.5, 1.0], [0.1, 0.2, 0.3], [math.nan, 0.1, 0.2]]
+    kl, reward, broken = map(pd.Series, values)
     rows = decide(
         [
             Question("both", {"log KL": kl, "reward": reward}, lambda *ends: str(len(ends)), {}),
             Question("broken", {"J": broken}, verdict, {}),
+            Question("a share", {WIN_RATE: kl}, verdict, {}),
         ]
     )
     assert [(row["measure"], row["verdict"]) for row in rows] == [
         ("log KL", "2"),
         ("reward", "2"),
         ("J", "broken"),
+        (WIN_RATE, "not distinguishable"),
     ]
-    assert (rows[1]["low"], rows[1]["high"]) == reward.interval(3)
+    assert (rows[1]["low"], rows[1]["high"]) == interval(reward, 4)
+    assert rows[0]["low"] < -0.5  # of a win rate with the same values, the interval ends at 0
+    assert (rows[3]["low"], rows[3]["high"]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -403,12 +400,12 @@ def tiny_foundation(folder: str) -> Foundation:
 def _in_this_process(monkeypatch) -> None:
     """Jobs run without workers."""
 
-    def run_jobs(jobs: list[Job], store: Store, _: int) -> None:
-        for job in jobs:
-            if not store.has(job.name):
-                job.function(store)
+    def run_jobs(jobs: dict[str, Callable[[Store], None]], store: Store, _: int) -> None:
+        for name, job in jobs.items():
+            if not store.has(name):
+                job(store)
 
-    monkeypatch.setattr(plan, "run_jobs", run_jobs)
+    monkeypatch.setattr(experiment, "run_jobs", run_jobs)
 
 
 @pytest.mark.usefixtures("_in_this_process")
@@ -454,10 +451,6 @@ def test_the_second_study(folder: str, tmp_path: Path, monkeypatch) -> None:
         assert (" rate " in row["at_edge"]) == any(rates)
     assert rows[1]["at_edge"].startswith(("dpo lowest", "dpo highest"))  # of a grid of two betas
     monkeypatch.setattr(spoloss, "__version__", "0")
-    assert main(command) == 2
-    monkeypatch.undo()
-    del settings["versions"]
-    (study / "settings.json").write_text(json.dumps(settings))
     assert main(command) == 2
 
 

@@ -7,13 +7,15 @@ import math
 import statistics
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.special import log_softmax
 
-from benchmarks.studies import results, training
+from benchmarks.studies import training
 from benchmarks.studies.arms import Arm
 from benchmarks.studies.evaluation import measure_pairs, tie_rate, win_rate
+from benchmarks.studies.results import interval, verdict
 from benchmarks.studies.training import Answers, Pairs, Stage
 from helpers.studies import TablePolicy
 
@@ -41,36 +43,25 @@ def test_win_rate_is_over_all_pairs_of_unequal_number() -> None:
 
 
 def test_intervals_widen_with_the_number_of_comparisons() -> None:
-    wins = results.Estimate((0.55, 0.57, 0.56))
-    assert wins.error == pytest.approx(0.01 / math.sqrt(3))
-    low, high = wins.interval(1)
-    assert (low, high) == pytest.approx(
-        (0.56 - 4.3027 * wins.error, 0.56 + 4.3027 * wins.error), rel=1e-4
-    )
-    assert results.verdict(wins.interval(1)) == "better"
-    assert results.verdict(wins.interval(100)) == "not distinguishable"
-    mirrored = results.Estimate(tuple(1 - value for value in wins.values))
-    assert results.verdict(mirrored.interval(1)) == "worse"
+    wins = pd.Series([0.55, 0.57, 0.56])
+    half = 4.3027 * 0.01 / math.sqrt(3)
+    assert interval(wins, 1) == pytest.approx((0.56 - half, 0.56 + half), rel=1e-4)
+    half = 8.8602 * 0.01 / math.sqrt(3)  # 1 - 0.05 / 8 of Student's distribution
+    assert interval(wins, 4) == pytest.approx((0.56 - half, 0.56 + half), rel=1e-4)
+    assert verdict(interval(wins, 1)) == "better"
+    assert verdict(interval(wins, 100)) == "not distinguishable"
+    assert verdict(interval(1 - wins, 1)) == "worse"
 
 
 # ------------------------------------------------------------------------------ pairs, the loop
 
 
 def some_pairs(number: int) -> Pairs:
-    inputs = {"answer": torch.arange(2 * number)}
+    """The reference's log-probabilities are those of a uniform table."""
     rewards = torch.cat((torch.linspace(0.5, 2, number), torch.zeros(number)))
-    answers = Answers(inputs, rewards, training.score(TablePolicy(2 * number), inputs))
+    logps = torch.full((2 * number,), -math.log(2 * number))
+    answers = Answers({"answer": torch.arange(2 * number)}, rewards, logps, logps)
     return Pairs(answers, torch.arange(number), number + torch.arange(number))
-
-
-def test_wrong_labels_exchange_chosen_and_rejected() -> None:
-    pairs = some_pairs(4)
-    torch.testing.assert_close(pairs.gap, torch.linspace(0.5, 2, 4))
-    wrong = torch.tensor([True, False, True, False])
-    flipped = pairs.flipped(wrong)
-    assert flipped.chosen.tolist() == [4, 1, 6, 3]
-    assert flipped.rejected.tolist() == [0, 5, 2, 7]
-    assert (flipped.gap == torch.where(wrong, -pairs.gap, pairs.gap)).all()
 
 
 def train(form: str, start: float) -> training.Trained:
@@ -129,7 +120,7 @@ def test_the_loop_is_plain_adamw() -> None:
 
 
 def test_what_is_measured_of_pairs() -> None:
-    """Against NumPy: reference log-probabilities are those of a uniform table."""
+    """Against NumPy."""
     pairs, policy = some_pairs(16), TablePolicy(32)
     policy.scores.data = torch.linspace(-3, 5, 32)
     found = measure_pairs(policy, pairs, 0.2)
