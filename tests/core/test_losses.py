@@ -156,7 +156,9 @@ def test_a_tangent_beyond_float32_gives_no_nan_gradients(library: str, x0: float
 
 
 def test_objects_are_plain_values() -> None:
-    for loss, _ in LOSSES.values():
+    losses = [loss for loss, _ in LOSSES.values()]
+    assert len(set(losses)) == len(set(map(repr, losses))) == len(losses)
+    for loss in losses:
         assert pickle.loads(pickle.dumps(loss)) == loss
         assert hash(loss) == hash(pickle.loads(pickle.dumps(loss)))
 
