@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 
-import mpmath
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from scipy.special import log_softmax
 
 from benchmarks.studies import tabular
 from benchmarks.studies import tabular_methods as methods
 from benchmarks.studies.tabular import Size
 from benchmarks.studies.tabular_methods import Pairs, World
+from spoloss import DPO, SPO, Squared
 
 pytestmark = pytest.mark.extended
 
@@ -37,7 +38,7 @@ def objective(world: World, policy: np.ndarray, beta: float) -> float:
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
-def test_no_policy_beats_the_optimum_and_regret_is_what_it_lacks(world, beta) -> None:
+def test_no_policy_beats_the_optimum_and_kl_is_what_it_lacks(world, beta) -> None:
     rng = np.random.default_rng(2)
     optimum = world.optimum(beta)
     np.testing.assert_allclose(np.exp(optimum).sum(1), 1.0, rtol=1e-12)
@@ -46,8 +47,7 @@ def test_no_policy_beats_the_optimum_and_regret_is_what_it_lacks(world, beta) ->
         policy = log_softmax(optimum + size * rng.normal(size=optimum.shape), axis=-1)
         lacks = best - objective(world, policy, beta)
         assert lacks > 0.0
-        regret = beta * methods.kl(policy, optimum)
-        assert regret == pytest.approx(lacks, rel=1e-6, abs=1e-12)
+        assert beta * methods.kl(policy, optimum) == pytest.approx(lacks, rel=1e-6, abs=1e-12)
 
 
 # -------------------------------------------------------------------------------------- the pairs
@@ -122,23 +122,21 @@ def mean_loss_by_hand(
 # -------------------------------------------------------------------------------------- the minima
 
 
-@pytest.mark.parametrize("probability", [0.55, 0.6, 0.8, 0.9, 0.99])
-def test_where_flipped_labels_lead(probability) -> None:
-    p = mpmath.mpf(probability)
-    expected = {
-        "DPO": lambda x: -mpmath.log(1 / (1 + mpmath.exp(-x))),
-        "SPO": lambda x: -x * mpmath.exp(-x),
-        "squared": lambda x: (x - 1) ** 2,
-    }
-    for method, (closed_form, found) in tabular.flipped_labels(probability).items():
-        loss = expected[method]
-        mean = lambda x, loss=loss: p * loss(x) + (1 - p) * loss(-x)  # noqa: E731
-        # Scanned, since a root finder could settle on another stationary point.
-        grid = np.linspace(-1.0, 6.0, 701)
-        near = float(min(grid, key=lambda x, mean=mean: mean(mpmath.mpf(x))))
-        minimum = mpmath.findroot(lambda x, mean=mean: mpmath.diff(mean, x), near)
-        assert closed_form == pytest.approx(float(minimum), rel=1e-9)
-        assert found == pytest.approx(float(minimum), rel=1e-9)
+@pytest.mark.parametrize(
+    ("probability", "spo"), [(0.6, 0.10), (0.8, 0.34), (0.9, 0.52), (0.99, 0.89)]
+)
+def test_where_flipped_labels_lead(probability, spo) -> None:
+    """The minimum in x of the mean loss of labels that are right with a probability."""
+    log_odds = math.log(probability / (1.0 - probability))
+    found = brentq(lambda x: 2.0 * x + 2.0 * math.atanh(x) - log_odds, 0.0, 1.0 - 1e-15)
+    assert found == pytest.approx(spo, abs=0.005)
+    for loss, x in ((DPO(), log_odds), (SPO(), found), (Squared(), 2.0 * probability - 1.0)):
+        mean = lambda x, loss=loss: (  # noqa: E731
+            probability * loss.value(x, 1.0) + (1.0 - probability) * loss.value(-x, 1.0)
+        )
+        # Scanned, since there may be other stationary points.
+        grid = np.linspace(-1.0, 6.0, 7001)
+        assert grid[mean(grid).argmin()] == pytest.approx(x, abs=0.001)
 
 
 LIMITS = [
@@ -188,42 +186,53 @@ def test_ipo_limit_is_least_squares(world) -> None:
 # ------------------------------------------------------------------------------------ a whole run
 
 
-def test_outcome_is_of_the_trained_policy(world) -> None:
-    method, beta = METHODS["SPO(beta)"], 0.5
-    both = methods.draw_pairs(world, SMALL.pairs, np.random.default_rng(13))
-    pairs = methods.label(world, both, np.random.default_rng(14), noisy=True)
-    outcome = tabular.train(method, beta, world, pairs, world.reward, 40)
-    early, late = tabular.adam(method.gradient(world, pairs, beta), world.reference, (30, 40))
-    optimum = world.optimum(beta)
+def test_a_row_is_of_the_trained_policies() -> None:
+    size, beta = Size(prompts=3, responses=6, pairs=60, steps=40, seeds=2), 0.5
+    row = tabular.study(size, [beta]).set_index(["labels", "method"]).loc["noisy", "SPO(beta)"]
+    method, late, changes = METHODS["SPO(beta)"], [], []
+    for seed in range(size.seeds):
+        rng = np.random.default_rng(seed)
+        world = methods.draw_world((size.prompts, size.responses), rng)
+        both = methods.draw_pairs(world, size.pairs, rng)
+        methods.label(world, both, rng, noisy=False)  # draws no random numbers
+        pairs = methods.label(world, both, rng, noisy=True)
+        gradient, optimum = method.gradient(world, pairs, beta), world.optimum(beta)
+        policies = tabular.adam(gradient, world.reference, (30, 40))
+        p = np.exp(optimum)
+        distances = [np.mean(np.sum(p * (optimum - policy), axis=1)) for policy in policies]
+        late.append(distances[1])
+        changes.append(distances[1] - distances[0])
+    assert row["kl"] == pytest.approx(np.mean(late), rel=1e-9)
+    assert row["kl_error"] == pytest.approx(abs(late[0] - late[1]) / 2, rel=1e-6)
+    assert row["kl_change"] == pytest.approx(np.mean(changes), rel=1e-6)
 
-    def distance(policy: np.ndarray) -> float:
-        return float(np.mean(np.sum(np.exp(optimum) * (optimum - policy), axis=1)))
 
-    lacks = objective(world, optimum, beta) - objective(world, late, beta)
-    assert outcome.kl == pytest.approx(distance(late), rel=1e-9)
-    assert outcome.kl_change == pytest.approx(distance(late) - distance(early), rel=1e-6)
-    assert outcome.regret == pytest.approx(lacks, rel=1e-6)
-    assert outcome.kl_endless == pytest.approx(0.0, abs=1e-12)
-    still = tabular.untrained(world, beta)
-    lacks = objective(world, optimum, beta) - objective(world, world.reference, beta)
-    assert (still.kl, still.regret) == pytest.approx((distance(world.reference), lacks), rel=1e-6)
+def test_a_diverged_seed_empties_the_mean(monkeypatch) -> None:
+    starts = []
+
+    def adam(_, start, stops):
+        starts.append(start)
+        gradient = np.full_like(start, math.inf if len(starts) == 1 else 0.0)
+        return trained(lambda _: gradient, start, stops)
+
+    trained = tabular.adam
+    monkeypatch.setattr(tabular, "adam", adam)
+    table = tabular.study(Size(3, 6, 20, 4, 2), [0.5]).set_index(["labels", "method"])
+    assert table["diverged"].tolist() == [0, 1] + [0] * 12
+    assert math.isnan(table["kl"]["clean", "DPO(beta)"])
+    assert table["kl"].count() == 13
 
 
 def test_small_study_ranks_as_the_theory_says() -> None:
-    rows = {
-        (row["labels"], row["method"]): row
-        for row in tabular.study(Size(4, 8, 200, 300, 3), betas=(1.0,))
-    }
-    assert len(rows) == 2 * 5 + 4
-    clean = {method: row for (labels, method), row in rows.items() if labels == "clean"}
+    table = tabular.study(Size(4, 8, 200, 300, 3), betas=(1.0,)).set_index(["labels", "method"])
+    assert len(table) == 2 * 5 + 4
+    clean, noisy = table.loc["clean"], table.loc["noisy"]
     for method in ("DPO, soft labels s(gap)", "squared, known gap"):
-        assert clean[method]["kl"] < 0.1 * clean["SPO(beta)"]["kl"]
-    assert clean["SPO(beta)"]["kl"] < clean["no training"]["kl"] < clean["DPO(beta)"]["kl"]
-    assert clean["DPO(beta)"]["kl_endless"] == math.inf
-    assert clean["DPO(beta)"]["kl_change"] > 0.0
-    assert rows["noisy", "DPO(beta)"]["kl_endless"] == pytest.approx(0.0, abs=1e-12)
-    assert rows["noisy", "SPO(beta)"]["kl_endless"] > 0.05
-    for row in rows.values():
-        assert row["diverged"] == 0
-        assert row["kl_error"] > 0.0
-        assert row["regret"] >= 0.0
+        assert clean["kl"][method] < 0.1 * clean["kl"]["SPO(beta)"]
+    assert clean["kl"]["SPO(beta)"] < clean["kl"]["no training"] < clean["kl"]["DPO(beta)"]
+    assert math.isnan(clean["kl_endless"]["DPO(beta)"])
+    assert clean["kl_change"]["DPO(beta)"] > 0.0
+    assert noisy["kl_endless"]["DPO(beta)"] == pytest.approx(0.0, abs=1e-12)
+    assert noisy["kl_endless"]["SPO(beta)"] > 0.05
+    assert (table["diverged"] == 0).all()
+    assert (table["kl_error"] > 0.0).all()
