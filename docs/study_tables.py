@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from statistics import fmean, stdev
-from typing import Any
-
 import numpy as np
-from tables import Row, listed, measured, pivoted
+import pandas as pd
+from tables import RESULTS, Row, listed, measured, pivoted, write
 
 from spoloss import DPO, SPO
 
+NONE = "not finite"
+"""Stands for a mean over seeds of which one has no finite value."""
 MEANS = {
     "win_rate_vs_reference": ("win rate vs reference (%)", ".1%"),
     "reward": ("reward", ".2f"),
@@ -41,6 +39,8 @@ OTHERS = {
 def policies(run: str, stage: str, columns: str, names: str, corner: str = "") -> None:
     """Means over seeds of some policies, ± their standard errors.
 
+    A title says how many seeds stopped at a loss or gradient that is not finite.
+
     Args:
       run: a folder of results.
       stage: of training, as policies.csv has it.
@@ -48,36 +48,39 @@ def policies(run: str, stage: str, columns: str, names: str, corner: str = "") -
       names: policies as policies.csv names them, separated by spaces.
       corner: the heading of the first column.
     """
-    seeds = defaultdict(list)
-    for row in measured(f"{run}/policies.csv"):
-        if row["stage"] == stage or row["policy"] == "reference":
-            seeds[row["policy"]].append(row)
-    rows = [averaged(seeds[name]) | {"title": title(name.split("@")[0])} for name in names.split()]
-    cells = {
+    found = seeds_of(f"{run}/policies.csv")
+    found = found[(found["stage"] == stage) | (found["policy"] == "reference")]
+    forms = {
         heading: f"{{{key}:{form}}} ± {{{key}_error:{form}}}"
         for key, (heading, form) in MEANS.items()
     }
-    cells |= dict(OTHERS.values())
+    forms |= dict(OTHERS.values())
     headings = [(MEANS | OTHERS)[key][0] for key in columns.split()]
-    listed(rows, {corner: "{title}"} | {heading: cells[heading] for heading in headings})
+    lines = []
+    for name in names.split():
+        seeds = found[found["policy"] == name]
+        numbers = seeds.select_dtypes("number")
+        errors, greatest = numbers.sem().add_suffix("_error"), numbers.max().add_suffix("_max")
+        row = {**numbers.mean(skipna=False), **errors, **greatest}
+        cells = [forms[heading].format_map(row) for heading in headings]
+        cells = [cell.replace("%", "").replace(" ± nan", "") for cell in cells]  # of one seed
+        stopped = seeds["stopped_at"].count()
+        marked = f", stopped in {stopped} of {len(seeds)} seeds" if stopped else ""
+        empty = "-" if name == "reference" else NONE  # the reference is not trained
+        lines.append([title(name) + marked, *(empty if "nan" in cell else cell for cell in cells)])
+    write([corner, *headings], lines)
 
 
-def averaged(seeds: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean, standard error and maximum of every number over seeds."""
-    found: dict[str, float] = {}
-    for name, first in seeds[0].items():
-        if isinstance(first, (int, float)):
-            values = [row[name] for row in seeds]
-            error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            found |= {name: fmean(values), f"{name}_error": error, f"{name}_max": max(values)}
-    return found
+def seeds_of(name: str) -> pd.DataFrame:
+    """The rows of a committed CSV file, below the line about the machine; empty cells are nan."""
+    return pd.read_csv(RESULTS / name, skiprows=1)
 
 
 def title(policy: str) -> str:
-    """SPO-below0(0.1) for spo-below0:0.1."""
-    form, _, beta = policy.partition(":")
+    """SPO-below0(0.1) for spo-below0:0.1, with the rate behind a ~, without what is behind an @."""
+    form, _, rest = policy.partition("@")[0].partition(":")
     form = form.replace("spo", "SPO").replace("dpo", "DPO")
-    return f"{form}({beta})" if beta else form
+    return f"{form}({rest.replace('~', ', rate ')})" if rest else form
 
 
 def best_against_best() -> None:
@@ -139,18 +142,21 @@ def planned(part: str) -> None:
     rows = []
     for row in measured(f"sentiment_second/{part}/decided.csv"):
         unit, form = ("%", ".1%") if row["measure"] == "win rate" else ("", "+.3f")
-        form = f"{{:{form}}}".format
-        numbers = ("estimate", "standard_error", "low", "high")
-        found = {key: "-" if row[key] == "" else form(row[key]).strip("%") for key in numbers}
-        found["standard_error"] = found["standard_error"].lstrip("+")
+        found = {"estimate": "cannot be computed", "interval": "none"}
+        if row["low"] != "":
+            estimate, low, high = (
+                f"{row[key]:{form}}".strip("%") for key in ("estimate", "low", "high")
+            )
+            error = f"{row['standard_error']:{form}}".strip("+%")
+            found = {"estimate": f"{estimate} ± {error}", "interval": f"{low} to {high}"}
         sides = f"{row['ours']} against {row['theirs']}" if row.get("ours") else ""
         rows.append({**row, **found, "sides": sides, "unit": unit, "notes": notes(row)})
     columns = {
         "comparison": "{question}",
         "policies": "{sides}",
         "measure": "{measure} {unit}",
-        "estimate": "{estimate} ± {standard_error}",
-        "joint 95 % interval": "{low} to {high}",
+        "estimate": "{estimate}",
+        "joint 95 % interval": "{interval}",
         "verdict": "{verdict}",
         "notes": "{notes}",
     }
@@ -165,13 +171,59 @@ def notes(row: Row) -> str:
     return "; ".join(found + ([f"at an edge: {row['at_edge']}"] if row.get("at_edge") else []))
 
 
-def over_training(measure: str, digits: int) -> None:
-    """A measure of the completions during over-training, by policy and step; means over seeds."""
-    found = defaultdict(list)
-    for row in measured("sentiment/overtraining/judgements.csv"):
-        found[title(row["policy"]), row["step"]].append(row[measure])
-    cells = {key: f"{fmean(values):.{digits}f}" for key, values in found.items()}
+def on_the_way(run: str, measure: str, digits: int) -> None:
+    """A measure of the completions during training, by policy and step; means over seeds."""
+    found = seeds_of(f"{run}/judgements.csv").groupby(["policy", "step"], sort=False)[measure]
+    cells = {(title(policy), step): mean(values, f".{digits}f") for (policy, step), values in found}
     pivoted(measure, "step {}", cells)
+
+
+def mean(values: pd.Series, form: str) -> str:
+    """The mean over seeds, in words where one of them has none."""
+    return NONE if values.isna().any() else f"{values.mean():{form}}"
+
+
+def objective() -> None:
+    """J on the way and at the end, and its share of the optimum's lead over the reference."""
+    found = seeds_of("sentiment_second/on-policy/objective.csv")
+    last = found[found["step"].isna()]
+    steps = sorted(found["step"].dropna().unique())
+    lines = []
+    for policy, seeds in found.groupby("policy", sort=False):
+        way = [mean(seeds["j"][seeds["step"] == step], "+.3f") for step in steps]
+        end = seeds[seeds["step"].isna()]
+        lines.append([title(policy), *way, mean(end["j"], "+.3f"), mean(end["attained"], "+.0%")])
+    for name in ("reference", "optimum"):  # one for each seed, whatever the policy
+        lines.append([name, *[""] * len(steps), mean(last[name], "+.3f"), ""])
+    headings = [f"J, step {step:g}" for step in steps]
+    write(["", *headings, "J, end", "share of the optimum's lead over the reference"], lines)
+
+
+def road() -> None:
+    """The map of part 4: reward / KL by loss, beta and learning rate; means over seeds.
+
+    Bold is within 0.05 reward of the best. Of a run that stopped, the policy before is judged.
+    """
+    cells = {}
+    for row in measured("sentiment_second/road/road.csv"):
+        cell = NONE
+        if row["reward"] != "":
+            cell = f"{row['reward']:.2f} / {row['kl']:.2f}"
+            cell = f"**{cell}**" if row["near_best"] == "True" else cell
+            cell += "" if row["finite"] == "True" else ", stopped"
+        cells[title(f"{row['form']}:{row['beta']}"), row["rate"]] = cell
+    pivoted("reward / KL (nats)", "learning rate {:g}", cells)
+
+
+def shares() -> None:
+    """The shares of part 4's arms, by loss."""
+    columns = {
+        "loss": "{title}",
+        "finite in all seeds (%)": "{finite:.0%}",
+        "within 0.05 reward of the best (%)": "{near_best:.0%}",
+    }
+    rows = measured("sentiment_second/road/shares.csv")
+    listed(({**row, "title": title(row["form"])} for row in rows), columns)
 
 
 def overflow() -> None:
