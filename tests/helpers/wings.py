@@ -123,6 +123,7 @@ TOKENS = ("chosen_token_weights", "rejected_token_weights")
 HEAD_OPTIONS = (
     *("bias", "softcap", "logit_scale", "temperature", "chunk_size"),
     "vocab_parallel_group",  # of the PyTorch wing alone
+    *("mesh", "batch_axis", "vocab_axis"),  # of the JAX wing alone
 )
 SIDE_OPTIONS = ("ignore_index", "shift")
 
