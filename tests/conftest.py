@@ -81,6 +81,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def quick_compiler() -> Iterator[None]:
+    """XLA does not optimise, which takes longer than programs of a few numbers run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(params=BACKENDS.values(), ids=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     # array-api-strict computes on NumPy arrays out of our sight; NumPy's own silence is tested.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +18,24 @@ from spoloss import SPO, pair_loss
 Arrays = Mapping[str, Any]
 
 
-class Wing(Protocol):
-    """What a test needs of a wing beside its functions."""
+@dataclass(frozen=True)
+class Torch:
+    """PyTorch on a device: its functions, and what a test needs beside them."""
 
-    name: str
-    api: ModuleType
+    device: str = "cpu"
+    name = "torch"
+    api = spoloss.torch
 
-    def array(self, values: Any, dtype: str | None = None) -> Any:
-        """An array of the wing's library, in the dtype of that name or that of `values`."""
+    def array(self, values: Any, dtype: str | None = None) -> torch.Tensor:
+        """An array of the library, in the dtype of that name or that of `values`."""
+        tensor = torch.as_tensor(np.array(values), device=self.device)
+        return tensor if dtype is None else tensor.to(getattr(torch, dtype))
 
     def numpy(self, array: Any) -> np.ndarray:
         """The numbers of an array."""
+        if array.dtype == torch.bfloat16:  # which NumPy lacks
+            return self.numpy(array.view(torch.int16)).view(jnp.bfloat16)
+        return np.asarray(array.detach().cpu())
 
     def grads(
         self, function: Callable[[Arrays], Any], arrays: Arrays, wanted: Sequence[str]
@@ -38,31 +44,6 @@ class Wing(Protocol):
 
         Only the wanted arrays require a gradient, so the others are frozen.
         """
-
-    def compiled(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
-        """The function as one graph."""
-
-
-@dataclass(frozen=True)
-class Torch:
-    """PyTorch on a device."""
-
-    device: str = "cpu"
-    name = "torch"
-    api = spoloss.torch
-
-    def array(self, values: Any, dtype: str | None = None) -> torch.Tensor:
-        tensor = torch.as_tensor(np.array(values), device=self.device)
-        return tensor if dtype is None else tensor.to(getattr(torch, dtype))
-
-    def numpy(self, array: Any) -> np.ndarray:
-        if array.dtype == torch.bfloat16:  # which NumPy lacks
-            return self.numpy(array.view(torch.int16)).view(jnp.bfloat16)
-        return np.asarray(array.detach().cpu())
-
-    def grads(
-        self, function: Callable[[Arrays], Any], arrays: Arrays, wanted: Sequence[str]
-    ) -> tuple[Any, dict[str, np.ndarray]]:
         leaves = {
             name: array.detach().clone().requires_grad_(name in wanted)
             if isinstance(array, torch.Tensor) and array.is_floating_point()
@@ -77,12 +58,13 @@ class Torch:
         return result.detach(), dict(zip(wanted, map(self.numpy, found), strict=True))
 
     def compiled(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
+        """The function as one graph."""
         torch.compiler.reset()
-        return torch.compile(function, fullgraph=True, backend="aot_eager")  # type: ignore[no-any-return]
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
 class Jax:
-    """JAX."""
+    """The same for JAX."""
 
     name = "jax"
     api = spoloss.jax
@@ -107,9 +89,10 @@ class Jax:
         return result, {name: self.numpy(grad) for name, grad in found.items()}
 
     def compiled(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
-        return jax.jit(function)  # type: ignore[no-any-return]
+        return jax.jit(function)
 
 
+Wing = Torch | Jax
 WINGS: dict[str, Wing] = {"torch": Torch(), "jax": Jax()}
 ORACLE = WINGS["torch"]
 """The wing that computes what both wings are compared with: it compiles nothing."""
@@ -187,6 +170,16 @@ def make_arrays(wing: Wing, dtype: str = "float64") -> dict[str, Any]:
     return kept | {name: wing.array(floating[name], dtype) for name in (*STATES, *HEAD)}
 
 
+def packed(wing: Wing, arrays: Arrays, **offsets: Sequence[int]) -> dict[str, Any]:
+    """The arrays with the sides that `offsets` names as one row of sequences each."""
+    found = dict(arrays)
+    for side, cu_seqlens in offsets.items():
+        for name in (f"{side}_hidden", f"{side}_labels", f"{side}_token_weights"):
+            found[name] = arrays[name].reshape(1, -1, *arrays[name].shape[2:])
+        found[f"{side}_cu_seqlens"] = wing.array(cu_seqlens)
+    return found
+
+
 def chosen_from(names: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of these names."""
     return {name: options[name] for name in names if name in options}
@@ -200,17 +193,13 @@ def head_of(wing: Wing, arrays: Arrays, options: Mapping[str, Any]) -> Any:
 
 def completions_of(wing: Wing, arrays: Arrays, side: str, options: Mapping[str, Any]) -> Any:
     """The completions of one side, with their options among `options`."""
-    fields = {"token_weights": arrays.get(f"{side}_token_weights")}
-    if f"{side}_cu_seqlens" in arrays:
-        fields["cu_seqlens"] = arrays[f"{side}_cu_seqlens"]
-    fields |= chosen_from(SIDE_OPTIONS, options)
+    fields = {name: arrays.get(f"{side}_{name}") for name in ("token_weights", "cu_seqlens")}
     hidden, labels = arrays[f"{side}_hidden"], arrays[f"{side}_labels"]
-    return wing.api.Completions(hidden, labels, **fields)
+    return wing.api.Completions(hidden, labels, **fields, **chosen_from(SIDE_OPTIONS, options))
 
 
 def fused(wing: Wing, loss: Any, arrays: Arrays, **options: Any) -> Any:
     """`linear_pair_loss` of the case."""
-    call = ("nll_weight", "average", "reduction")
     return wing.api.linear_pair_loss(
         loss,
         head_of(wing, arrays, options),
@@ -221,7 +210,7 @@ def fused(wing: Wing, loss: Any, arrays: Arrays, **options: Any) -> Any:
         beta=arrays["beta"],
         reward_gap=arrays.get("reward_gap"),
         weights=arrays.get("weights"),
-        **{name: options[name] for name in call if name in options},
+        **chosen_from(("nll_weight", "average", "reduction"), options),
     )
 
 
@@ -239,14 +228,10 @@ def logits_of(arrays: Arrays, side: str, options: Mapping[str, Any]) -> Any:
 
 def unfused_logps(wing: Wing, arrays: Arrays, side: str, **options: Any) -> Any:
     """`sequence_logps` of all logits of one side."""
-    names = ("average", "shift", "ignore_index", "cu_seqlens")
-    fields = {name: options[name] for name in names if name in options}
-    if f"{side}_cu_seqlens" in arrays:
-        fields["cu_seqlens"] = arrays[f"{side}_cu_seqlens"]
-    weights = arrays.get(f"{side}_token_weights")
-    logits = logits_of(arrays, side, options)
-    labels = arrays[f"{side}_labels"]
-    return wing.api.sequence_logps(logits, labels, token_weights=weights, **fields)
+    fields = {name: arrays.get(f"{side}_{name}") for name in ("token_weights", "cu_seqlens")}
+    fields |= chosen_from(("average", *SIDE_OPTIONS), options)
+    logits, labels = logits_of(arrays, side, options), arrays[f"{side}_labels"]
+    return wing.api.sequence_logps(logits, labels, **fields)
 
 
 def unfused(wing: Wing, loss: Any, arrays: Arrays, **options: Any) -> Any:

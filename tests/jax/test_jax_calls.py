@@ -53,15 +53,6 @@ def test_a_flax_kernel_that_is_not_transposed() -> None:
         fused(JAX, SPO(), arrays)
 
 
-def test_options_that_are_traced() -> None:
-    """They are fixed before tracing: an array would need a derivative."""
-    for name in ("temperature", "softcap", "logit_scale", "nll_weight"):
-        with pytest.raises(TypeError, match=f"{name} must be a number"):
-            jax.jit(lambda value, name=name: fused(JAX, SPO(), make_arrays(JAX), **{name: value}))(
-                1.0
-            )
-
-
 MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
 WIDE = AbstractMesh((4, 2), ("data", "model"))
 MESHES: list[tuple[dict[str, Any], type[Exception], str]] = [

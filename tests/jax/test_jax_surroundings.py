@@ -6,15 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array, export, lax
 from jax.sharding import AxisType, PartitionSpec
 
-from helpers.wings import STATES, WINGS, completions_of, fused, head_of, make_arrays
+from helpers.wings import (
+    OTHER_T,
+    STATES,
+    WINGS,
+    P,
+    T,
+    completions_of,
+    fused,
+    head_of,
+    make_arrays,
+    packed,
+    unfused_logps,
+)
 from spoloss import SPO
-from spoloss.jax import Completions, Head, _tiles, linear_logps, sequence_logps
+from spoloss.jax import Completions, Head, _tiles, linear_logps
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -33,23 +44,15 @@ def logps(arrays: Arrays, *, softcap: float | None = None, **options: Any) -> Ar
 
 
 def by_logits(arrays: Arrays, **options: Any) -> Array:
-    names = ("token_weights", "cu_seqlens")
-    fields = {name: arrays.get(f"chosen_{name}") for name in names}
-    logits = arrays["chosen_hidden"] @ arrays["weight"].T
-    return sequence_logps(logits, arrays["chosen_labels"], **fields, **options)
+    """Without the bias, whose rank strict promotion would refuse."""
+    return unfused_logps(JAX, {**arrays, "bias": None}, "chosen", **options)
 
 
-def packed(arrays: Arrays) -> Arrays:
+def in_rows(arrays: Arrays) -> Arrays:
     """The same with each side as one row of five sequences."""
-    rows = {
-        name: array.reshape(1, -1, *array.shape[2:])
-        for name, array in arrays.items()
-        if name.startswith(("chosen", "rejected"))
-    }
-    ends = {side: rows[f"{side}_labels"].size for side in ("chosen", "rejected")}
-    offsets = {f"{side}_cu_seqlens": jnp.array([0, 3, 9, 9, 20, end]) for side, end in ends.items()}
-    offsets["rejected_cu_seqlens"] = offsets["rejected_cu_seqlens"].astype("uint8")
-    return {**arrays, **rows, **offsets}
+    chosen, rejected = ([0, 3, 9, 9, 20, P * length] for length in (T, OTHER_T))
+    rows = packed(JAX, arrays, chosen=chosen, rejected=rejected)
+    return rows | {"rejected_cu_seqlens": rows["rejected_cu_seqlens"].astype("uint8")}
 
 
 def chosen_of(arrays: Arrays) -> Arrays:
@@ -60,13 +63,13 @@ WAYS: dict[str, Callable[[Arrays], Array]] = {
     "loss": lambda a: loss(a, average=True, nll_weight=0.5, softcap=2.0),
     "long pairs": lambda a: loss(a, chunk_size=3),
     "each": lambda a: loss(a, reduction="none", nll_weight=0.5),
-    "packed loss": lambda a: loss(packed(a), average=True, chunk_size=9),
-    "one packed side": lambda a: loss({**packed(a), **chosen_of(a), "chosen_cu_seqlens": None}),
+    "packed loss": lambda a: loss(in_rows(a), average=True, chunk_size=9),
+    "one packed side": lambda a: loss({**in_rows(a), **chosen_of(a), "chosen_cu_seqlens": None}),
     "logps": lambda a: logps(a, average=True),
-    "packed logps": lambda a: logps(packed(a), average=True),
+    "packed logps": lambda a: logps(in_rows(a), average=True),
     "per token": lambda a: logps(a, per_token=True, softcap=2.0),
     "by logits": lambda a: by_logits(a, average=True),
-    "packed by logits": lambda a: by_logits(packed(a), average=True),
+    "packed by logits": lambda a: by_logits(in_rows(a), average=True),
 }
 
 

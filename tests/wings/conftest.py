@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import jax
 import pytest
 
 from helpers.wings import WINGS, Wing
@@ -29,12 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=WINGS.values(), ids=WINGS)
 def wing(request: pytest.FixtureRequest) -> Wing:
-    return request.param  # type: ignore[no-any-return]
+    return request.param
 
 
 @pytest.fixture(autouse=True)
-def quick_compiler() -> Iterator[None]:
-    """XLA does not optimise, which takes longer than these programs run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def of_every_test(quick_compiler: None) -> None:
+    pass

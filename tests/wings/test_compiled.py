@@ -18,6 +18,7 @@ from helpers.wings import (
     fused,
     head_of,
     make_arrays,
+    packed,
     unfused,
 )
 from spoloss import SPO
@@ -34,11 +35,7 @@ def test_a_loss_and_a_trained_head(wing: Wing) -> None:
 
 
 def test_packed_log_probabilities_and_a_frozen_head(wing: Wing) -> None:
-    arrays = make_arrays(wing)
-    for kind in ("hidden", "labels", "token_weights"):
-        rows = arrays[f"chosen_{kind}"]
-        arrays[f"chosen_{kind}"] = rows.reshape(1, -1, *rows.shape[2:])
-    arrays["chosen_cu_seqlens"] = wing.array([0, 4, 4, 30, 35])
+    arrays = packed(wing, make_arrays(wing), chosen=[0, 4, 4, 30, 35])
 
     def call(a: Any) -> Any:
         side = completions_of(wing, a, "chosen", {})

@@ -32,15 +32,14 @@ Logps = Callable[..., Any]
 
 
 def by_logits(wing: Wing, arrays: Any, labels: Any, **options: Any) -> Any:
-    how = {name: options.pop(name) for name in ("average",) if name in options}
     logits = arrays["chosen_hidden"] @ arrays["weight"].T
-    return wing.api.sequence_logps(logits, labels, **options, **how)
+    return wing.api.sequence_logps(logits, labels, **options)
 
 
-def by_head(wing: Wing, arrays: Any, labels: Any, **options: Any) -> Any:
-    how = {name: options.pop(name) for name in ("average",) if name in options}
+def by_head(wing: Wing, arrays: Any, labels: Any, *, average: bool = False, **options: Any) -> Any:
     completions = wing.api.Completions(arrays["chosen_hidden"], labels, **options)
-    return wing.api.linear_logps(wing.api.Head(arrays["weight"], chunk_size=3), completions, **how)
+    head = wing.api.Head(arrays["weight"], chunk_size=3)
+    return wing.api.linear_logps(head, completions, average=average)
 
 
 WAYS: dict[str, Logps] = {"logits": by_logits, "head": by_head}
@@ -93,15 +92,13 @@ def test_whole_weights_are_repetitions(wing: Wing, way: Logps, *, average: bool)
     labels = wing.numpy(arrays["chosen_labels"])
     weights = np.random.default_rng(0).integers(0, 3, labels.shape).astype(float)
     weights[0], weights[1] = 0.0, 1.0
-    got = way(wing, arrays, arrays["chosen_labels"], token_weights=wing.array(weights))
-    sums = [
+    how = {"token_weights": wing.array(weights), "average": average}
+    got = way(wing, arrays, arrays["chosen_labels"], **how)
+    want = sum(
         wing.numpy(way(wing, arrays, wing.array(np.where(weights >= n, labels, IGNORED))))
         for n in (1, 2)
-    ]
-    want = sums[0] + sums[1]
+    )
     if average:
-        how = {"token_weights": wing.array(weights), "average": True}
-        got = way(wing, arrays, arrays["chosen_labels"], **how)
         counted = (weights * (labels != IGNORED))[:, 1:].sum(axis=1)
         want = want / np.maximum(counted, 1.0)
     np.testing.assert_allclose(wing.numpy(got), want, rtol=1e-12, atol=1e-14)
@@ -115,11 +112,10 @@ def test_a_token_of_weight_0_may_hold_anything(wing: Wing, way: Logps) -> None:
     hidden, labels = wing.numpy(arrays["chosen_hidden"]), wing.numpy(arrays["chosen_labels"])
     hidden[:, 2], labels[:, 3] = np.nan, V + 5
     poisoned = {**arrays, "chosen_hidden": wing.array(hidden)}
-    names = ("chosen_hidden",)
     call = lambda a: way(  # noqa: E731
         wing, a, wing.array(np.minimum(labels, V - 1)), token_weights=wing.array(weights)
     )
-    got, grads = wing.grads(call, poisoned, names)
+    got, grads = wing.grads(call, poisoned, ["chosen_hidden"])
     np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), rtol=1e-14)
     assert np.isfinite(grads["chosen_hidden"]).all()
 
@@ -300,31 +296,6 @@ def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(
     if not need:
         logps = wing.numpy(call(poisoned).chosen_logps)
         np.testing.assert_array_equal(np.isfinite(logps), np.arange(P) != 3)
-
-
-def test_the_gradient_with_respect_to_a_weight_is_the_loss(wing: Wing) -> None:
-    """Also at weight 0, and with the NLL."""
-    arrays = make_arrays(wing)
-    options = {"nll_weight": 0.5, "reduction": "none"}
-    ones = {**arrays, "weights": wing.array(np.ones(P))}
-    want = wing.numpy(fused(wing, SPO(), ones, **options).loss)
-    for need in (["weights"], ["weights", "weight"], ["weights", "chosen_hidden"]):
-        call = lambda a: fused(wing, SPO(), a, **{**options, "reduction": "sum"}).loss  # noqa: E731
-        _, grads = wing.grads(call, arrays, need)
-        np.testing.assert_allclose(grads["weights"], want, rtol=1e-12)
-
-
-def test_every_label_counts_as_often_as_it_weighs_in_the_nll(wing: Wing) -> None:
-    """The NLL is per token: it divides by the sum of the weights."""
-    arrays = make_arrays(wing)
-    side = completions_of(wing, arrays, "chosen", {})
-    head = head_of(wing, arrays, {})
-    nll = -wing.numpy(wing.api.linear_logps(head, side, average=True))
-    how = {"reduction": "none"}
-    with_nll = wing.numpy(fused(wing, SPO(), arrays, nll_weight=1.0, **how).loss)
-    without = wing.numpy(fused(wing, SPO(), arrays, **how).loss)
-    weights = wing.numpy(arrays["weights"])
-    np.testing.assert_allclose(with_nll - without, nll * weights, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("need", [["chosen_hidden"], ["chosen_hidden", "weight"]])
