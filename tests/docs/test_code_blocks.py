@@ -18,7 +18,7 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
 from helpers.pages import ROOT
-from helpers.tiny_lm import training_setup
+from helpers.recipes_oracle import models, toy
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -41,7 +41,13 @@ def evaluate(example: Example) -> None:
 def blocks(page: Path) -> list[Example]:
     parsers = [CodeBlockParser(language="python", evaluator=evaluate), SkipParser()]
     document = Sybil(parsers=parsers, path=str(page.parent), pattern=page.name).parse(page)
-    document.namespace.update(training_setup())
+    policy, reference = models(dtype=torch.float32)
+    document.namespace.update(
+        policy=policy,
+        reference=reference,
+        optimizer=torch.optim.SGD(policy.parameters(), lr=1.0),
+        loader=[toy.collate(toy.pairs(2))] * 3,
+    )
     return list(document.examples())
 
 

@@ -220,7 +220,10 @@ def by_trl(setting: Setting, engine: Engine, recipe: str) -> Step:
 # ----------------------------------------------------------------------------------- Lightning
 
 
-class ShardedModule(load("lightning_module").SPOModule):
+SPOModule = load("lightning_module").SPOModule
+
+
+class ShardedModule(SPOModule):
     """The hook in which Lightning expects FSDP2 to be applied."""
 
     def configure_model(self) -> None:
@@ -240,7 +243,7 @@ def by_lightning(
     setting: Setting,
     engine: Engine,
     strategy: Callable[[], Any],
-    module_class: type = ShardedModule.__base__,
+    module_class: type = SPOModule,
 ) -> Step:
     module = module_class(
         setting.policy,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -29,15 +28,8 @@ def test_the_wing_names_its_extra() -> None:
     )
 
 
-@dataclass
-class Unhashable:
-    """A dataclass that is not frozen has no hash."""
-
-    def value(self, margin: Any, beta: Any) -> Any:
-        return margin * beta
-
-    def slope(self, margin: Any, beta: Any) -> Any:
-        return beta + 0.0 * margin
+class Unhashable(SPO):
+    __hash__ = None
 
 
 def test_a_loss_without_a_hash() -> None:

@@ -11,7 +11,6 @@ import pytest
 from spoloss import DPO
 from spoloss.jax import Completions, Head, linear_logps, linear_pair_loss
 from spoloss.jax._labels import Sequences, sequences_of
-from spoloss.jax._softmax import Projection, Wanted
 from spoloss.jax._tiles import evenly, tile_rows
 from spoloss.jax._tokens import rows_for_pairs
 
@@ -93,11 +92,3 @@ def test_a_tile_of_a_packed_row_has_no_place_to_leave_empty() -> None:
     assert rows_for_pairs((padded, padded), most=200) == 2 * 96
     assert rows_for_pairs((packed, packed), most=150) == 4 * 96 // 3
     assert rows_for_pairs((padded, packed), most=150) == (48 + 4 * 48) // 2
-
-
-@pytest.mark.parametrize("weight", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_loop_carries_no_gradient_that_nobody_wants(weight: bool, bias: bool) -> None:
-    projection = Projection.of(Head(jnp.ones((V, D)), jnp.ones(V)))
-    zeros = projection.zeros(Wanted((True, True), weight, bias))
-    assert [total is not None for total in zeros] == [weight, bias]

@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.interpreter import run_python
+from helpers.interpreter import RECIPES, run_python
 from helpers.recipes_oracle import (
     BETA,
     EVEN,
     PAIRS,
-    RECIPES,
     UNEVEN,
     assert_step,
     exact_step,
