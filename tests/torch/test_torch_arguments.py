@@ -14,29 +14,20 @@ import spoloss
 from spoloss._inputs import LOGPS
 from spoloss.torch import Completions, Head, _devices, linear_spo_loss, sequence_logps
 
-HIDDEN, WEIGHT, BIAS = torch.randn(2, 5, 8), torch.randn(30, 8), torch.randn(30)
-LABELS = torch.randint(0, 30, (2, 5))
-PAIRS = torch.zeros(2)
-
+HIDDEN, WEIGHT, LABELS = torch.randn(2, 5, 8), torch.randn(30, 8), torch.randint(0, 30, (2, 5))
 OF_LOGITS = {"logits": torch.randn(2, 5, 30), "labels": LABELS, "token_weights": torch.ones(2, 5)}
-OF_THE_CORE = dict.fromkeys(LOGPS, PAIRS) | {
-    "beta": torch.ones(2),
-    "reward_gap": torch.ones(2),
-    "weights": torch.ones(2),
-}
-OF_THE_LOSS: dict[str, Any] = {
+NUMBERS = dict.fromkeys(("beta", "reward_gap", "weights"), torch.ones(2))
+OF_THE_CORE = dict.fromkeys(LOGPS, torch.zeros(2)) | NUMBERS
+OF_THE_LOSS = {
     "head.weight": WEIGHT,
-    "head.bias": BIAS,
+    "head.bias": torch.randn(30),
     "chosen.hidden": HIDDEN,
     "chosen.labels": LABELS,
     "chosen.token_weights": torch.ones(2, 5),
     "rejected.hidden": HIDDEN,
     "rejected.labels": LABELS,
-    "reference_chosen_logps": PAIRS,
-    "reference_rejected_logps": PAIRS,
-    "beta": torch.ones(2),
-    "reward_gap": torch.ones(2),
-    "weights": torch.ones(2),
+    **dict.fromkeys(LOGPS[2:], torch.zeros(2)),
+    **NUMBERS,
 }
 
 
@@ -57,45 +48,49 @@ CALLS = [
     (spoloss.spo_loss, OF_THE_CORE),
     (spoloss.preference_metrics, OF_THE_CORE),
 ]
-ARGUMENTS = [
-    pytest.param(function, arguments, name, id=f"{function.__name__} {name}")
-    for function, arguments in CALLS
-    for name in arguments
-]
 
 
-OTHERS: dict[str, Callable[[Tensor], Any]] = {
-    "ndarray": Tensor.numpy,
-    "Linear": lambda _: torch.nn.Linear(8, 30),
-}
+@pytest.mark.parametrize(("function", "arguments"), CALLS[:2])
+def test_an_array_of_numpy(function: Callable[..., Any], arguments: dict[str, Tensor]) -> None:
+    for name, tensor in arguments.items():
+        with pytest.raises(TypeError, match=rf"^{name} must be .*, got (ndarray|numpy)"):
+            function(**{**arguments, name: tensor.numpy()})
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-@pytest.mark.parametrize(("function", "arguments", "name"), ARGUMENTS)
-def test_what_is_no_tensor(
-    function: Callable[..., Any], arguments: dict[str, Any], name: str, kind: str
-) -> None:
-    other = {**arguments, name: OTHERS[kind](arguments[name])}
-    if kind == "ndarray" and name == "policy_chosen_logps":
-        name = "policy_rejected_logps"  # the first array says which library it is
-    with pytest.raises(TypeError, match=rf"^{name} must be .*, got ({kind}|numpy|torch)"):
-        function(**other)
-
-
-@pytest.mark.parametrize(("function", "arguments", "name"), ARGUMENTS)
+@pytest.mark.parametrize(("function", "arguments"), CALLS)
 def test_a_tensor_on_another_device(
-    function: Callable[..., Any], arguments: dict[str, Any], name: str
+    function: Callable[..., Any], arguments: dict[str, Tensor]
 ) -> None:
-    elsewhere = {**arguments, name: arguments[name].to("meta")}
-    # The others must be where the first tensor is, so they are blamed.
+    """Where it is the first tensor, the next one is blamed, which must be where the first is."""
     leaders = {
         "head.weight": "head.bias",
         "logits": "labels",
-        "policy_chosen_logps": "policy_rejected",
+        "policy_chosen_logps": "policy_rejected_logps",
     }
-    blamed = leaders.get(name, name)
-    with pytest.raises(ValueError, match=rf"^{blamed}\w* must be on the .*, got (meta|cpu)$"):
-        function(**elsewhere)
+    for name, tensor in arguments.items():
+        blamed = leaders.get(name, name)
+        with pytest.raises(ValueError, match=rf"^{blamed} must be on the .*, got (meta|cpu)$"):
+            function(**{**arguments, name: tensor.to("meta")})
+
+
+def test_a_head_that_zero_3_has_partitioned() -> None:
+    weight = torch.zeros(0)
+    weight.ds_id = 3  # type: ignore[attr-defined]
+    message = r"^head.weight has shape \(0,\) because .* partitioned it\. Compute the loss inside"
+    with pytest.raises(ValueError, match=message):
+        fused(**{**OF_THE_LOSS, "head.weight": weight})
+
+
+def test_a_sharded_head() -> None:
+    class Sharded(torch.Tensor):
+        """Stands for a DTensor, which is told by this method."""
+
+        def full_tensor(self) -> Tensor:
+            raise AssertionError("gathered without being asked")
+
+    message = "^head.weight is a sharded DTensor. Call this inside the forward of the FSDP module"
+    with pytest.raises(TypeError, match=message):
+        fused(**{**OF_THE_LOSS, "head.weight": WEIGHT.as_subclass(Sharded)})
 
 
 def test_a_number_of_pytorch_on_the_cpu_is_a_number_on_any_device() -> None:

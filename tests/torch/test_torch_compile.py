@@ -1,4 +1,4 @@
-"""torch.compile: numbers that change, the operators of the fused head, CUDA graphs, autograd."""
+"""torch.compile: how many graphs serve a training run, the operators, CUDA graphs, autograd."""
 
 from __future__ import annotations
 
@@ -8,16 +8,36 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import spoloss
 from helpers.fused import flat_dpo, flat_logps, flat_spo
-from spoloss.torch import _operator
+from helpers.wings import D, P, V
+from spoloss.torch import _exponentials, _operator, sequence_logps
+
+# Dynamo instantiates any autograd.Function and so warns of itself (torch 2.13).
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGPS = torch.randn(4, 3, generator=GENERATOR, dtype=torch.float64)
 HIDDEN = [torch.randn(2, 5, 8, generator=GENERATOR, requires_grad=True) for _ in range(2)]
 WEIGHT = torch.randn(30, 8, generator=GENERATOR, requires_grad=True)
 LABELS = torch.randint(0, 30, (2, 2, 5), generator=GENERATOR)
+
+
+def counted(
+    function: Callable[..., Tensor], backend: str, **options: Any
+) -> tuple[Callable[..., Tensor], CompileCounterWithBackend]:
+    """The function as one graph, and the count of graphs that are made for its calls."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, fullgraph=True, backend=counter, **options), counter
+
+
+def check_gradients(got: Tensor, want: Tensor, leaves: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(got, want)
+    grads = (torch.autograd.grad(x, leaves, allow_unused=True) for x in (got, want))
+    torch.testing.assert_close(*grads)
 
 
 def core(function: Callable[..., Any], **numbers: float) -> Tensor:
@@ -53,27 +73,95 @@ def test_two_graphs_serve_any_number_of_values(
     call: Callable[..., Tensor], function: Callable[..., Any], names: list[str]
 ) -> None:
     """A schedule changes beta, weights or the temperature in each step."""
-    graphs = 0
-
-    def backend(graph: Any, example: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        # The backend "eager" keeps numbers that the others turn into constants.
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
-
-    torch.compiler.reset()
     step = lambda *values: call(function, **dict(zip(names, values, strict=True)))  # noqa: E731
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    # The backend "eager" keeps numbers that the others turn into constants.
+    compiled, counter = counted(step, "aot_eager")
     for value in (0.1, 0.2, 0.3):
         # Numbers that are equal in one step would be one number in the graph.
         values = [value + 0.01 * i for i in range(len(names))]
-        got, want = compiled(*values), step(*values)
-        torch.testing.assert_close(got, want)
-        if want.requires_grad:
-            leaves = (*HIDDEN, WEIGHT)
-            grads = (torch.autograd.grad(x, leaves, allow_unused=True) for x in (got, want))
-            torch.testing.assert_close(*grads)
-    assert graphs == 2
+        if call is core:
+            torch.testing.assert_close(compiled(*values), step(*values))
+        else:
+            check_gradients(compiled(*values), step(*values), (*HIDDEN, WEIGHT))
+    assert counter.frame_count == 2
+
+
+def by_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    sides = zip(hidden, labels, strict=True)
+    logps = (sequence_logps(states @ weight.t(), targets) for states, targets in sides)
+    return spoloss.spo_loss(*logps, 0.0, 0.0, beta=0.1)
+
+
+def by_fused_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return flat_spo(*hidden, weight, *labels, 0.0, 0.0, nll_weight=0.1).loss
+
+
+@pytest.mark.parametrize("function", [by_logits, by_fused_head])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.extended)])
+def test_two_graphs_serve_any_number_of_lengths(
+    function: Callable[..., Tensor], *, dynamic: bool | None
+) -> None:
+    compiled, counter = counted(function, "eager", dynamic=dynamic)
+    weight = torch.randn(V, D, generator=GENERATOR, requires_grad=True)
+    for length in range(5, 16):
+        hidden = torch.randn(2, P, length, D, generator=GENERATOR, requires_grad=True)
+        labels = torch.randint(0, V, (2, P, length), generator=GENERATOR)
+        labels[:, 1, :3] = -100
+        arguments = (hidden, weight, labels)
+        check_gradients(compiled(*arguments), function(*arguments), (hidden, weight))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.extended
+def test_inductor_compiles_the_fused_head() -> None:
+    torch.compiler.reset()
+    step = lambda hidden, weight: by_fused_head(hidden.tanh(), weight, LABELS)  # noqa: E731
+    leaves = (torch.stack(HIDDEN).detach().requires_grad_(), WEIGHT)
+    compiled = torch.compile(step, fullgraph=True)
+    check_gradients(compiled(*leaves), step(*leaves), leaves)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_block_is_the_eager_one(dtype: torch.dtype) -> None:
+    """What CUDA runs as one fused pass, compiled for the CPU here, two blocks of 300 entries."""
+    single = torch.promote_types(dtype, torch.float32)
+    block, sums_of = (
+        torch.compile(function, dynamic=True)
+        for function in (_exponentials.exponentials, _exponentials.sums_alone)
+    )
+    generator = torch.Generator().manual_seed(3)
+    # Exponents reach 40, where half an ulp is 16 eps, and each way rounds up to two of them.
+    close = {"rtol": 64.0 * torch.finfo(single).eps, "atol": 0.0}
+    for rows, softcap in ((1, None), (5, None), (5, 20.0)):
+        products = torch.randn(rows, 300, dtype=single, generator=generator) * 5
+        targets = torch.randint(0, 300, (rows,), generator=generator)
+        whole = _exponentials.Transform(torch.zeros(300, dtype=single), softcap, 1.0, 1.25)
+        logits, bend = whole(products)
+        bend = torch.ones_like(logits) if bend is None else bend
+        want = logits.softmax(dim=1).scatter_(1, targets[:, None], 0.0)
+        lse, found = logits.logsumexp(dim=1), []
+        mine = eager = alone = _exponentials.Sums.start(products, single)
+        for begin, end in ((0, 170), (170, 300)):
+            transform = whole._replace(bias=whole.bias[begin:end])
+            part = _exponentials.Products(products[:, begin:end], transform, targets, end)
+            exps, shift, _, mine = block(part, mine, dtype)
+            assert exps.dtype == dtype
+            assert exps.max() <= (2**14 if dtype == torch.float16 else 1)
+            found.append(exps * (shift - lse).exp()[:, None])
+            copy = part._replace(values=part.values.clone())
+            exps, _, _, eager = _exponentials.exponentials_(copy, eager, single)
+            normal = exps * (eager.peak - lse).exp()[:, None]
+            expected = (want * bend)[:, begin:end]
+            torch.testing.assert_close(normal, expected, **close)
+            alone = sums_of(part, alone)
+        ends = 2e-12 if dtype == torch.float16 else 0.0
+        rounded = {"rtol": max(close["rtol"], 20.0 * torch.finfo(dtype).eps), "atol": ends}
+        torch.testing.assert_close(torch.cat(found, dim=1), want * bend, **rounded)
+        for sums in (mine, eager, alone):
+            exps = sums.others * (sums.peak - lse).exp()
+            torch.testing.assert_close(exps, want.sum(dim=1), **close)
+            torch.testing.assert_close(sums.target, logits.gather(1, targets[:, None])[:, 0])
 
 
 def strided(name: str, tensor: Tensor) -> Tensor:
@@ -116,7 +204,6 @@ def test_the_operators_are_what_the_compiler_assumes(
             )
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_second_derivative_is_an_error_in_a_graph_too(*, frozen: bool) -> None:
     hidden, weight = HIDDEN[0].detach().requires_grad_(), WEIGHT.detach()
