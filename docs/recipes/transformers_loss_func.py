@@ -1,7 +1,7 @@
 """SPO as the `compute_loss_func` of Transformers' Trainer, exact for any distribution of pairs.
 
 Tested with Transformers 5.23 and PyTorch 2.13, without a subclass. To change an existing run: the
-module with policy and reference, the collator's names, and two arguments of Trainer.
+module with policy and reference, the collator's names and labels, and two arguments of Trainer.
 
 Pitfalls: Trainer counts the labels that are not -100 and passes their number. So a batch needs one
 dummy label per pair, and the tokens to predict need another name. The reference is part of the
@@ -39,6 +39,11 @@ class PolicyAndReference(nn.Module):
         return {"logps": (*policy.chunk(2), *reference.chunk(2))}
 
 
+def with_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with one dummy label per pair."""
+    return {**batch, "labels": torch.zeros(len(batch["targets"]) // 2)}
+
+
 def mean_over_step(
     outputs: dict[str, Any], labels: Tensor, num_items_in_batch: Tensor | None = None
 ) -> Tensor:
@@ -52,9 +57,8 @@ if __name__ == "__main__":
     from transformers import Trainer, TrainingArguments
 
     def collate(pairs: list[toy.Pair]) -> dict[str, Tensor]:
-        """The batch with one dummy label per pair."""
-        batch = toy.named(pairs, "input_ids", "attention_mask", "targets")
-        return {**batch, "labels": torch.zeros(len(pairs))}
+        """The arguments of the model, and the labels."""
+        return with_labels(toy.named(pairs, "input_ids", "attention_mask", "targets"))
 
     # Trainer would drop keys that forward does not name.
     names = {"label_names": ["labels"], "remove_unused_columns": False}

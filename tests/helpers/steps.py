@@ -117,7 +117,8 @@ class Cases:
       exact: what is expected if nothing else is said.
       dtype: of the models.
       rate: the learning rate of gradient descent.
-      steps: of exact cases; in a second one, what an engine kept of the first would be wrong.
+      steps: the number that an exact case takes. What an engine kept of the first by mistake
+        makes the second one wrong.
       around: what each case runs in.
     """
 

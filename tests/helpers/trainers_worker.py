@@ -191,13 +191,11 @@ def by_trainer(setting: Setting, engine: Engine) -> Step:
 def by_loss_func(setting: Setting, engine: Engine) -> Step:
     recipe = load("transformers_loss_func")
     options = {"remove_unused_columns": False, "label_names": ["labels"]}
+    names = ("input_ids", "attention_mask", "targets")
     trainer = Trainer(
         recipe.PolicyAndReference(setting.policy, setting.reference),
         TrainingArguments(**arguments(engine, 1, **options)),
-        lambda parts: {
-            **toy.named(*parts, "input_ids", "attention_mask", "targets"),
-            "labels": torch.zeros(len(*parts)),
-        },
+        lambda parts: recipe.with_labels(toy.named(*parts, *names)),
         PARTS,
         compute_loss_func=recipe.mean_over_step,
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Numbers:
-    """TRL's losses of some pairs, [B], and their gradients by the policy's log-probabilities."""
+    """Losses of some pairs, [B], and their gradients with respect to the policy's two sides."""
 
     logps: tuple[Tensor, ...]
     beta: float
@@ -74,10 +72,14 @@ def dpo_numbers(trainer: trl.DPOTrainer, logps: tuple[Tensor, ...]) -> Numbers:
         "completion_mask": torch.tensor([[0, 1]] * 2),
     }
     losses = []
-    with _float64_constants():
+    # TRL puts EXO's label smoothing into a tensor of the default dtype before it takes the log.
+    torch.set_default_dtype(torch.float64)
+    try:
         for c, r, ref_c, ref_r in zip(chosen, rejected, *logps[2:], strict=True):
             trainer.ref_model = _Given(ref_c, ref_r)
             losses.append(trainer.compute_loss(_Given(c, r), batch))
+    finally:
+        torch.set_default_dtype(torch.float32)
     return numbers_of(logps, trainer.beta, torch.stack(losses), (chosen, rejected))
 
 
@@ -120,14 +122,3 @@ def numbers_of(logps: tuple[Tensor, ...], beta: float, losses: Tensor, sides: An
     """The losses of some pairs, and their gradients with respect to the two sides."""
     grads = torch.autograd.grad(losses.sum(), sides)
     return Numbers(tuple(array.detach() for array in logps), beta, losses.detach(), *grads)
-
-
-@contextmanager
-def _float64_constants() -> Iterator[None]:
-    # TRL puts EXO's label smoothing into a tensor of the default dtype before it takes the log.
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

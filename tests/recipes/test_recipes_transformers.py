@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from helpers.recipes_oracle import (
@@ -50,15 +48,11 @@ def subclass(size: int, *, exact: bool = True, **options: Any) -> Trainer:
 def loss_func(size: int, **options: Any) -> Trainer:
     recipe = load("transformers_loss_func")
     model = recipe.PolicyAndReference(*models())
-
-    def collate(pairs: list[Any]) -> dict[str, Tensor]:
-        batch = toy.named(pairs, "input_ids", "attention_mask", "targets")
-        return {**batch, "labels": torch.zeros(len(pairs))}
-
+    names = ("input_ids", "attention_mask", "targets")
     return Trainer(
         model,
         arguments(size, label_names=["labels"], **options),
-        collate,
+        lambda pairs: recipe.with_labels(toy.named(pairs, *names)),
         PAIRS,
         PAIRS,
         optimizers=(Recorder(model.policy), None),

@@ -31,4 +31,4 @@ def wing(request: pytest.FixtureRequest) -> Wing:
 
 @pytest.fixture(autouse=True)
 def of_every_test(quick_compiler: None) -> None:
-    pass
+    """All of them run programs of a few numbers."""

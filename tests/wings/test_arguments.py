@@ -139,23 +139,6 @@ def test_a_number_that_is_not_positive(wing: Wing, name: str) -> None:
         fused(wing, SPO(), {**make_arrays(wing), name: 0.0})
 
 
-def test_average_and_per_token_exclude_each_other(wing: Wing) -> None:
-    arrays = make_arrays(wing)
-    head, side = head_of(wing, arrays, {}), completions_of(wing, arrays, "chosen", {})
-    with pytest.raises(ValueError, match="average and per_token exclude each other"):
-        wing.api.linear_logps(head, side, average=True, per_token=True)
-
-
-def test_beta_has_no_default(wing: Wing) -> None:
-    arrays = make_arrays(wing)
-    side = completions_of(wing, arrays, "chosen", {})
-    for name in ("pair", "spo", "dpo", "squared", "ipo"):
-        loss = [SPO()] if name == "pair" else []
-        function = getattr(wing.api, f"linear_{name}_loss")
-        with pytest.raises(TypeError, match="beta"):
-            function(*loss, head_of(wing, arrays, {}), side, side, 0.0, 0.0)
-
-
 @pytest.mark.parametrize(
     "loss", [SPO, "spo", object(), None], ids=["class", "name", "object", "None"]
 )
@@ -177,6 +160,8 @@ def test_options_of_log_probabilities_that_do_not_fit(wing: Wing) -> None:
     head, side = head_of(wing, arrays, {}), completions_of(wing, arrays, "chosen", {})
     with pytest.raises(TypeError, match=r"^per_token must be True or False, got str"):
         wing.api.linear_logps(head, side, per_token="no")
+    with pytest.raises(ValueError, match="average and per_token exclude each other"):
+        wing.api.linear_logps(head, side, average=True, per_token=True)
     logits, labels = arrays["chosen_hidden"], arrays["chosen_labels"]
     for name in ("shift", "average"):
         with pytest.raises(TypeError, match=rf"^{name} must be True or False, got int"):
@@ -233,6 +218,7 @@ def test_both_wings_have_the_same_signatures(name: str) -> None:
         parameters = inspect.signature(thing).parameters.values()
         assert {p.name for p in parameters} <= set(typing.get_type_hints(thing))
         for parameter in parameters:
+            assert parameter.name != "beta" or parameter.default is inspect.Parameter.empty
             assert re.search(rf"^ +{parameter.name}: ", inspect.getdoc(thing) or "", re.M)
         assert all(p.kind != inspect.Parameter.VAR_KEYWORD for p in parameters)
         both.append([(p.name, p.kind, p.default) for p in parameters if p.name not in ONLY])
