@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from helpers import processes, steps
+from helpers.fused import cut_blocks
 from helpers.wings import HEAD, STATES, WINGS, APODown, fused, make_arrays, upstream
 from spoloss import SPO
-from spoloss.torch import Completions, Head, _devices, _tiles, linear_logps
+from spoloss.torch import Completions, Head, linear_logps
 
 WING = WINGS["torch"]
 WORLD = 3
@@ -210,10 +211,7 @@ def work(rank: int) -> dict[str, Any]:
     }
     if rank < 2:
         with pytest.MonkeyPatch.context() as patch:  # each shard in blocks
-            patch.setattr(_tiles, "LEAST_COLUMNS", 4)
-            patch.setattr(_tiles, "ALIGNED", 4)
-            memory = _devices.CPU.memory._replace(block_bytes=1)
-            patch.setattr(_devices, "CPU", _devices.CPU._replace(memory=memory))
+            cut_blocks(patch, 4)
             found["ways of two"] = all_ways(pair)
     return found
 
