@@ -49,7 +49,6 @@ TRAINERS = {
     "logits": "`SPOTrainer` by logits (`trl_dpo.py`)",
     "fused": "**`SPOTrainer` by the fused head (`trl_fused.py`)**",
 }
-HEADS = {"True": "frozen", "False": "trained"}
 
 Row = Mapping[str, Any]
 

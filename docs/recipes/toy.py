@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY = 64
@@ -79,21 +80,17 @@ def pairs(count: int, seed: int = 1) -> list[Pair]:
 
 def collate(pairs: list[Pair]) -> Batch:
     """Pad pairs into one batch."""
-    prompts = [pair.prompt for pair in pairs] * 2
-    completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    longest = max(
-        len(prompt) + len(completion)
-        for prompt, completion in zip(prompts, completions, strict=True)
+    texts = [(pair.prompt, pair.chosen) for pair in pairs]
+    texts += [(pair.prompt, pair.rejected) for pair in pairs]
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        return pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_value=value)
+
+    return Batch(
+        padded([prompt + completion for prompt, completion in texts], 2),
+        padded([[1] * len(prompt + completion) for prompt, completion in texts], 0),
+        padded([[IGNORED] * len(prompt) + completion for prompt, completion in texts], IGNORED),
     )
-    ids = torch.full((len(prompts), longest), 2)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        length = len(prompt) + len(completion)
-        ids[row, :length] = torch.tensor(prompt + completion)
-        mask[row, :length] = 1
-        labels[row, len(prompt) : length] = torch.tensor(completion)
-    return Batch(ids, mask, labels)
 
 
 def named(pairs: list[Pair], *names: str) -> dict[str, Tensor]:

@@ -36,10 +36,10 @@ def by_logits(wing: Wing, arrays: Any, labels: Any, **options: Any) -> Any:
     return wing.api.sequence_logps(logits, labels, **options)
 
 
-def by_head(wing: Wing, arrays: Any, labels: Any, *, average: bool = False, **options: Any) -> Any:
+def by_head(wing: Wing, arrays: Any, labels: Any, **options: Any) -> Any:
+    how = {name: options.pop(name) for name in ("average", "per_token") if name in options}
     completions = wing.api.Completions(arrays["chosen_hidden"], labels, **options)
-    head = wing.api.Head(arrays["weight"], chunk_size=3)
-    return wing.api.linear_logps(head, completions, average=average)
+    return wing.api.linear_logps(wing.api.Head(arrays["weight"], chunk_size=3), completions, **how)
 
 
 WAYS: dict[str, Logps] = {"logits": by_logits, "head": by_head}
@@ -142,50 +142,32 @@ def test_packed_rows_equal_padded_ones(
     wing: Wing, way: Logps, dtype: str, *, average: bool, shift: bool
 ) -> None:
     """Sequences of 5, 1, 0, 7 and 3 tokens in one row; half precision is summed in float32."""
-    lengths, half = (5, 1, 0, 7, 3), dtype == "bfloat16"
-    arrays = make_arrays(wing, dtype)
-    labels = wing.numpy(arrays["chosen_labels"]).copy()
-    weights = wing.numpy(arrays["chosen_token_weights"])
-    for row, length in enumerate(lengths):
-        labels[row, length:] = IGNORED
-
-    def pack(rows: Any) -> Any:
-        kept = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-        return np.concatenate(kept)[None]
-
-    hidden = pack(wing.numpy(arrays["chosen_hidden"])).astype("float64")
-    packed = {**arrays, "chosen_hidden": wing.array(hidden, dtype)}
+    lengths = np.array([5, 1, 0, 7, 3])
+    inside = np.arange(T) < lengths[:, None]
+    padded = make_arrays(wing, dtype)
+    labels = wing.numpy(padded["chosen_labels"])
+    padded["chosen_labels"] = wing.array(np.where(inside, labels, IGNORED))
+    names = ("chosen_hidden", "chosen_labels", "chosen_token_weights")
+    row = padded | {name: padded[name][inside][None] for name in names}
     offsets = wing.array(np.cumsum([0, *lengths]).astype("int32"))
-    in_row = {"token_weights": wing.array(pack(weights)), "cu_seqlens": offsets, "shift": shift}
-    padded = {"token_weights": wing.array(weights), "shift": shift}
-    tight = {"rtol": 1e-6, "atol": 1e-6} if half else {"rtol": 1e-12, "atol": 1e-14}
+
+    def logps(a: Any, **how: Any) -> Any:
+        weights = a["chosen_token_weights"]
+        return way(wing, a, a["chosen_labels"], token_weights=weights, shift=shift, **how)
+
+    tight = {"rtol": 1e-6, "atol": 1e-6} if dtype == "bfloat16" else {"rtol": 1e-12, "atol": 1e-14}
     if way is by_head:
-        head = wing.api.Head(arrays["weight"])
-        each, one = (
-            wing.numpy(
-                wing.api.linear_logps(head, wing.api.Completions(*side, **how), per_token=True)
-            )
-            for *side, how in (
-                (arrays["chosen_hidden"], wing.array(labels), padded),
-                (packed["chosen_hidden"], wing.array(pack(labels)), in_row),
-            )
-        )
-        np.testing.assert_allclose(one, pack(each), **tight)
-    padded["average"] = in_row["average"] = average
-    want, want_grads = wing.grads(
-        lambda a: way(wing, a, wing.array(labels), **padded), arrays, ["chosen_hidden", "weight"]
-    )
-    got, grads = wing.grads(
-        lambda a: way(wing, a, wing.array(pack(labels)), **in_row),
-        packed,
-        ["chosen_hidden", "weight"],
-    )
+        each = wing.numpy(logps(padded, per_token=True))
+        one = wing.numpy(logps(row, per_token=True, cu_seqlens=offsets))
+        np.testing.assert_allclose(one, each[inside][None], **tight)
+    need = ["chosen_hidden", "weight"]
+    want, want_grads = wing.grads(lambda a: logps(a, average=average), padded, need)
+    got, grads = wing.grads(lambda a: logps(a, average=average, cu_seqlens=offsets), row, need)
     np.testing.assert_allclose(wing.numpy(got), wing.numpy(want), **tight)
-    if half:
-        return
-    np.testing.assert_allclose(grads["weight"], want_grads["weight"], rtol=1e-11, atol=1e-12)
-    by_hidden = pack(want_grads["chosen_hidden"])
-    np.testing.assert_allclose(grads["chosen_hidden"], by_hidden, rtol=1e-11, atol=1e-12)
+    if dtype == "float64":
+        want_grads["chosen_hidden"] = want_grads["chosen_hidden"][inside][None]
+        for name in need:
+            np.testing.assert_allclose(grads[name], want_grads[name], rtol=1e-11, atol=1e-12)
 
 
 def test_sums_are_accurate_to_a_few_eps(wing: Wing, way: Logps) -> None:
