@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from spoloss.torch import Completions, Head, linear_logps, sequence_logps
 
 NAMES = {
     64: "vocab_size max_position_embeddings n_positions n_ctx max_seq_len mamba_d_ssm"
@@ -124,3 +126,22 @@ def tiny_model(kind: type[PreTrainedModel]) -> PreTrainedModel:
     for parameter in head.parameters():
         parameter.data.normal_(std=0.7)
     return model
+
+
+def llama(kind: type[LlamaForCausalLM] = LlamaForCausalLM, **options: Any) -> LlamaForCausalLM:
+    """A Llama, or a class derived from it."""
+    torch.manual_seed(0)
+    config = tiny_config(LlamaConfig)
+    config.update({"pad_token_id": None, **options})  # the embedding of padding is 0
+    return kind(config)
+
+
+def check_head(model: Any, head: Head) -> None:
+    """A head gives the log-probabilities of the model's own logits."""
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    model.eval()
+    with torch.no_grad():
+        want = sequence_logps(model(input_ids=ids, use_cache=False).logits, ids)
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        found = linear_logps(head, Completions(hidden, ids))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=0.0)

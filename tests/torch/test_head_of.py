@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-import transformers
 from torch import Tensor, nn
 from transformers import (
     CohereForCausalLM,
@@ -24,41 +23,15 @@ from transformers import (
     PhiForCausalLM,
     RecurrentGemmaForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
-from helpers.tiny_models import tiny_model
-from spoloss.torch import Completions, Head, head_of, linear_logps, sequence_logps
+from helpers.tiny_models import check_head, llama, tiny_model
+from spoloss.torch import head_of
 
 # Transformers warns of itself when PEFT looks at its models.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
 
-IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def llama(kind: type[LlamaForCausalLM] = LlamaForCausalLM, **options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        **options,
-    )
-    return kind(config)
-
-
-def check_same(model: Any, head: Head) -> None:
-    """The log-probabilities of the model's own logits, without any code of `head_of`."""
-    model.eval()
-    with torch.no_grad():
-        want = sequence_logps(model(input_ids=IDS, use_cache=False).logits, IDS)
-        hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
-        found = linear_logps(head, Completions(hidden, IDS))
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=0.0)
-
-
 MODELS = [
     (LlamaForCausalLM, 1.0, None),
     (PhiForCausalLM, 1.0, None),  # with a bias
@@ -78,7 +51,7 @@ def test_models(kind: Any, scale: float, softcap: float | None) -> None:
     assert head.weight is linear.weight
     assert head.bias is linear.bias
     assert (head.bias is not None) == (kind is PhiForCausalLM)
-    check_same(model, head)
+    check_head(model, head)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,71 +61,39 @@ def test_the_tolerance_is_the_dtypes(dtype: torch.dtype) -> None:
         assert (head.logit_scale, head.softcap) == (scale, softcap)
 
 
-class Capped(LlamaForCausalLM):
-    """A soft-cap that no field of the configuration names."""
-
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        out = super().forward(input_ids, **options)
-        out.logits = 100.0 * (out.logits / 100.0).tanh()
-        return out
+# Models that do something beside their head
 
 
-class Scaled(LlamaForCausalLM):
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        out = super().forward(input_ids, **options)
-        out.logits = out.logits * 1.05
-        return out
+def changed(change: Callable[[Any, Tensor, Tensor], Tensor]) -> type[LlamaForCausalLM]:
+    """A model that changes its logits: a function of the model, its input and the logits."""
+
+    class Changed(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, **options: Any) -> Any:
+            out = super().forward(input_ids, **options)
+            out.logits = change(self, input_ids, out.logits)
+            return out
+
+    return Changed
 
 
-class Masked(LlamaForCausalLM):
-    """One entry of the vocabulary is never generated."""
-
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        out = super().forward(input_ids, **options)
-        out.logits[..., 40] = -torch.inf
-        return out
-
-
-class Zeroed(LlamaForCausalLM):
+def entry_40(value: float) -> Callable[[Any, Tensor, Tensor], Tensor]:
     """One of very many entries, so that the mean error is small."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        config.vocab_size = 4096
-        super().__init__(config)
-
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        out = super().forward(input_ids, **options)
-        out.logits[..., 40] = 0.0
-        return out
-
-
-class Padded(LlamaForCausalLM):
-    """The weight has more rows than there are logits."""
-
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        out = super().forward(input_ids, **options)
-        out.logits = out.logits[..., :60]
-        return out
-
-
-class Residual(LlamaForCausalLM):
-    """The head adds something that is no function of the last hidden states."""
-
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        out = super().forward(input_ids, **options)
-        out.logits = out.logits + self.lm_head(self.get_input_embeddings()(input_ids))
-        return out
+    return lambda _, __, logits: logits.index_fill(-1, torch.tensor(40), value)
 
 
 class Shifted(LlamaForCausalLM):
     """The decoder gets another input in a call of the model."""
 
     def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        return super().forward((input_ids + 1) % 64, **options)
+        return super().forward((input_ids + 1) % self.config.vocab_size, **options)
 
 
 class Outer(nn.Module):
     """Hidden states for other uses, as a base model may return them."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
 
     def forward(self, **options: Any) -> Any:
         out = self.decoder(**options)
@@ -167,21 +108,41 @@ class OtherBase(LlamaForCausalLM):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        self.outer = Outer()
-        self.outer.decoder = self.model
+        self.outer = Outer(self.model)
 
     def get_decoder(self) -> Any:
         return self.model
 
 
-class Functional(LlamaForCausalLM):
-    """The head is never called as a module."""
+SCALED = changed(lambda _, __, logits: 1.05 * logits)
+OTHERS = "the model's logits are not those of its head"
+SHAPE = r"the model's logits must have shape \(8, 4096\), as its head has, got \(8, 4092\)"
+STATES = "the decoder's hidden states differ in a call of the whole model"
+BESIDE = {
+    "a soft-cap without a field": (changed(lambda _, __, z: 100.0 * (z / 100.0).tanh()), OTHERS),
+    "a scale without a field": (SCALED, OTHERS),
+    "an entry that is never generated": (changed(entry_40(-torch.inf)), "entry 40 .* logit -inf"),
+    "an entry of 0": (changed(entry_40(0.0)), "entry 40 of the vocabulary has the logit 0 in the"),
+    "a padded weight": (changed(lambda _, __, logits: logits[..., :-4]), SHAPE),
+    "a residual": (
+        changed(lambda model, ids, z: z + model.lm_head(model.get_input_embeddings()(ids))),
+        OTHERS,
+    ),
+    "another input": (Shifted, STATES),
+    "another base model": (OtherBase, STATES),
+    "the decoder again": (
+        changed(lambda model, ids, _: model.lm_head(model.model(ids).last_hidden_state)),
+        "model must call model.get_decoder.. once, got 2 calls",
+    ),
+}
 
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        out = super().forward(input_ids, **options)
-        hidden = self.model(input_ids, **options).last_hidden_state
-        out.logits = F.linear(hidden, self.lm_head.weight)
-        return out
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_a_model_does_beside_its_head(name: str, dtype: torch.dtype) -> None:
+    kind, words = BESIDE[name]
+    with pytest.raises(ValueError, match=words):
+        head_of(llama(kind, vocab_size=4096).to(dtype))
 
 
 class OtherCall(LlamaForCausalLM):
@@ -189,36 +150,15 @@ class OtherCall(LlamaForCausalLM):
 
     def forward(self, input_ids: Tensor, **options: Any) -> Any:
         hidden = self.model(input_ids, **options).last_hidden_state
-        return transformers.modeling_outputs.CausalLMOutput(
-            logits=F.linear(hidden, self.lm_head.weight)
-        )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (Capped, "the model's logits are not those of its head"),
-        (Scaled, "the model's logits are not those of its head"),
-        (Masked, "entry 40 of the vocabulary has the logit -inf in the model"),
-        (Zeroed, "entry 40 of the vocabulary has the logit 0 in the model"),
-        (Padded, r"the model's logits must have shape \(8, 64\), as its head has, got \(8, 60\)"),
-        (Residual, "the model's logits are not those of its head"),
-        (Shifted, "the decoder's hidden states differ in a call of the whole model"),
-        (OtherBase, "the decoder's hidden states differ in a call of the whole model"),
-        (Functional, "model must call model.get_decoder.. once, got 2 calls"),
-    ],
-)
-def test_what_a_model_does_beside_its_head(
-    kind: type[LlamaForCausalLM], words: str, dtype: torch.dtype
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        head_of(llama(kind).to(dtype))
+        return CausalLMOutput(logits=F.linear(hidden, self.lm_head.weight))
 
 
 def test_a_model_that_does_not_call_its_head() -> None:
     model = llama(OtherCall)
-    check_same(model, head_of(model))
+    check_head(model, head_of(model))
+
+
+# What is the same afterwards
 
 
 def test_nothing_of_the_model_changes() -> None:
@@ -239,8 +179,8 @@ def test_nothing_of_the_model_changes() -> None:
 
 
 def test_modes_are_restored_after_an_error() -> None:
-    model = llama(Scaled).train()
-    with pytest.raises(ValueError, match="the model's logits"):
+    model = llama(SCALED).train()
+    with pytest.raises(ValueError, match=OTHERS):
         head_of(model)
     assert all(part.training for part in model.modules())
     assert not any(part._forward_hooks for part in model.modules())
@@ -251,16 +191,12 @@ def test_autocast_around_the_call_changes_nothing() -> None:
         assert head_of(llama()).logit_scale == 1.0
 
 
+def test_a_compiled_model_is_the_model_itself() -> None:
+    model = llama()
+    assert head_of(torch.compile(model, backend="eager")).weight is model.lm_head.weight
+
+
 # Adapters
-
-
-def perturbed(model: Any) -> Any:
-    """As if it had been trained: a new adapter changes nothing."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -271,62 +207,44 @@ def perturbed(model: Any) -> Any:
 )
 def test_adapters_of_the_decoder(options: dict[str, Any], *, trained: bool) -> None:
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], **options))
-    model = perturbed(model) if trained else model
+    if trained:  # a new adapter changes nothing
+        for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
     head = head_of(model)
     assert head.weight.requires_grad == ("modules_to_save" in options)
-    check_same(model, head)
+    check_head(model, head)
     if "modules_to_save" in options:
         with model.disable_adapter():
             assert head_of(model).weight is not head.weight
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        peft.LoraConfig(target_modules=["q_proj", "lm_head"]),
-        peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
-    ],
-    ids=lambda config: config.peft_type.value,
-)
-def test_a_new_adapter_on_the_head(config: Any) -> None:
-    """It changes no number yet."""
-    with pytest.raises(TypeError, match=r"the head must be exactly an nn.Linear.*, got peft\."):
-        head_of(peft.get_peft_model(llama(), config))
-
-
-def test_trained_tokens_of_a_tied_head() -> None:
-    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5])
-    model = peft.get_peft_model(llama(tie_word_embeddings=True), config)
-    with pytest.raises(TypeError, match="the head must be exactly an nn"):
-        head_of(model)
+NO_LINEAR = r"the head must be exactly an nn.Linear.*, got peft\."
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "tied", "error", "words"),
     [
-        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        peft.PromptEncoderConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8
+        # A new adapter changes no number yet.
+        (peft.LoraConfig(target_modules=["q_proj", "lm_head"]), False, TypeError, NO_LINEAR),
+        (
+            peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5]),
+            *(True, TypeError, NO_LINEAR),
+        ),
+        (
+            peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            *(False, ValueError, "the decoder's hidden states do not include its virtual tokens"),
         ),
     ],
-    ids=lambda config: config.peft_type.value,
+    ids=["on the head", "of tokens of a tied head", "a prompt"],
 )
-def test_prompts(config: Any) -> None:
-    model = peft.get_peft_model(llama(), config)
-    with pytest.raises(ValueError, match="the decoder's hidden states do not include its virtual"):
-        head_of(model)
+def test_adapters_that_the_head_does_not_show(
+    config: peft.PeftConfig, error: type[Exception], words: str, *, tied: bool
+) -> None:
+    with pytest.raises(error, match=words):
+        head_of(peft.get_peft_model(llama(tie_word_embeddings=tied), config))
 
 
 # Weights that are not here, or are not plain
-
-
-def marked(name: str, value: Any) -> Callable[[LlamaForCausalLM], Any]:
-    def mark(model: LlamaForCausalLM) -> Any:
-        setattr(model.lm_head.weight, name, value)
-        return model
-
-    return mark
 
 
 class FullyShardedDataParallel(nn.Module):
@@ -342,65 +260,59 @@ class Linear4bit(nn.Linear):
     """A stand-in for a quantised layer."""
 
 
-def with_layer(layer: nn.Module) -> Callable[[LlamaForCausalLM], Any]:
-    def change(model: LlamaForCausalLM) -> Any:
-        model.lm_head = layer
-        return model
-
-    return change
-
-
-def hooked(model: LlamaForCausalLM) -> Any:
-    model.lm_head.register_forward_pre_hook(lambda module, args: None)  # noqa: ARG005
-    return model
-
-
-def overridden(model: LlamaForCausalLM) -> Any:
-    model.lm_head.forward = lambda states: F.linear(states, model.lm_head.weight)
-    return model
-
-
-def spread(model: LlamaForCausalLM) -> Any:
-    model.hf_device_map = {"model.layers.0": 0, "lm_head": "cpu"}
-    return model
-
-
-def pruned(model: LlamaForCausalLM) -> Any:
-    nn.utils.prune.random_unstructured(model.lm_head, "weight", amount=0.0)
-    return model
-
-
-def parametrized(model: LlamaForCausalLM) -> Any:
-    nn.utils.parametrizations.orthogonal(model.lm_head)
-    return model
+SPREAD = {"model.layers.0": 0, "lm_head": "cpu"}
+HOOK = "no hook and no forward of its own"
 
 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (marked("ds_id", 3), ValueError, "DeepSpeed ZeRO-3"),
-        (marked("full_tensor", None), ValueError, "a sharded DTensor"),
-        (FullyShardedDataParallel, ValueError, "FSDP"),
-        (spread, ValueError, "device_map has spread the model over 0, cpu"),
+        (lambda model: setattr(model.lm_head.weight, "ds_id", 3), ValueError, "DeepSpeed ZeRO-3"),
+        (
+            lambda model: setattr(model.lm_head.weight, "full_tensor", None),
+            *(ValueError, "a sharded DTensor"),
+        ),
+        (
+            lambda model: setattr(model, "hf_device_map", SPREAD),
+            *(ValueError, "device_map has spread the model over 0, cpu"),
+        ),
         (lambda model: model.to("meta"), ValueError, "the meta device"),
-        (with_layer(Linear4bit(32, 64)), TypeError, r"quantisation, got .*Linear4bit"),
+        (
+            lambda model: setattr(model, "lm_head", Linear4bit(32, 64)),
+            *(TypeError, r"quantisation, got .*Linear4bit"),
+        ),
         (lambda model: model.to(torch.float8_e4m3fn), TypeError, "quantised, got torch.float8"),
-        (hooked, TypeError, "no hook and no forward of its own"),
-        (overridden, TypeError, "no hook and no forward of its own"),
-        (pruned, TypeError, "exactly an nn.Linear|no hook"),
-        (parametrized, TypeError, "exactly an nn.Linear, .*Parametrized"),
-        (lambda model: model.model, TypeError, "a language-model head, got LlamaModel"),
-        (lambda model: nn.ModuleList([model]), TypeError, "a wrapper such as DDP"),
+        (lambda model: model.lm_head.register_forward_pre_hook(print), TypeError, HOOK),
+        (lambda model: setattr(model.lm_head, "forward", F.relu), TypeError, HOOK),
+        (
+            lambda model: nn.utils.prune.random_unstructured(model.lm_head, "weight", amount=0.0),
+            *(TypeError, "exactly an nn.Linear|no hook"),
+        ),
+        (
+            lambda model: nn.utils.parametrizations.orthogonal(model.lm_head),
+            *(TypeError, "exactly an nn.Linear, .*Parametrized"),
+        ),
     ],
 )
 def test_heads_that_are_not_plain_weights(
     change: Callable[[Any], Any], error: type[Exception], words: str
 ) -> None:
-    model = change(llama())
+    model = llama()
+    change(model)
     with pytest.raises(error, match=words):
         head_of(model)
 
 
-def test_a_compiled_model_is_the_model_itself() -> None:
-    model = llama()
-    assert head_of(torch.compile(model, backend="eager")).weight is model.lm_head.weight
+@pytest.mark.parametrize(
+    ("other", "error", "words"),
+    [
+        (FullyShardedDataParallel, ValueError, "FSDP"),
+        (lambda model: nn.ModuleList([model]), TypeError, "a wrapper such as DDP"),
+        (lambda model: model.model, TypeError, "a language-model head, got LlamaModel"),
+    ],
+)
+def test_what_is_not_the_model_itself(
+    other: Callable[[Any], Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        head_of(other(llama()))

@@ -12,15 +12,13 @@ import pytest
 import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
-from helpers.tiny_models import causal_models, tiny_model
-from spoloss.torch import Completions, Head, head_of, linear_logps, sequence_logps
+from helpers.tiny_models import causal_models, check_head, llama, tiny_model
+from spoloss.torch import head_of
 
 # What Transformers and PEFT warn of concerns their own sizes and names.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 
 LARGE = "its vision, audio or byte parts have sizes of their own, which are not tiny"
 LAYERS = "its kinds of layers do not fit in two layers of these sizes"
@@ -67,15 +65,6 @@ REFUSED = {
 """Models whose logits are not those of a `Head` on the decoder's hidden states."""
 
 
-def check_same(model: Any, head: Head) -> None:
-    model.eval()
-    with torch.no_grad():
-        want = sequence_logps(model(input_ids=IDS, use_cache=False).logits, IDS)
-        hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
-        found = linear_logps(head, Completions(hidden, IDS))
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=0.0)
-
-
 @pytest.mark.parametrize("kind", causal_models(), ids=lambda kind: kind.__name__)
 def test_every_model(kind: type[PreTrainedModel]) -> None:
     name = kind.__name__
@@ -86,7 +75,7 @@ def test_every_model(kind: type[PreTrainedModel]) -> None:
         with pytest.raises((TypeError, ValueError), match=REFUSED[name]):
             head_of(model)
     else:
-        check_same(model, head_of(model))
+        check_head(model, head_of(model))
 
 
 def test_the_lists_name_models_that_exist() -> None:
@@ -174,12 +163,11 @@ def chameleon() -> PreTrainedModel:
 def test_models_of_text_and_images(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
     head = head_of(model)
-    check_same(model, head)
+    check_head(model, head)
+    ids = torch.arange(3, 27).view(2, 12)
     with torch.no_grad():
-        hidden = [
-            part(input_ids=IDS, use_cache=False).last_hidden_state
-            for part in (model.base_model.eval(), model.get_decoder())
-        ]
+        parts = (model.base_model.eval(), model.get_decoder())
+        hidden = [part(input_ids=ids, use_cache=False).last_hidden_state for part in parts]
     torch.testing.assert_close(*hidden)
 
 
@@ -223,19 +211,6 @@ OTHER_CALLS = {"POLY", "SHADOW"}
 """Methods whose models need more than input_ids."""
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
-    return LlamaForCausalLM(config)
-
-
 def adapted(method: str, **other: Any) -> Any:
     made = METHODS[method]
     accepted = inspect.signature(made).parameters
@@ -261,7 +236,7 @@ def test_every_method_of_peft(method: str, tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(ValueError, match="cannot be called with input_ids and use_cache alone"):
             head_of(model)
     else:
-        check_same(model, head_of(model))
+        check_head(model, head_of(model))
 
 
 @pytest.mark.parametrize(
