@@ -1,7 +1,5 @@
 """Published losses in about six lines each, for PyTorch, NumPy, JAX and MLX arrays.
 
-    python more_losses.py                              # their values and slopes at a few margins
-
 Copy the class that you need. `pair_loss`, `pair_grad` and `linear_pair_loss` accept an instance:
 
     pair_loss(APODown(), *logps, beta=0.1)
@@ -19,11 +17,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from spoloss import DPO, MarginLoss, PairLoss, pair_grad, pair_loss
+from spoloss import DPO, MarginLoss
 
 FAR = 800.0
 """Beyond |x| = 800, s(x) is 0 or 1 in every float dtype. Clipping x there avoids 0 * inf."""
@@ -61,12 +57,10 @@ class Hinge:
     """l = max(0, 1 - x): SLiC-HF (arXiv:2305.10425), and RSO (arXiv:2309.06657) on log-ratios."""
 
     def value(self, margin: Any, beta: Any) -> Any:
-        """l(h)."""
         x = margin * beta
         return namespace(x).where(x >= 1.0, 0.0, 1.0 - x)
 
     def slope(self, margin: Any, beta: Any) -> Any:
-        """dl/dh = -beta for x < 1, else 0."""
         x, xp = margin * beta, namespace(margin)
         return xp.where(x >= 1.0, xp.zeros_like(x), -beta)
 
@@ -81,16 +75,11 @@ class RobustDPO:
     flip_rate: float = 0.1
 
     def value(self, margin: Any, beta: Any) -> Any:
-        """l(h)."""
-        return DPO().value(margin, beta) - self._push * beta * margin
+        push = self.flip_rate / (1.0 - 2.0 * self.flip_rate)
+        return DPO().value(margin, beta) - push * beta * margin
 
     def slope(self, margin: Any, beta: Any) -> Any:
-        """dl/dh = DPO's - beta * e / (1 - 2e)."""
-        return DPO().slope(margin, beta) - self._push * beta
-
-    @property
-    def _push(self) -> float:
-        return self.flip_rate / (1.0 - 2.0 * self.flip_rate)
+        return DPO().slope(margin, beta) - self.flip_rate / (1.0 - 2.0 * self.flip_rate) * beta
 
 
 @dataclass(frozen=True)
@@ -100,11 +89,9 @@ class SimPO:
     gamma: float = 0.5
 
     def value(self, margin: Any, beta: Any) -> Any:
-        """l(h)."""
         return DPO().value(margin - self.gamma / beta, beta)
 
     def slope(self, margin: Any, beta: Any) -> Any:
-        """dl/dh = -beta * s(gamma - x)."""
         return DPO().slope(margin - self.gamma / beta, beta)
 
 
@@ -115,13 +102,12 @@ class DiscoPOP:
     tau: float = 0.05
 
     def value(self, margin: Any, beta: Any) -> Any:
-        """l(h); D - D * s(x/tau) is D * s(-x/tau), without inf * 0 at x = -inf."""
+        # D - D * s(x/tau) is D * s(-x/tau), without inf * 0 at x = -inf.
         x = namespace(margin).clip(margin * beta, -FAR, FAR)
         mixed = log_sigmoid(x) * sigmoid(x / self.tau) + self._exponential(x)
         return DPO().value(margin, beta) + mixed
 
     def slope(self, margin: Any, beta: Any) -> Any:
-        """dl/dh, by the product rule."""
         x = namespace(margin).clip(margin * beta, -FAR, FAR)
         logistic, exponential = sigmoid(-x / self.tau), self._exponential(x)
         mixing = (exponential + log_sigmoid(x) * sigmoid(x / self.tau)) * logistic / self.tau
@@ -142,34 +128,27 @@ class EXO:
     label_smoothing: float = 1e-3
 
     def value(self, margin: Any, beta: Any) -> Any:
-        """l(h)."""
         x, e = namespace(margin).clip(margin * beta, -FAR, FAR), self.label_smoothing
         chosen, rejected = log_sigmoid(x) - math.log1p(-e), log_sigmoid(-x) - math.log(e)
         return sigmoid(x) * chosen + sigmoid(-x) * rejected
 
     def slope(self, margin: Any, beta: Any) -> Any:
-        """dl/dh = beta * s(x) * s(-x) * (x - log((1-e)/e))."""
         x, e = namespace(margin).clip(margin * beta, -FAR, FAR), self.label_smoothing
         return beta * sigmoid(x) * sigmoid(-x) * (x - math.log((1.0 - e) / e))
 
 
-# Losses of the two log-ratios
+# Losses of the two log-ratios. a = beta * u_w and b = beta * u_l are the implicit rewards.
 
 
 @dataclass(frozen=True)
 class NCA:
-    """l = -log s(a) - (log s(-a) + log s(-b)) / 2 (arXiv:2402.05369).
-
-    a = beta * u_w and b = beta * u_l are the implicit rewards.
-    """
+    """l = -log s(a) - (log s(-a) + log s(-b)) / 2 (arXiv:2402.05369)."""
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        """l(u_w, u_l)."""
         a, b = beta * chosen, beta * rejected
         return -log_sigmoid(a) - 0.5 * (log_sigmoid(-a) + log_sigmoid(-b))
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        """dl/du_w and dl/du_l."""
         a, b = beta * chosen, beta * rejected
         return beta * (0.5 * sigmoid(a) - sigmoid(-a)), 0.5 * beta * sigmoid(b)
 
@@ -178,18 +157,15 @@ class NCA:
 class BCO:
     """l = -log s(a - delta) - log s(delta - b) (arXiv:2404.04656).
 
-    a = beta * u_w and b = beta * u_l are the implicit rewards. The paper's delta is a running mean
-    of both. TRL 1.16 sets it to 0.
+    The paper's delta is a running mean of the rewards a and b. TRL 1.16 sets it to 0.
     """
 
     delta: float = 0.0
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        """l(u_w, u_l)."""
         return -log_sigmoid(beta * chosen - self.delta) - log_sigmoid(self.delta - beta * rejected)
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        """dl/du_w and dl/du_l."""
         a, b = beta * chosen, beta * rejected
         return -beta * sigmoid(self.delta - a), beta * sigmoid(b - self.delta)
 
@@ -199,11 +175,9 @@ class SPPOHard:
     """l = (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2 (arXiv:2405.00675, hard labels)."""
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        """l(u_w, u_l)."""
         return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        """dl/du_w and dl/du_l."""
         return 2.0 * (chosen - 0.5 / beta), 2.0 * (rejected + 0.5 / beta)
 
 
@@ -212,11 +186,9 @@ class APOZero:
     """l = s(-beta * u_w) + s(beta * u_l): chosen up, rejected down (arXiv:2408.06266, eq. 7)."""
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        """l(u_w, u_l)."""
         return sigmoid(-beta * chosen) + sigmoid(beta * rejected)
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        """dl/du_w and dl/du_l."""
         return -beta * bell(beta * chosen), beta * bell(beta * rejected)
 
 
@@ -225,11 +197,9 @@ class APODown:
     """l = s(beta * u_w) + s(-x): both down, the rejected more (arXiv:2408.06266, eq. 8)."""
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        """l(u_w, u_l)."""
         return sigmoid(beta * chosen) + sigmoid(-beta * (chosen - rejected))
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        """dl/du_w and dl/du_l."""
         steep = beta * bell(beta * (chosen - rejected))
         return beta * bell(beta * chosen) - steep, steep
 
@@ -241,11 +211,9 @@ class DPOP:
     penalty: float = 50.0
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        """l(u_w, u_l)."""
         return DPO().value(self._margin(chosen, rejected), beta)
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        """dl/du_w and dl/du_l."""
         xp, slope = namespace(chosen), DPO().slope(self._margin(chosen, rejected), beta)
         return slope * xp.where(chosen < 0.0, 1.0 + self.penalty, xp.ones_like(chosen)), -slope
 
@@ -256,17 +224,12 @@ class DPOP:
 
 @dataclass(frozen=True)
 class CalDPO:
-    """l = -log s(h) + ((u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2) / 2 (arXiv:2412.14516).
-
-    beta is in the targets alone.
-    """
+    """l = -log s(h) + ((u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2) / 2 (arXiv:2412.14516)."""
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        """l(u_w, u_l)."""
         return -log_sigmoid(chosen - rejected) + 0.5 * SPPOHard().value(chosen, rejected, beta)
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        """dl/du_w and dl/du_l."""
         push = sigmoid(rejected - chosen)
         return chosen - 0.5 / beta - push, rejected + 0.5 / beta + push
 
@@ -274,19 +237,9 @@ class CalDPO:
 # Losses of the margin between two scores
 
 
-class Score(Protocol):
-    """What a loss may put in the place of the log-ratio u."""
-
-    def value(self, ratio: Any) -> Any:
-        """g(u)."""
-
-    def slope(self, ratio: Any) -> Any:
-        """dg/du."""
-
-
 @dataclass(frozen=True)
 class Scored:
-    """l(g(u_w) - g(u_l)): a loss of the margin between scores of the two completions.
+    """l(g(u_w) - g(u_l)): a loss of the margin between scores with `value` g and `slope` dg/du.
 
     | loss | is |
     |---|---|
@@ -299,14 +252,12 @@ class Scored:
     """
 
     loss: MarginLoss
-    score: Score
+    score: Any
 
     def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-        """l(g(u_w) - g(u_l))."""
         return self.loss.value(self.score.value(chosen) - self.score.value(rejected), beta)
 
     def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
-        """dl/dh * g'(u_w) and -dl/dh * g'(u_l)."""
         margin = self.score.value(chosen) - self.score.value(rejected)
         slope = self.loss.slope(margin, beta)
         return slope * self.score.slope(chosen), -slope * self.score.slope(rejected)
@@ -319,11 +270,9 @@ class Power:
     exponent: float
 
     def value(self, ratio: Any) -> Any:
-        """g(u)."""
         return namespace(ratio).expm1(self.exponent * ratio) / self.exponent
 
     def slope(self, ratio: Any) -> Any:
-        """dg/du = e^(k u)."""
         return namespace(ratio).exp(self.exponent * ratio)
 
 
@@ -332,11 +281,9 @@ class JensenShannon:
     """g = log(2 s(u))."""
 
     def value(self, ratio: Any) -> Any:
-        """g(u)."""
         return math.log(2.0) + log_sigmoid(ratio)
 
     def slope(self, ratio: Any) -> Any:
-        """dg/du = s(-u)."""
         return sigmoid(-ratio)
 
 
@@ -345,11 +292,9 @@ class ChiSquared:
     """g = e^u + u."""
 
     def value(self, ratio: Any) -> Any:
-        """g(u)."""
         return namespace(ratio).exp(ratio) + ratio
 
     def slope(self, ratio: Any) -> Any:
-        """dg/du = e^u + 1."""
         return namespace(ratio).exp(ratio) + 1.0
 
 
@@ -358,36 +303,10 @@ class LogOdds:
     """g = u - log(1 - e^u), for average log-probabilities u < 0. It is constant above -1e-6."""
 
     def value(self, ratio: Any) -> Any:
-        """g(u)."""
         xp = namespace(ratio)
         below = xp.clip(ratio, None, -1e-6)
         return below - xp.log(-xp.expm1(below))
 
     def slope(self, ratio: Any) -> Any:
-        """dg/du = 1 / (1 - e^u)."""
         xp = namespace(ratio)
         return xp.where(ratio < -1e-6, -1.0 / xp.expm1(xp.clip(ratio, None, -1e-6)), 0.0)
-
-
-OF_THE_MARGIN: tuple[MarginLoss, ...] = (Hinge(), RobustDPO(), SimPO(), DiscoPOP(), EXO())
-OF_TWO_LOG_RATIOS: tuple[PairLoss, ...] = (
-    *(NCA(), BCO(), SPPOHard(), APOZero(), APODown(), DPOP(), CalDPO()),
-    Scored(DPO(), Power(-1.0)),
-    Scored(DPO(), JensenShannon()),
-    Scored(DPO(), ChiSquared()),
-    Scored(SimPO(), Power(-0.25)),
-    Scored(DPO(), LogOdds()),
-)
-
-
-if __name__ == "__main__":
-    chosen, rejected = np.linspace(-7.5, -0.5, 8), np.full(8, -2.0)
-    print("u_l = -2, beta = 0.5, u_w =", *(f"{u:8.1f}" for u in chosen))
-    for loss in OF_THE_MARGIN + OF_TWO_LOG_RATIOS:
-        call = {"beta": 0.5, "reduction": "none"}
-        values = pair_loss(loss, chosen, rejected, 0.0, 0.0, **call)
-        slopes = pair_grad(loss, chosen, rejected, 0.0, 0.0, **call)
-        print(f"\n{loss}")
-        print("value                      ", *(f"{value:8.4f}" for value in values))
-        print("slope dl/du_w              ", *(f"{slope:8.4f}" for slope in slopes.policy_chosen))
-        print("slope dl/du_l              ", *(f"{slope:8.4f}" for slope in slopes.policy_rejected))

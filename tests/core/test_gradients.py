@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-import torch
 
 import spoloss
 from helpers.backends import Backend
@@ -106,14 +103,3 @@ def test_the_gradient_at_a_probability_of_1e_50() -> None:
     dpo = np.exp(log_abs_rejected(spoloss.dpo_prob_grad, log_pi_l, 0.1))
     assert dpo[0] == pytest.approx(1.6e44, rel=0.02)
     assert spo[0] == pytest.approx(1.6e45, rel=0.02)
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_the_curvature_of_dpo_where_training_starts(label_smoothing: float) -> None:
-    """At h = 0 it is beta^2 / 4, also by autograd through the analytic slope."""
-    margin = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    slope = spoloss.DPO(label_smoothing).slope(margin, 0.2)
-    (curvature,) = torch.autograd.grad(slope.sum(), margin)
-    torch.testing.assert_close(curvature, torch.full_like(curvature, 0.2**2 / 4.0))
-    of_jax = jax.grad(lambda h: spoloss.DPO(label_smoothing).slope(h, 0.2))(jnp.float64(0.0))
-    np.testing.assert_allclose(of_jax, 0.2**2 / 4.0)

@@ -15,7 +15,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
@@ -74,6 +74,8 @@ def test_the_slope_is_the_derivative_of_the_value(
 
 
 @given(losses, st.lists(st.floats(-4.0, 4.0), min_size=1, max_size=3), st.floats(0.1, 2.0))
+@example(DPO(), [0.0], 0.2)  # where training starts, and abs(x) would have the derivative 0
+@example(DPO(label_smoothing=0.1), [0.0], 0.2)
 def test_derivatives_by_margin_and_beta_are_limits_of_differences(
     loss: Any, xs: list[float], beta: float
 ) -> None:
