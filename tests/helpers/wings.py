@@ -192,7 +192,8 @@ def head_of(wing: Wing, arrays: Arrays, options: Mapping[str, Any]) -> Any:
 
 
 def completions_of(wing: Wing, arrays: Arrays, side: str, options: Mapping[str, Any]) -> Any:
-    """The completions of one side, with their options among `options`."""
+    """The completions of one side, with their options among `options` or `options[side]`."""
+    options = {**options, **options.get(side, {})}
     fields = {name: arrays.get(f"{side}_{name}") for name in ("token_weights", "cu_seqlens")}
     hidden, labels = arrays[f"{side}_hidden"], arrays[f"{side}_labels"]
     return wing.api.Completions(hidden, labels, **fields, **chosen_from(SIDE_OPTIONS, options))
@@ -227,7 +228,8 @@ def logits_of(arrays: Arrays, side: str, options: Mapping[str, Any]) -> Any:
 
 
 def unfused_logps(wing: Wing, arrays: Arrays, side: str, **options: Any) -> Any:
-    """`sequence_logps` of all logits of one side."""
+    """`sequence_logps` of all logits of one side; options as for `completions_of`."""
+    options = {**options, **options.get(side, {})}
     fields = {name: arrays.get(f"{side}_{name}") for name in ("token_weights", "cu_seqlens")}
     fields |= chosen_from(("average", *SIDE_OPTIONS), options)
     logits, labels = logits_of(arrays, side, options), arrays[f"{side}_labels"]

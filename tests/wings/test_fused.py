@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-import spoloss
+from helpers.pairs import IPO
 from helpers.pairwise import pairwise
 from helpers.wings import (
     HEAD,
@@ -117,47 +117,39 @@ def test_the_two_sides_may_differ(
     sides = {"chosen": {"shift": True}, "rejected": {"shift": False, "ignore_index": 2}}
     length = {"chosen": T, "rejected": OTHER_T}
     offsets = {side: [length[side] * i for i in range(P + 1)] for side in in_one_row}
-
-    def mine(a: Any) -> Any:
-        chosen, rejected = (completions_of(wing, a, side, sides[side]) for side in sides)
-        head = head_of(wing, a, {"chunk_size": 20})
-        numbers = {name: a[name] for name in ("beta", "reward_gap", "weights")}
-        references = (a["reference_chosen"], a["reference_rejected"])
-        return wing.api.linear_pair_loss(
-            APODown(), head, chosen, rejected, *references, **numbers
-        ).loss
-
-    def theirs(a: Any) -> Any:
-        logps = [unfused_logps(ORACLE, a, side, **sides[side]) for side in sides]
-        numbers = {name: a[name] for name in ("beta", "reward_gap", "weights")}
-        return spoloss.pair_loss(
-            APODown(), *logps, a["reference_chosen"], a["reference_rejected"], **numbers
-        )
-
-    check_same(wing, mine, theirs, packed(wing, arrays, **offsets), need, oracle=ORACLE)
+    check_same(
+        wing,
+        lambda a: fused(wing, APODown(), a, chunk_size=20, **sides).loss,
+        lambda a: unfused(ORACLE, APODown(), a, **sides),
+        packed(wing, arrays, **offsets),
+        need,
+        oracle=ORACLE,
+    )
 
 
-@pytest.mark.parametrize("name", ["spo", "dpo", "squared", "ipo"])
+NAMED = {
+    "spo": (SPO(linear_below=-1.0), {"linear_below": -1.0}),
+    "dpo": (DPO(label_smoothing=0.1), {"label_smoothing": 0.1}),
+    "squared": (Squared(), {}),
+    "ipo": (IPO(), {}),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_the_named_losses(wing: Wing, name: str) -> None:
     """They are `linear_pair_loss` with an object, and pass every option on."""
-    own = {"spo": {"linear_below": -1.0}, "dpo": {"label_smoothing": 0.1}}.get(name, {})
+    loss, own = NAMED[name]
+    options = {"nll_weight": 0.3, "average": True, "reduction": "sum"}
     arrays = make_arrays(wing)
-    names = ("beta", "weights", *(["reward_gap"] if name in ("spo", "squared") else []))
+    if name in ("dpo", "ipo"):
+        del arrays["reward_gap"]
 
     def mine(a: Any) -> Any:
         sides = (completions_of(wing, a, side, {}) for side in ("chosen", "rejected"))
-        references = (a["reference_chosen"], a["reference_rejected"])
+        references = a["reference_chosen"], a["reference_rejected"]
+        numbers = {each: a[each] for each in ("beta", "reward_gap", "weights") if each in a}
         function = getattr(wing.api, f"linear_{name}_loss")
-        how = {"nll_weight": 0.3, "average": True, "reduction": "sum"}
-        numbers = {name: a[name] for name in names}
-        return function(head_of(wing, a, {}), *sides, *references, **numbers, **own, **how).loss
+        return function(head_of(wing, a, {}), *sides, *references, **numbers, **own, **options).loss
 
-    def theirs(a: Any) -> Any:
-        logps = [unfused_logps(ORACLE, a, side, average=True) for side in ("chosen", "rejected")]
-        references = (a["reference_chosen"], a["reference_rejected"])
-        function = getattr(spoloss, f"{name}_loss")
-        numbers = {name: a[name] for name in names}
-        value = function(*logps, *references, **numbers, **own, reduction="sum")
-        return value - 0.3 * (logps[0] * a["weights"]).sum()
-
+    theirs = lambda a: unfused(ORACLE, loss, a, **options)  # noqa: E731
     check_same(wing, mine, theirs, arrays, (*STATES, *HEAD), oracle=ORACLE)
