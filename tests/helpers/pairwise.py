@@ -16,32 +16,25 @@ def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     Greedy: of some random rows the one that meets most pairs of values which have not met. The
     rows are the same at each call.
     """
-    generator = random.Random(0)
-    names = list(options)
-    missing = {
-        ((a, i), (b, j))
-        for a, b in itertools.combinations(names, 2)
-        for i in range(len(options[a]))
-        for j in range(len(options[b]))
-    }
+    generator = random.Random(2)
+    values = [[(name, value) for value in options[name]] for name in options]
+    missing = dict.fromkeys(
+        pair for two in itertools.combinations(values, 2) for pair in itertools.product(*two)
+    )
+
+    def random_row() -> dict[str, Any]:
+        row = dict(map(generator.choice, values))
+        row.update(generator.choice([*missing]))
+        return row
+
     rows = []
     while missing:
-        open_pairs = sorted(missing)
-        tries = [_row(generator, options, open_pairs) for _ in range(TRIES)]
-        row = max(tries, key=lambda row: len(missing & _pairs(names, row)))
-        missing -= _pairs(names, row)
-        rows.append({name: options[name][row[name]] for name in names})
+        tries = [random_row() for _ in range(TRIES)]
+        rows.append(max(tries, key=lambda row: len(missing.keys() & pairs_of(row))))
+        for pair in pairs_of(rows[-1]):
+            missing.pop(pair, None)
     return rows
 
 
-def _row(
-    generator: random.Random, options: Mapping[str, Sequence[Any]], missing: list[Any]
-) -> dict[str, int]:
-    """A random row around a pair of values that have not met."""
-    row = {name: generator.randrange(len(values)) for name, values in options.items()}
-    row.update(dict(generator.choice(missing)))
-    return row
-
-
-def _pairs(names: Sequence[str], row: dict[str, int]) -> set[Any]:
-    return set(itertools.combinations([(name, row[name]) for name in names], 2))
+def pairs_of(row: dict[str, Any]) -> set[Any]:
+    return set(itertools.combinations(row.items(), 2))
