@@ -310,25 +310,25 @@ def check_half_precision(
         exact[name] = exact[name].astype("float64")
     exact = {name: ORACLE.array(array) for name, array in exact.items()}
 
-    def of(function: Callable[..., Any], by: Wing, arrays: Arrays, **options: Any) -> list[Any]:
-        call = lambda a: function(by, a, **options) * loss_scale  # noqa: E731
-        value, grads = by.grads(call, arrays, need)
+    def of(by: Wing, function: Callable[..., Any], arrays: Arrays) -> dict[str, np.ndarray]:
+        value, grads = by.grads(lambda a: function(by, a) * loss_scale, arrays, need)
         assert all(str(grad.dtype) in str(arrays[name].dtype) for name, grad in grads.items())
-        found = [by.numpy(value), *(grads[name] for name in need)]
-        return [each.astype("float64") for each in found]
+        found = {"value": by.numpy(value), **grads}
+        return {name: each.astype("float64") for name, each in found.items()}
 
     by_logits = lambda by, a: unfused(by, SPO(), a, nll_weight=0.2)  # noqa: E731
-    mine = lambda by, a, **o: fused(by, SPO(), a, nll_weight=0.2, **o).loss  # noqa: E731
-    truth = of(by_logits, ORACLE, exact)
-    naive, got = of(by_logits, wing, half), of(mine, wing, half, chunk_size=chunk_size)
+    by_tiles = lambda by, a: fused(by, SPO(), a, nll_weight=0.2, chunk_size=chunk_size).loss  # noqa: E731
+    truth, naive = of(ORACLE, by_logits, exact), of(wing, by_logits, half)
+    got = of(wing, by_tiles, half)
+
+    def error(found: Arrays, name: str, norm: float) -> float:
+        size = lambda array: np.linalg.norm(np.ravel(array), norm)  # noqa: E731
+        return size(found[name] - truth[name]) / size(truth[name])
+
     eps = float(jnp.finfo(dtype).eps)
-    for norm in (np.inf, 2):
-        size = lambda a, norm=norm: np.linalg.norm(np.ravel(a), norm)  # noqa: E731
-        for i, (a, b, c) in enumerate(zip(got, naive, truth, strict=True)):
-            error, theirs = size(a - c) / size(c), size(b - c) / size(c)
-            if i == 0:
-                assert error <= max(1.1 * theirs, 1e-5)
-            else:
-                # A frozen head's directions are rounded once before the slope.
-                most = 1.1 if "weight" in need else 1.3
-                assert error <= (theirs + eps if norm == np.inf else max(most * theirs, eps))
+    # A frozen head's directions are rounded once before the slope.
+    most = 1.1 if "weight" in need else 1.3
+    assert error(got, "value", 2) <= max(1.1 * error(naive, "value", 2), 1e-5)
+    for name in need:
+        assert error(got, name, np.inf) <= error(naive, name, np.inf) + eps
+        assert error(got, name, 2) <= max(most * error(naive, name, 2), eps)
