@@ -178,7 +178,7 @@ def test_sums_are_accurate_to_a_few_eps(wing: Wing, way: Logps) -> None:
         "weight": wing.array(random.normal(size=(11, 2)), "float32"),
     }
     labels = wing.array(random.integers(0, 11, (1, length)))
-    cuts = [0, 0, 1, 255, 256, 256, 300, 1024, 9_000, length]
+    cuts = [0, 0, 1, 255, 256, 256, 300, 1024, 3_000, length]
     packs = {"shift": False, "cu_seqlens": wing.array(np.array(cuts))}
     head, side = wing.api.Head(arrays["weight"]), wing.api.Completions
     each = side(arrays["chosen_hidden"], labels, shift=False)
