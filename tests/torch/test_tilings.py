@@ -6,79 +6,53 @@ device is so small that a small problem has them too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.fused import flat_logps, flat_pair, with_memory
+from helpers.fused import flat_logps, flat_pair
 from spoloss import SPO, pair_loss
 from spoloss.torch import _devices, _tiles, sequence_logps
 
-WIDTH = 3
+WIDTH, LONGEST = 3, 9
+FLOAT64 = torch.float64.itemsize
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """A problem, and the memory that divides it.
-
-    Attributes:
-      lengths: tokens of the two completions of each pair.
-      vocabulary: V.
-      needs: whether hidden states and weight require a gradient.
-      rows: tokens of a tile.
-      block_numbers: logits of a block.
-      kept_numbers: logits of a tile that is kept.
-      least: the narrowest block, and what its width is a multiple of.
-    """
-
-    lengths: list[tuple[int, int]]
-    vocabulary: int
-    needs: tuple[bool, bool]
-    rows: int
-    block_numbers: int
-    kept_numbers: int
-    least: int
-
-    def apply(self, patch: pytest.MonkeyPatch) -> None:
-        itemsize = torch.float64.itemsize
-        device = with_memory(
-            _devices.CPU,
-            block_bytes=self.block_numbers * itemsize,
-            rows=self.rows,
-            kept_bytes=self.kept_numbers * itemsize,
-        )
-        patch.setattr(_devices, "CPU", device)
-        patch.setattr(_tiles, "LEAST_COLUMNS", self.least)
-        patch.setattr(_tiles, "ALIGNED", self.least)
-        patch.setattr(_tiles, "LEAST_KEPT_ROWS", 1)
+def of_logits(most: int) -> st.SearchStrategy[int]:
+    """Memory of up to so many logits."""
+    return st.integers(1, most).map(lambda count: count * FLOAT64)
 
 
-TILINGS = st.builds(
-    Tiling,
-    lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6),
+@given(
+    lengths=st.lists(st.tuples(*2 * [st.integers(0, LONGEST)]), min_size=1, max_size=6),
     vocabulary=st.integers(1, 40),
     needs=st.sampled_from([(True, True), (True, False), (False, True)]),
-    rows=st.integers(1, 30),
-    block_numbers=st.integers(1, 300),
-    kept_numbers=st.integers(1, 600),
-    least=st.integers(1, 8),
+    memory=st.builds(
+        _tiles.Memory,
+        block_bytes=of_logits(300),
+        rows=st.integers(1, 30),
+        kept_bytes=of_logits(600),
+        sums_bytes=of_logits(300),
+    ),
+    columns=st.integers(1, 8),
 )
-
-
-@given(TILINGS)
-def test_loss_and_gradients_do_not_depend_on_the_tiling(tiling: Tiling) -> None:
+def test_loss_and_gradients_do_not_depend_on_the_tiling(
+    lengths: list[tuple[int, int]],
+    vocabulary: int,
+    needs: tuple[bool, bool],
+    memory: _tiles.Memory,
+    columns: int,
+) -> None:
+    """Lengths are of the two completions of each pair, `needs` of hidden states and weight."""
     torch.manual_seed(0)
-    pairs, longest = len(tiling.lengths), 9
-    hidden = torch.randn(2, pairs, longest, WIDTH, dtype=torch.float64)
-    weight = torch.randn(tiling.vocabulary, WIDTH, dtype=torch.float64)
-    labels = torch.randint(tiling.vocabulary, (2, pairs, longest))
-    lengths = torch.tensor(tiling.lengths).T
-    labels[torch.arange(longest) >= lengths[..., None]] = -100
-    hidden.requires_grad_(tiling.needs[0])
-    weight.requires_grad_(tiling.needs[1])
+    pairs = len(lengths)
+    hidden = torch.randn(2, pairs, LONGEST, WIDTH, dtype=torch.float64)
+    weight = torch.randn(vocabulary, WIDTH, dtype=torch.float64)
+    labels = torch.randint(vocabulary, (2, pairs, LONGEST))
+    labels[torch.arange(LONGEST) >= torch.tensor(lengths).T[..., None]] = -100
+    hidden.requires_grad_(needs[0])
+    weight.requires_grad_(needs[1])
     inputs = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
 
     logps = sequence_logps((hidden @ weight.T).flatten(0, 1), labels.flatten(0, 1), shift=False)
@@ -86,7 +60,10 @@ def test_loss_and_gradients_do_not_depend_on_the_tiling(tiling: Tiling) -> None:
     wanted = torch.autograd.grad(expected, inputs, allow_unused=True, retain_graph=True)
     by_logits = torch.autograd.grad(logps.sum(), inputs, retain_graph=True)
     with pytest.MonkeyPatch.context() as patch:
-        tiling.apply(patch)
+        patch.setattr(_devices, "CPU", _devices.CPU._replace(memory=memory))
+        patch.setattr(_tiles, "LEAST_COLUMNS", columns)
+        patch.setattr(_tiles, "ALIGNED", columns)
+        patch.setattr(_tiles, "LEAST_KEPT_ROWS", 1)
         out = flat_pair(SPO(), *hidden, weight, *labels, -5.0, -5.0, beta=0.1, shift=False)
         ours = flat_logps(hidden.flatten(0, 1), weight, labels.flatten(0, 1), shift=False)
         torch.testing.assert_close(torch.autograd.grad(ours.sum(), inputs), by_logits)
