@@ -125,10 +125,11 @@ def test_a_number_or_a_0d_array_of_0_leaves_all_out(backend: Backend) -> None:
 
 def test_what_stands_in_for_a_pair_is_in_the_domain_of_a_loss_of_averages() -> None:
     """The average log-probabilities of tokens are negative, and a loss may exist there alone."""
+    factor = torch.tensor(1.0, requires_grad=True)
 
     class Root:
         def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
-            return beta * (torch.sqrt(-chosen) - torch.sqrt(-rejected))
+            return factor * beta * (torch.sqrt(-chosen) - torch.sqrt(-rejected))
 
         def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
             return -0.5 * beta / torch.sqrt(-chosen), 0.5 * beta / torch.sqrt(-rejected)
@@ -141,9 +142,10 @@ def test_what_stands_in_for_a_pair_is_in_the_domain_of_a_loss_of_averages() -> N
     want = spoloss.pair_grad(Root(), *sides.detach(), 0.0, 0.0, **call)
     torch.testing.assert_close(sides.grad, torch.stack([want.policy_chosen, want.policy_rejected]))
     assert torch.all(sides.grad[:, 1] == 0.0)
-    # The loss of the pair that is left out is a number, or this would be nan.
-    kept = Root().value(*sides.detach()[:, [0, 2]], 1.0).sum()
-    torch.testing.assert_close(beta.grad, kept)
+    # No mask reaches a number that the loss itself learns: 0 times a value of nan would be nan.
+    kept = Root().value(*sides.detach()[:, [0, 2]], 1.0).sum().detach()
+    for learned in (beta, factor):
+        torch.testing.assert_close(learned.grad, kept)
 
 
 def test_a_shared_beta_survives_a_pair_that_is_left_out() -> None:
