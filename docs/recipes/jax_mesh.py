@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -81,11 +80,7 @@ if __name__ == "__main__":
     policy, reference = (toy_jax.Model(toy_jax.params()) for _ in range(2))
     for model in (policy, reference):
         place(model, mesh)
-    both = toy_jax.batch(8)
-    chosen, rejected = (
-        place_batch(jax.tree.map(lambda rows, i=i: jnp.split(rows, 2)[i], both), mesh)
-        for i in range(2)
-    )
+    chosen, rejected = (place_batch(side, mesh) for side in toy_jax.sides(toy_jax.batch(8)))
     optimizer = nnx.Optimizer(policy, optax.adamw(1e-2), wrt=nnx.Param)
     for _ in range(3):
         loss = train_step(policy, reference, optimizer, chosen, rejected, beta=0.025, mesh=mesh)

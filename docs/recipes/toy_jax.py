@@ -43,3 +43,8 @@ class Model(nnx.Module):
 def batch(count: int) -> toy.Batch:
     """The batch of toy.py, as JAX arrays."""
     return jax.tree.map(lambda rows: jnp.asarray(rows.numpy()), toy.collate(toy.pairs(count)))
+
+
+def sides(batch: toy.Batch) -> list[toy.Batch]:
+    """The chosen rows of a batch, and its rejected rows."""
+    return [toy.Batch(*(jnp.split(rows, 2)[i] for rows in batch)) for i in range(2)]

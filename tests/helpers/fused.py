@@ -56,13 +56,8 @@ def flat_loss(function: Callable[..., Any], *loss: Any) -> Callable[..., Any]:
     ) -> Any:
         head, common = Head(weight, **taken(HEAD, options)), taken(COMPLETIONS, options)
         sides = [
-            Completions(
-                hidden, labels, token_weights=options.pop(f"{name}_token_weights", None), **common
-            )
-            for name, hidden, labels in (
-                ("chosen", chosen, chosen_labels),
-                ("rejected", rejected, rejected_labels),
-            )
+            Completions(hidden, labels, **common)
+            for hidden, labels in ((chosen, chosen_labels), (rejected, rejected_labels))
         ]
         return function(*loss, head, *sides, *references, **{"beta": 0.1, **options})
 
@@ -95,18 +90,18 @@ class Case:
         self.reference = (arrays["reference_chosen"], arrays["reference_rejected"])
         self.beta, self.weights = arrays["beta"], arrays["weights"]
 
-    def arrays(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The arrays, or those of the same name among the options, which are removed there."""
+    def arrays(self) -> dict[str, Any]:
         found = {**self.tensors, "beta": self.beta, "weights": self.weights}
         for i, side in enumerate(("chosen", "rejected")):
             found |= {f"{side}_labels": self.labels[i], f"reference_{side}": self.reference[i]}
-        return found | taken(set(found), options)
+        return found
 
     def fused(self, loss: Any, **options: Any) -> Any:
-        return wings.fused(TORCH, loss, self.arrays(options), **options)
+        """An option of an array's name replaces the array."""
+        return wings.fused(TORCH, loss, self.arrays() | options, **options)
 
     def unfused(self, loss: Any, **options: Any) -> Any:
-        return wings.unfused(TORCH, loss, self.arrays(options), **options)
+        return wings.unfused(TORCH, loss, self.arrays(), **options)
 
     def grads(self, loss: Tensor) -> list[Tensor]:
         wanted = [tensor for tensor in self.tensors.values() if tensor.requires_grad]

@@ -52,10 +52,7 @@ def mesh_step(weights: Any, reference: Any, batch: Any) -> tuple[Any, Any]:
     policy, reference, optimizer = modules(weights, reference)
     for model in (policy, reference):
         recipe.place(model, mesh)
-    sides = [
-        recipe.place_batch(jax.tree.map(lambda rows, i=i: jnp.split(rows, 2)[i], batch), mesh)
-        for i in range(2)
-    ]
+    sides = [recipe.place_batch(side, mesh) for side in load("toy_jax").sides(batch)]
     inputs, where = (policy, reference, optimizer, *sides), {"beta": BETA, "mesh": mesh}
     program = recipe.train_step.lower(*inputs, **where).compile().as_text()
     loss = recipe.train_step(*inputs, **where)
