@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchgen import gen
 from torchgen.model import DispatchKey
 
 from benchmarks.paper import GIB, Paper, backward, on_paper, refusal
 from helpers.fused import flat_logps, flat_pair, flat_spo
+from helpers.wings import APODown
+from spoloss import SPO
 from spoloss.torch import _fused, _one_pass
 
 
@@ -110,14 +110,6 @@ def test_log_probabilities_on_cuda(paper: Paper) -> None:
     assert (paper.peak - before) / GIB < 2.0
 
 
-def test_labels_are_read_before_the_first_product(paper: Paper) -> None:
-    """Or the second read waits for the whole forward of the chosen side."""
-    given = batch(8, 1024, 896, 151_936, frozen=False)
-    backward(spo(given, reduction="none").sum())
-    assert paper.syncs == [0]
-    assert paper.flops == 8 * 2 * 8 * 768 * 896 * 151_936
-
-
 @pytest.fixture(scope="module")
 def has_kernel() -> Callable[[str], bool]:
     """Whether an operator has a CUDA kernel, or is made of operators that have one."""
@@ -134,16 +126,6 @@ def has_kernel() -> Callable[[str], bool]:
         return delegate is not None and has_kernel(f"aten::{delegate}")
 
     return has_kernel
-
-
-class Apart:
-    """A loss of the two log-ratios: each has a slope of its own."""
-
-    def value(self, chosen: Tensor, rejected: Tensor, beta: Any) -> Tensor:
-        return F.softplus(-beta * chosen) + F.softplus(beta * rejected)
-
-    def slopes(self, chosen: Tensor, rejected: Tensor, beta: Any) -> tuple[Tensor, Tensor]:
-        return -beta * torch.sigmoid(-beta * chosen), beta * torch.sigmoid(beta * rejected)
 
 
 PAIRS, TOKENS, WIDTH, VOCAB = 4, 512, 64, 50_257
@@ -164,7 +146,7 @@ class Way:
       autocast: the dtype of autocast, or None.
       shape: pairs and tokens of the batch.
       counts: whether labels count.
-      loss: a `PairLoss`, or None for SPO.
+      loss: a `MarginLoss` or `PairLoss`.
       products: how often a trained head multiplies, in units of 2NDV.
     """
 
@@ -173,7 +155,7 @@ class Way:
     autocast: torch.dtype | None = None
     shape: tuple[int, int] = (PAIRS, TOKENS)
     counts: bool = True
-    loss: Any = None
+    loss: Any = field(default_factory=SPO)
     products: int = 3
 
 
@@ -197,8 +179,8 @@ WAYS = {
     "packed, int32": Way({"cu_seqlens": PACKED.int()}, shape=(1, PAIRS * TOKENS)),
     "packed, int64": Way({"cu_seqlens": PACKED}, shape=(1, PAIRS * TOKENS)),
     "a long pair": Way({"nll_weight": 0.5}, shape=(1, 40_000)),
-    "a loss of two log-ratios": Way(loss=Apart()),
-    "a long pair of two log-ratios": Way(shape=(1, 40_000), loss=Apart()),
+    "a loss of two log-ratios": Way(loss=APODown()),
+    "a long pair of two log-ratios": Way(shape=(1, 40_000), loss=APODown()),
     "no labels": Way(counts=False),
     "no labels, float16": Way(dtype=torch.float16, counts=False),
     "no pairs": Way(shape=(0, TOKENS)),
@@ -221,7 +203,10 @@ def autocast(dtype: torch.dtype | None) -> Iterator[None]:
 def test_every_way_on_cuda(
     paper: Paper, has_kernel: Callable[[str], bool], way: str, *, frozen: bool
 ) -> None:
-    """Fails on a mask, on a read beside the labels, and on tensors of the CPU in an operator."""
+    """Fails on a mask, on a read beside the labels, and on tensors of the CPU in an operator.
+
+    All labels are read before the first product, or a read would wait for the forward of a side.
+    """
     how = WAYS[way]
     given = batch(*how.shape, WIDTH, VOCAB, frozen=frozen, dtype=how.dtype)
     if not how.counts:
@@ -232,10 +217,9 @@ def test_every_way_on_cuda(
     }
     if "bias" in options:
         options["bias"] = options["bias"].to(how.dtype).requires_grad_(not frozen)
-    call = flat_spo if how.loss is None else functools.partial(flat_pair, how.loss)
     paper.syncs.clear()
     with autocast(how.autocast):
-        loss = call(*given.values(), 0.0, 0.0, shift=False, **options).loss
+        loss = flat_pair(how.loss, *given.values(), 0.0, 0.0, shift=False, **options).loss
     assert loss.dtype == torch.promote_types(how.dtype, torch.float32)
     backward(loss.sum())
     counted = how.counts * 2 * how.shape[0] * (how.shape[1] - how.shape[1] // 4)
