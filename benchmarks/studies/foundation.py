@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.studies import seeds
 from benchmarks.studies.pretrained import IGNORED, TopBlocks, load_base, reference_policy
@@ -30,6 +31,7 @@ OPENINGS = (
     "My friends and I found the {}",
     "What I remember is that the {} was",
 )
+SPLITS, SUFFIX = ("pairs", "held-out"), ".safetensors"
 ANSWERS_ON_THE_WAY = 10
 """At most so many answers to each held-out opening judge a policy during its training."""
 
@@ -75,9 +77,10 @@ class Foundation:
         training, held_out = self.openings(seed)
         pairs = drawn(training, self.pair_answers, "training pairs")
         others = drawn(held_out, self.held_out_pair_answers, "held-out pairs")
-        path = store.path(foundation_name(seed), ".pt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((pairs, others), path)
+        for split, made in zip(SPLITS, (pairs, others), strict=True):
+            path = store.path(f"{foundation_name(seed)}-{split}", SUFFIX)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(made.tensors(), path)
         ground = Ground(self, seed, reference, pairs, others)
         judged = ground.judge(reference, foundation_name(seed), self.answers)
         known = {"pairs": len(pairs), "mean_gap": pairs.gap.mean().item()}
@@ -85,8 +88,8 @@ class Foundation:
 
     def load(self, seed: int, store: Store) -> Ground:
         """What `lay` has made."""
-        # The file has the classes of this package, and is of this package's own making.
-        pairs = torch.load(store.path(foundation_name(seed), ".pt"), weights_only=False)
+        paths = (store.path(f"{foundation_name(seed)}-{split}", SUFFIX) for split in SPLITS)
+        pairs = (Pairs.of_tensors(load_file(path)) for path in paths)
         return Ground(self, seed, reference_policy(self.model), *pairs)
 
 

@@ -125,6 +125,18 @@ class Pairs:
         rewards = self.answers.rewards
         return (rewards[self.chosen] - rewards[self.rejected]).float()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the pairs consist of, for `of_tensors`."""
+        named = vars(self.answers) | {"chosen": self.chosen, "rejected": self.rejected}
+        return {name: tensor.contiguous() for name, tensor in (named | named.pop("inputs")).items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> Pairs:
+        """The pairs of these `tensors`; those without a name of their own are inputs."""
+        rows = {side: tensors.pop(side) for side in ("chosen", "rejected")}
+        known = {name: tensors.pop(name) for name in ("rewards", "logps", "reference")}
+        return cls(Answers(tensors, **known), **rows)
+
 
 class PairLoss(NamedTuple):
     """The loss of a batch of pairs, and their margins h [N] in nats, detached."""
