@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import chisquare
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import spoloss
-from benchmarks.studies import declared, experiment, second
+from benchmarks.studies import declared, experiment, second, seeds
 from benchmarks.studies.__main__ import main
 from benchmarks.studies.arms import FORMS, Arm, arms
+from benchmarks.studies.evaluation import win_rate
 from benchmarks.studies.experiment import Part
-from benchmarks.studies.foundation import Foundation, all_openings
+from benchmarks.studies.foundation import Foundation, Ground, all_openings
 from benchmarks.studies.pretrained import (
     IGNORED,
     TopBlocks,
@@ -106,6 +109,17 @@ def test_answers_have_the_log_probabilities_of_the_whole_model(
     assert len(lengths) > 2
 
 
+def test_answers_are_drawn_from_the_policy(folder: str, whole: LlamaForCausalLM) -> None:
+    policy, number = reference_policy(folder), 20_000
+    prompt = policy.base.tokenizer(all_openings()[0])["input_ids"]
+    generator = torch.Generator().manual_seed(0)
+    drawn = write_answers(policy, [prompt], number, 1, len(prompt), generator).labels[:, -1]
+    with torch.no_grad():
+        want = whole(torch.tensor([prompt])).logits[0, -1].double().softmax(0)
+    found = torch.bincount(drawn, minlength=len(want))
+    assert chisquare(found, number * want).pvalue > 1e-6
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_loss_of_a_batch_and_its_gradient(form: str, folder: str, pairs: Pairs) -> None:
     policy, arm, batch = nudged(reference_policy(folder)), Arm(form, 0.3), pairs[:6]
@@ -141,10 +155,25 @@ def test_the_reward_is_of_the_answer_alone(folder: str) -> None:
     assert len(set(rewards)) > 3
 
 
+def test_reviews_come_opening_by_opening(folder: str) -> None:
+    reference = reference_policy(folder)
+    openings = ["To be honest, the hotel was", "My friends and I found the film", "To be honest"]
+    openings.append("In my opinion, the city was")
+    generator = torch.Generator().manual_seed(0)
+    states = write_reviews(reference, openings, 2, LENGTH, generator).inputs["states"]
+    for row, opening in enumerate(np.repeat(openings, 2)):
+        ids = reference.base.tokenizer(str(opening), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            want = reference.base.lower(ids, use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(states[row, : len(want)], want, rtol=0, atol=1e-4)
+
+
 def test_pairs_are_of_one_opening_and_ordered_by_reward(folder: str, pairs: Pairs) -> None:
     assert len(pairs) > 20
     assert (pairs.gap >= 0.05).all()
-    assert (pairs.chosen // 8 == pairs.rejected // 8).all()
+    openings = (pairs.chosen // 8).tolist()
+    assert openings == (pairs.rejected // 8).tolist()
+    assert openings != sorted(openings)
     used = torch.cat((pairs.chosen, pairs.rejected))
     assert len(used.unique()) == len(used)
     got = reference_policy(folder).logps(pairs.inputs)
@@ -253,9 +282,11 @@ def test_reward_at_equal_kl() -> None:
     def gains(question: Question) -> list[float]:
         return question.measures["reward"].tolist()
 
-    found = declared.at_equal_kl(results(0.0))
+    uneven = results(0.0)
+    uneven.arms[Arm("spo", 0.1)][0]["kl"] = -0.1  # has no logarithm
+    found = declared.at_equal_kl(uneven)
     assert gains(found) == pytest.approx([0.25] * 4)
-    assert found.further == {"spo_points": 8, "dpo_points": 12}
+    assert found.further == {"spo_points": 7, "dpo_points": 12}
     # KL is the same in all seeds, so the jackknife's values are the seeds' own gains.
     found = declared.at_equal_kl(results(0.1))
     assert gains(found) == pytest.approx([0.1, 0.2, 0.3, 0.4])
@@ -396,6 +427,52 @@ def tiny_foundation(folder: str) -> Foundation:
     )
 
 
+def test_the_held_out_openings_are_not_trained_on(folder: str) -> None:
+    training, held_out = tiny_foundation(folder).openings(3)
+    assert len(held_out) == 6
+    assert sorted(training + held_out) == sorted(all_openings())
+    assert held_out != tiny_foundation(folder).openings(4)[1]
+
+
+def test_what_a_policys_reviews_say_of_it(folder: str, whole: LlamaForCausalLM, pairs) -> None:
+    foundation, reference = tiny_foundation(folder), reference_policy(folder)
+    policy = nudged(reference)
+    trained = LlamaForCausalLM.from_pretrained(folder).eval()
+    trained.model.layers[2:].load_state_dict(policy.top.layers.state_dict())
+    ground = Ground(foundation, 0, reference, pairs, pairs)
+    judged = ground.judge(policy, "a name", 3)
+    assert ground.judge(policy, "another", 3)["rewards"] != judged["rewards"]
+    openings = foundation.openings(0)[1]
+    generator = seeds.generator("answers", "a name")
+    reviews = write_reviews(policy, openings, 3, LENGTH, generator)
+    answers = [row[row != IGNORED].tolist() for row in reviews.inputs["labels"]]
+    prompts = [reference.base.tokenizer(opening)["input_ids"] for opening in openings]
+    both = [(prompts[row // 3], answer) for row, answer in enumerate(answers)]
+    ours, theirs = (np.array([by_hand(m, *each) for each in both]) for m in (trained, whole))
+    lengths = np.array(list(map(len, answers)))
+    neighbours = [pair for answer in answers for pair in itertools.pairwise(answer)]
+    want = {
+        "reward": reviews.rewards.mean().item(),
+        "kl": (ours - theirs).mean(),
+        "tokens": lengths.mean(),
+        "reference_nll": -theirs.sum() / lengths.sum(),
+        "distinct_2": len(set(neighbours)) / len(neighbours),
+    }
+    assert {key: judged[key] for key in want} == pytest.approx(want, abs=1e-3)
+    assert judged["rewards"] == reviews.rewards.view(6, 3).tolist()
+    np.testing.assert_allclose(judged["log_ratios"], (ours - theirs).reshape(6, 3), atol=2e-3)
+
+
+def test_jobs_run_once_in_workers(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write("done", {"x": 0})
+    jobs = {name: methodcaller("write", name, {"x": 1}) for name in ("done", "new")}
+    experiment.run_jobs(jobs, store, 1)
+    assert [store.read(name)["x"] for name in jobs] == [0, 1]
+    with pytest.raises(FileNotFoundError):
+        experiment.run_jobs({"broken": methodcaller("read", "nothing")}, store, 1)
+
+
 @pytest.fixture
 def _in_this_process(monkeypatch) -> None:
     """Jobs run without workers."""
@@ -431,14 +508,25 @@ def test_the_second_study(folder: str, tmp_path: Path, monkeypatch) -> None:
         for row in rewards
         if (row["policy"], row["seed"], row["step"], row["opening"]) == ("dpo:0.1", "11", "", "3")
     )
-    kept = json.loads((study / "work/seed-11/overtrained-dpo_0.1.json").read_text())
+    store = Store(study)
+    kept = store.read("seed-11/overtrained-dpo:0.1")
     assert list(map(float, row["rewards"].split())) == kept["rewards"][3]
+    # The trained policy is measured and judged, on the way too.
+    assert kept["train"]["x_mean"] > kept["snapshots"][0]["x_mean"] > 1e-4
+    assert np.any(kept["judgements"][0]["log_ratios"])
+    rewards = (np.array(each["rewards"]) for each in (kept, store.read("seed-11/foundation")))
+    row = next(
+        row
+        for row in rows
+        if (row["stage"], row["policy"], row["seed"]) == ("overtrained", "dpo:0.1", "11")
+    )
+    assert float(row["win_rate_vs_reference"]) == pytest.approx(win_rate(*rewards), abs=1e-5)
     # An arm of part 4 at the learning rate of part 1 is that of part 1.
     road = {row["policy"]: row for row in rows_of(study / "road/policies.csv")}
-    matched = study / "work/seed-10/matched-dpo_0.1.json"
-    assert float(road["dpo:0.1"]["reward"]) == pytest.approx(
-        json.loads(matched.read_text())["reward"], abs=1e-5
-    )
+    matched = store.read("seed-10/matched-dpo:0.1")
+    assert float(road["dpo:0.1"]["reward"]) == pytest.approx(matched["reward"], abs=1e-5)
+    moved = [float(road[f"dpo:0.1{rate}"]["train_x_mean"]) for rate in ("~0.0001", "", "~0.001")]
+    assert moved[0] < 0.6 * moved[1] < 0.36 * moved[2]
     rates = [float(row["rate"]) for row in rows_of(study / "road/road.csv")]
     assert sorted(rates) == [rate for rate in (1e-4, 3e-4, 1e-3) for _ in range(8)]
     the_objective_is_that_of_the_completions(study / "on-policy")

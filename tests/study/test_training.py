@@ -99,7 +99,7 @@ def test_a_run_without_a_batch_takes_no_step() -> None:
 
 def test_the_loop_is_plain_adamw() -> None:
     """Against PyTorch's own optimizer and schedule: steps, clipping, and the order of pairs."""
-    stage = Stage(pairs=16, steps=5, batch=4, lr=0.1, clip=0.1)
+    stage = Stage(pairs=16, steps=5, batch=4, lr=0.1, lr_end=0.3, clip=0.1)
     pairs, arm, start = some_pairs(16), Arm("spo", 0.5), TablePolicy(32)
     batches = list(training.fixed_batches(pairs, stage, 3))
     trained = training.train_on_pairs(start, lambda _: iter(batches), arm, stage)
@@ -107,7 +107,7 @@ def test_the_loop_is_plain_adamw() -> None:
     scores = torch.zeros(32, requires_grad=True)
     adamw = torch.optim.AdamW([scores], lr=0.1, weight_decay=0.0)
     for step, batch in enumerate(batches):
-        adamw.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 5))
+        adamw.param_groups[0]["lr"] = 0.1 * (0.65 + 0.35 * math.cos(math.pi * step / 5))
         x = 0.5 * (scores[batch.chosen] - scores[batch.rejected])
         (-x * torch.exp(-x)).mean().backward()
         norm = scores.grad.norm()
