@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -128,13 +129,17 @@ def test_the_loop_is_plain_adamw() -> None:
 
 def test_what_is_measured_of_pairs() -> None:
     """Against NumPy."""
-    pairs, policy = some_pairs(16), TablePolicy(32)
-    policy.scores.data = torch.linspace(-3, 5, 32)
-    found = measure_pairs(policy, pairs, 0.2)
-    logps = log_softmax(np.linspace(-3, 5, 32)) + math.log(32)
-    x = 0.2 * (logps[:16] - logps[16:])
+    pairs, policy, beta = some_pairs(16), TablePolicy(32), 0.2
+    policy.scores.data = torch.linspace(-1, 1, 32)
+    reference = np.random.default_rng(0).normal(-4.0, 1.5, 32)
+    answers = replace(pairs.answers, reference=torch.tensor(reference))
+    found = measure_pairs(policy, replace(pairs, answers=answers), beta)
+    moved = log_softmax(np.linspace(-1, 1, 32)) - reference
+    x = beta * (moved[:16] - moved[16:])
     assert found["x_mean"] == pytest.approx(x.mean(), rel=1e-4)
-    assert found["x_sd"] == pytest.approx(x.std(ddof=1), rel=1e-2, abs=1e-5)
-    assert (found["x_below_0"], found["accuracy"]) == (1.0, 0.0)
-    assert found["dlogp_chosen"] == pytest.approx(logps[:16].mean(), rel=1e-4)
-    assert found["dlogp_rejected"] == pytest.approx(logps[16:].mean(), rel=1e-4)
+    assert found["x_sd"] == pytest.approx(x.std(ddof=1), rel=1e-4)
+    assert found["x_q10"] == pytest.approx(np.quantile(x, 0.1), rel=1e-4)
+    assert (found["x_below_0"], found["accuracy"]) == ((x < 0).mean(), (x > 0).mean())
+    assert 0 < found["accuracy"] < 1
+    assert found["dlogp_chosen"] == pytest.approx(moved[:16].mean(), rel=1e-4)
+    assert found["dlogp_rejected"] == pytest.approx(moved[16:].mean(), rel=1e-4)
