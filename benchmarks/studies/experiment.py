@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from operator import call
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -81,12 +81,13 @@ def run_jobs(jobs: Mapping[str, Callable[[Store], None]], store: Store, workers:
       store: where results go.
       workers: processes at work.
     """
-    waiting = [partial(job, store) for name, job in jobs.items() if not store.has(name)]
+    waiting = [job for name, job in jobs.items() if not store.has(name)]
     if not waiting:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        for _ in tqdm(pool.map(call, waiting), total=len(waiting), unit="job"):
+        finished = pool.map(methodcaller("__call__", store), waiting)
+        for _ in tqdm(finished, total=len(waiting), unit="job"):
             pass
 
 
