@@ -61,6 +61,23 @@ def test_the_tolerance_is_the_dtypes(dtype: torch.dtype) -> None:
         assert (head.logit_scale, head.softcap) == (scale, softcap)
 
 
+class Rounded(LlamaForCausalLM):
+    """Rounds the factors of its products, as a GPU may."""
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        hidden, weight = self.model(input_ids, **options).last_hidden_state, self.lm_head.weight
+        return CausalLMOutput(logits=F.linear(*(x.bfloat16().float() for x in (hidden, weight))))
+
+
+def test_the_tolerance_is_that_of_pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="the model's logits are not those of its head"):
+        head_of(llama(Rounded))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert head_of(llama(Rounded)).logit_scale == 1.0
+    with pytest.raises(ValueError, match="the model's logits are not those of its head"):
+        head_of(llama(Rounded).double())
+
+
 # Models that do something beside their head
 
 

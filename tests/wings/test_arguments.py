@@ -66,26 +66,32 @@ def test_a_dtype_that_does_not_fit(wing: Wing, name: str) -> None:
         fused(wing, SPO(), arrays)
 
 
+STATES = "must have shape [B, T, D] with the D = 4 of head.weight, got "
+NUMBER = "must be a number or have the log-probabilities' shape (5,), got "
+
+
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "shape", "words"),
     [
-        ("head.weight", (V,)),
-        ("head.bias", (V + 1,)),
-        ("chosen.hidden", (P, T)),
-        ("chosen.hidden", (P, T, 3)),
-        ("chosen.labels", (P, T + 1)),
-        ("rejected.labels", (P,)),
-        ("chosen.token_weights", (P, 1)),
-        ("beta", (P + 1,)),
-        ("reward_gap", (1,)),
-        ("weights", (P, 1)),
+        ("head.weight", (V,), "must have shape [V, D], got (13,)"),
+        ("head.bias", (V + 1,), "must have shape [V] = (13,), got (14,)"),
+        ("chosen.hidden", (P, T), STATES + "(5, 7)"),
+        ("chosen.hidden", (P, T, 3), STATES + "(5, 7, 3)"),
+        ("chosen.labels", (P, T + 1), "must have the shape [B, T] = (5, 7) of chosen.hidden, got "),
+        ("rejected.labels", (P,), "must have the shape [B, T] = (5, 6) of rejected.hidden, got "),
+        ("chosen.token_weights", (P, 1), "must have the shape (5, 7) of chosen.labels, got (5, 1)"),
+        ("beta", (P + 1,), NUMBER + "(6,)"),
+        ("reward_gap", (1,), NUMBER + "(1,)"),
+        ("weights", (P, 1), NUMBER + "(5, 1)"),
     ],
 )
-def test_a_shape_that_does_not_fit(wing: Wing, name: str, shape: tuple[int, ...]) -> None:
+def test_a_shape_that_does_not_fit(
+    wing: Wing, name: str, shape: tuple[int, ...], words: str
+) -> None:
     arrays = make_arrays(wing)
     dtype = "int64" if name.endswith("labels") else "float64"
     arrays[FIELDS[name]] = wing.array(np.ones(shape, dtype))
-    with pytest.raises(ValueError, match=rf"^{name} must"):
+    with pytest.raises(ValueError, match="^" + re.escape(f"{name} {words}")):
         fused(wing, SPO(), arrays)
 
 
