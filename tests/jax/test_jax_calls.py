@@ -1,4 +1,4 @@
-"""`spoloss.jax`: its signatures, its docstrings, and what it alone refuses."""
+"""`spoloss.jax`: what it alone refuses, and its objects as pytrees."""
 
 from __future__ import annotations
 

@@ -169,4 +169,6 @@ def test_only_what_the_backward_pass_reads_is_kept(reduction: str) -> None:
         trained = kept(*STATES, "weight")
         assert sorted(s for s in trained if len(s) == 3) == sorted(shapes)
         assert trained.count(arrays["weight"].shape) == 1
+        assert arrays["bias"].shape not in trained
+        assert arrays["weight"].shape not in kept("bias")
         assert not [s for s in kept("weight") if len(s) == 3]
