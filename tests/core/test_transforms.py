@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import spoloss
 from helpers.backends import mlx_array
@@ -133,20 +134,10 @@ def check_vmap(subject: Subject, vmap: Callable[..., Any], array: Callable[..., 
 # PyTorch
 
 
-def counted(function: Callable[..., Any], dynamic: bool | None) -> tuple[Any, list[Any]]:
-    """The function compiled, and a list that gets each graph that is made for it."""
-    torch.compiler.reset()
-    made: list[Any] = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        made.append(graph)
-        return graph.forward
-
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend), made
-
-
 def torch_compile(subject: Subject, dynamic: bool | None, graphs: int) -> None:
-    compiled, made = counted(subject, dynamic)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(subject, fullgraph=True, dynamic=dynamic, backend=counter)
     for size in (5, 3, 8, 13):
         logps, parameters = call(torch.tensor, size)
         leaves = [array.requires_grad_() for array in logps]
@@ -157,7 +148,7 @@ def torch_compile(subject: Subject, dynamic: bool | None, graphs: int) -> None:
             torch.testing.assert_close(
                 torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves)
             )
-        assert len(made) <= graphs, "one graph per length"
+        assert counter.frame_count <= graphs, "one graph per length"
 
 
 def of_each_pair(hessian: Callable[..., Any]) -> Callable[..., Any]:

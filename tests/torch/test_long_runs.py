@@ -58,11 +58,11 @@ def unfused(model: Model, chosen: Tensor, rejected: Tensor) -> Tensor:
     return spo_loss(*sides, 0.0, 0.0, beta=0.1)
 
 
-def train(loss: Loss, steps: int = 1000) -> tuple[list[float], list[Tensor]]:
+def train(loss: Loss) -> tuple[list[float], list[Tensor]]:
     """The loss of each step, and the parameters after the last."""
     model, losses = Model(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(steps):
+    for step in range(1000):
         optimizer.zero_grad()
         value = loss(model, *batch(step))
         value.backward()
