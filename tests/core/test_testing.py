@@ -36,6 +36,26 @@ def test_a_loss_of_two_log_ratios_passes() -> None:
         check_loss(OfPairs())
 
 
+class Kinks:
+    """l = beta * (max(u_w, 0) + max(u_l, 0) + max(u_w - u_l, 0))."""
+
+    def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
+        return beta * sum(x * _above_0(x) for x in (chosen, rejected, chosen - rejected))
+
+    def slopes(self, chosen: Any, rejected: Any, beta: Any) -> tuple[Any, Any]:
+        of_margin = _above_0(chosen - rejected)
+        return beta * (_above_0(chosen) + of_margin), beta * (_above_0(rejected) - of_margin)
+
+
+def _above_0(x: Any) -> Any:
+    xp = namespace(x)
+    return xp.where(x > 0.0, xp.ones_like(x), xp.zeros_like(x))
+
+
+def test_a_loss_with_kinks_passes() -> None:
+    check_loss(Kinks())
+
+
 def test_a_loss_for_one_library_passes() -> None:
     class InTorch(OfPairs):
         def value(self, chosen: Any, rejected: Any, beta: Any) -> Any:
