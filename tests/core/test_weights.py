@@ -40,7 +40,7 @@ POISONS: dict[str, dict[str, float]] = {
     "an infinite gap": {"reward_gap": np.inf},
     "a nan gap": {"reward_gap": np.nan},
     "a slope that overflows": {"policy_chosen": -7.025e-4, "beta": 1e6, **AT_0},
-    "a second derivative that overflows": {"policy_chosen": -35.0, "beta": 20.0, **AT_0},
+    "a second derivative that overflows": {"policy_chosen": -0.069, "beta": 1e4, **AT_0},
     "a beta-derivative that overflows": {"policy_chosen": -7.025e8, "beta": 1e-6, **AT_0},
 }
 WEIGHTS = np.array([1.5, 0.0, 0.7, 0.0])
