@@ -154,7 +154,8 @@ def _logits(model: Any, probe: Tensor, entries: int) -> Tensor:
     decoder = model.get_decoder()
     core = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     parts = [decoder] if core.base_model in (core, decoder) else [decoder, core.base_model]
-    ids = torch.arange(probe.shape[1], device=probe.device)[None] % entries
+    # Not the first tokens: the embedding of a padding token is 0, which would hide a residual.
+    ids = (entries // 2 + torch.arange(probe.shape[1], device=probe.device))[None] % entries
     met: list[Tensor] = []
 
     def replace(_: Any, __: Any, output: Any) -> Any:

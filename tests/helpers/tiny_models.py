@@ -132,7 +132,7 @@ def llama(kind: type[LlamaForCausalLM] = LlamaForCausalLM, **options: Any) -> Ll
     """A Llama, or a class derived from it."""
     torch.manual_seed(0)
     config = tiny_config(LlamaConfig)
-    config.update({"pad_token_id": None, **options})  # the embedding of padding is 0
+    config.update(options)
     return kind(config)
 
 
