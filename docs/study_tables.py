@@ -10,6 +10,8 @@ from spoloss import DPO, SPO
 
 NONE = "not finite"
 """Stands for a mean over seeds of which one has no finite value."""
+NOT_REACHED = "not reached in all seeds"
+"""Stands for a mean after a step that training did not come to in every seed."""
 MEANS = {
     "win_rate_vs_reference": ("win rate vs reference (%)", ".1%"),
     "reward": ("reward", ".2f"),
@@ -50,6 +52,7 @@ def policies(run: str, stage: str, columns: str, names: str, corner: str = "") -
     """
     found = seeds_of(f"{run}/policies.csv")
     found = found[(found["stage"] == stage) | (found["policy"] == "reference")]
+    found = found.set_index("policy")
     forms = {
         heading: f"{{{key}:{form}}} ± {{{key}_error:{form}}}"
         for key, (heading, form) in MEANS.items()
@@ -58,7 +61,7 @@ def policies(run: str, stage: str, columns: str, names: str, corner: str = "") -
     headings = [(MEANS | OTHERS)[key][0] for key in columns.split()]
     lines = []
     for name in names.split():
-        seeds = found[found["policy"] == name]
+        seeds = found.loc[[name]]
         numbers = seeds.select_dtypes("number")
         errors, greatest = numbers.sem().add_suffix("_error"), numbers.max().add_suffix("_max")
         row = {**numbers.mean(skipna=False), **errors, **greatest}
@@ -173,14 +176,23 @@ def notes(row: Row) -> str:
 
 def on_the_way(run: str, measure: str, digits: int) -> None:
     """A measure of the completions during training, by policy and step; means over seeds."""
-    found = seeds_of(f"{run}/judgements.csv").groupby(["policy", "step"], sort=False)[measure]
-    cells = {(title(policy), step): mean(values, f".{digits}f") for (policy, step), values in found}
+    found = seeds_of(f"{run}/judgements.csv")
+    seeds = found["seed"].nunique()
+    cells = {
+        (title(policy), step): mean_after(values, seeds, f".{digits}f")
+        for (policy, step), values in found.groupby(["policy", "step"], sort=False)[measure]
+    }
     pivoted(measure, "step {}", cells)
 
 
 def mean(values: pd.Series, form: str) -> str:
     """The mean over seeds, in words where one of them has none."""
     return NONE if values.isna().any() else f"{values.mean():{form}}"
+
+
+def mean_after(values: pd.Series, seeds: int, form: str) -> str:
+    """`mean` after a step, in words where fewer than so many seeds came to it."""
+    return mean(values, form) if len(values) == seeds else NOT_REACHED
 
 
 def objective() -> None:
@@ -190,8 +202,8 @@ def objective() -> None:
     steps = sorted(found["step"].dropna().unique())
     lines = []
     for policy, seeds in found.groupby("policy", sort=False):
-        way = [mean(seeds["j"][seeds["step"] == step], "+.3f") for step in steps]
         end = seeds[seeds["step"].isna()]
+        way = [mean_after(seeds["j"][seeds["step"] == s], len(end), "+.3f") for s in steps]
         lines.append([title(policy), *way, mean(end["j"], "+.3f"), mean(end["attained"], "+.0%")])
     for name in ("reference", "optimum"):  # one for each seed, whatever the policy
         lines.append([name, *[""] * len(steps), mean(last[name], "+.3f"), ""])

@@ -26,19 +26,18 @@ def spo_effect(points: pd.DataFrame) -> pd.Series:
 
     It is the coefficient of "SPO" in the regression reward ~ seed + log KL + (log KL)^2 + SPO. The
     values are the jackknife's pseudo-values over the seeds, so its error is clustered by seed. nan
-    without both losses and two seeds.
+    if the points of all seeds, or of all but one, do not determine the coefficient.
     """
     seeds = points["seed"].unique()
-    if len(seeds) < 2 or points["spo"].nunique() < 2:
-        return pd.Series([math.nan])
     whole, number = coefficient(points), len(seeds)
     without = np.array([coefficient(points[points["seed"] != seed]) for seed in seeds])
     return pd.Series(number * whole - (number - 1) * without)
 
 
 def coefficient(points: pd.DataFrame) -> float:
-    """That of "SPO" in the least-squares fit."""
+    """That of "SPO" in the least-squares fit; nan where many fits are equally good."""
     log_kl = points["log_kl"]
     columns = (points["spo"], log_kl, log_kl**2, pd.get_dummies(points["seed"]))
-    fit = np.linalg.lstsq(np.column_stack(columns).astype(float), points["reward"], rcond=None)
-    return float(fit[0][0])
+    design = np.column_stack(columns).astype(float)
+    fit, _, rank, _ = np.linalg.lstsq(design, points["reward"].astype(float), rcond=None)
+    return float(fit[0]) if rank == design.shape[1] else math.nan

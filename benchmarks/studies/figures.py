@@ -70,12 +70,14 @@ def draw_margins(results: Results) -> Figure:
     greatest = max(arm.beta for arm in results.arms)
     for axes, (split, heading) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for arm, found in results.arms.items():
-            seen = pd.DataFrame(found[0]["snapshots"])
-            seen = seen[seen["split"] == split]
+            # A run that stopped early has few snapshots, or none.
+            seen = [each for each in found[0]["snapshots"] if each["split"] == split]
+            steps, low, median, high = (
+                [each[key] for each in seen] for key in ("step", "x_q10", "x_q50", "x_q90")
+            )
             style = "-" if arm.beta == greatest else "--"
-            axes.plot(seen["step"], seen["x_q50"], style, color=COLOURS[arm.form], label=arm.title)
-            band = seen["step"], seen["x_q10"], seen["x_q90"]
-            axes.fill_between(*band, color=COLOURS[arm.form], alpha=0.15)
+            axes.plot(steps, median, style, color=COLOURS[arm.form], label=arm.title)
+            axes.fill_between(steps, low, high, color=COLOURS[arm.form], alpha=0.15)
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(f"{heading} (seed {results.part.seeds[0]}): median, 10 to 90 %")
         axes.set(xlabel="step", ylabel="x = β·h")

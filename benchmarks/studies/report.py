@@ -38,7 +38,7 @@ def report(parts: Sequence[Results], folder: Path, model: str, further: Tables) 
     tables = {
         "policies": [
             *policy_rows(first),
-            # The reference is the same in every part.
+            # That of a seed is the same in every part, and of the pilot's seed none is shown.
             *(row for each in others for row in policy_rows(each) if row["policy"] != "reference"),
         ],
         "pairs": pair_rows(first),

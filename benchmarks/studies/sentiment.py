@@ -9,7 +9,7 @@ honest, the hotel was". The reward of an answer is VADER's compound score. Pairs
 the model; the last two blocks are trained, all else is frozen. Every part goes on where it was
 interrupted when the same command is given again, and the parts of a folder share their pairs. A
 part is reported once all of it is finished; the command of a finished part reports it again. The
-first study is run from the tag second-study (docs/real_model.md).
+committed results of both studies are of the tag second-study: another version needs an --output.
 """
 
 from __future__ import annotations

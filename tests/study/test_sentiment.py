@@ -20,7 +20,7 @@ from scipy.stats import chisquare
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import spoloss
-from benchmarks.studies import declared, experiment, second, seeds
+from benchmarks.studies import declared, experiment, figures, second, seeds
 from benchmarks.studies.__main__ import main
 from benchmarks.studies.arms import FORMS, Arm, arms
 from benchmarks.studies.evaluation import win_rate
@@ -292,6 +292,12 @@ def test_reward_at_equal_kl() -> None:
     assert gains(found) == pytest.approx([0.1, 0.2, 0.3, 0.4])
     (row,) = decide([declared.at_equal_kl(results(0.0), 90.0, 99.0)])
     assert (row["spo_points"], row["dpo_points"], row["verdict"]) == (0, 0, "broken")
+    # Without seed 10, which alone has points of SPO, no fit tells what SPO gains.
+    for arm in arms("spo", 0.1, 0.4):
+        for each in uneven.arms[arm][1:]:
+            each["kl"] = -0.1
+    (row,) = decide([declared.at_equal_kl(uneven)])
+    assert (row["spo_points"], row["dpo_points"], row["verdict"]) == (1, 12, "broken")
 
 
 def test_matched_betas_are_averaged_within_a_seed() -> None:
@@ -411,6 +417,26 @@ def test_the_share_of_the_road_that_works() -> None:
         {"form": "dpo", "finite": 1.0, "near_best": 0.5},
         {"form": "spo", "finite": 0.5, "near_best": 0.5},
     ]
+
+
+@pytest.mark.parametrize("seen", [0, 1])
+def test_the_pictures_of_a_run_that_stopped_early(seen: int, tmp_path: Path) -> None:
+    """It has been looked at once, or never, and its policy has no reward."""
+    part = replace(second.OVERTRAINED, arms=(*arms("spo", 0.1), *arms("dpo", 0.1, 0.4)))
+
+    def found(arm: Arm, _: int) -> dict[str, Any]:
+        stopped = arm.form == "spo"
+        snapshots = [
+            {"step": step, "split": split, "x_q10": -1.0, "x_q50": step / 40, "x_q90": 9.0}
+            for step in (40, 80)[: seen if stopped else 2]
+            for split in ("train", "held_out")
+        ]
+        kl = math.nan if stopped else 0.4 - arm.beta  # a KL of 0 has no place on the axis
+        return {"reward": 0.1 + kl, "kl": kl, "snapshots": snapshots}
+
+    results = results_of(part, found)
+    for draw in (figures.draw_frontier, figures.draw_margins):
+        figures.save(draw(results), tmp_path / "picture.png", "a line")
 
 
 # ------------------------------------------------------------------------------------- whole runs
