@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.quick:
         foundation = Foundation(
-            options.model, 12, pair_answers=4, held_out_pair_answers=2, answers=2
+            options.model, held_out_openings=12, pair_answers=4, held_out_pair_answers=2, answers=2
         )
         wanted, output = list(second_study(tiny).values()), QUICK
     else:
