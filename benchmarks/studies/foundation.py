@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from benchmarks.studies import seeds
 from benchmarks.studies.pretrained import IGNORED, TopBlocks, load_base, reference_policy
@@ -31,7 +30,7 @@ OPENINGS = (
     "My friends and I found the {}",
     "What I remember is that the {} was",
 )
-SPLITS, SUFFIX = ("pairs", "held-out"), ".safetensors"
+SPLITS = ("pairs", "held-out")
 ANSWERS_ON_THE_WAY = 10
 """At most so many answers to each held-out opening judge a policy during its training."""
 
@@ -78,9 +77,7 @@ class Foundation:
         pairs = drawn(training, self.pair_answers, "training pairs")
         others = drawn(held_out, self.held_out_pair_answers, "held-out pairs")
         for split, made in zip(SPLITS, (pairs, others), strict=True):
-            path = store.path(f"{foundation_name(seed)}-{split}", SUFFIX)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(made.tensors(), path)
+            store.write_tensors(f"{foundation_name(seed)}-{split}", made.tensors())
         ground = Ground(self, seed, reference, pairs, others)
         judged = ground.judge(reference, foundation_name(seed), self.answers)
         known = {"pairs": len(pairs), "mean_gap": pairs.gap.mean().item()}
@@ -88,8 +85,8 @@ class Foundation:
 
     def load(self, seed: int, store: Store) -> Ground:
         """What `lay` has made."""
-        paths = (store.path(f"{foundation_name(seed)}-{split}", SUFFIX) for split in SPLITS)
-        pairs = (Pairs.of_tensors(load_file(path)) for path in paths)
+        names = (f"{foundation_name(seed)}-{split}" for split in SPLITS)
+        pairs = (Pairs.of_tensors(store.read_tensors(name)) for name in names)
         return Ground(self, seed, reference_policy(self.model), *pairs)
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 import spoloss
 from benchmarks.studies import InputError
 
-SETTINGS, WORK = "settings.json", "work"
+SETTINGS, WORK, TENSORS = "settings.json", "work", ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,15 @@ class Store:
 
     def write(self, name: str, part: dict[str, Any]) -> None:
         """Keeps a part as finished: wholly or not at all."""
-        write_atomically(self.path(name), json.dumps(part))
+        write_atomically(self.path(name), json.dumps(part).encode())
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors that were kept."""
+        return load_file(self.path(name, TENSORS))
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keeps tensors by name: wholly or not at all."""
+        write_atomically(self.path(name, TENSORS), save(tensors))
 
 
 def open_store(folder: Path, settings: dict[str, Any]) -> Store:
@@ -60,15 +70,16 @@ def open_store(folder: Path, settings: dict[str, Any]) -> Store:
             f"{', '.join(differing)}; choose another --output"
         )
     if asked.keys() - found:
-        write_atomically(path, json.dumps(found | asked, indent=2, ensure_ascii=False) + "\n")
+        content = json.dumps(found | asked, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(path, content.encode())
     # A folder that ignores itself stays out of any repository that the results are put in.
-    write_atomically(folder / WORK / ".gitignore", "*\n")
+    write_atomically(folder / WORK / ".gitignore", b"*\n")
     return Store(folder)
 
 
-def write_atomically(path: Path, content: str) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that nobody ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    draft.write_text(content, encoding="utf-8")
+    draft.write_bytes(content)
     draft.replace(path)
